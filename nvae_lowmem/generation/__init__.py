@@ -1,0 +1,1 @@
+"""Pictures from a trained model: the top-down pass without training."""

@@ -1,0 +1,1 @@
+"""Watches the floors below: trace, simulate, predict, fit, measure, report."""

@@ -1,0 +1,1 @@
+"""The network, its likelihoods, its regularisers, and how its blocks keep activations."""

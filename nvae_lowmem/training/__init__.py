@@ -1,0 +1,1 @@
+"""The training step, the engines, the loop, checkpoints and monitoring."""
