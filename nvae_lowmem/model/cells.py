@@ -1,0 +1,122 @@
+"""Encoder and decoder cells: skip(x) + 0.1 * SE(branch(x)), in the published architectures."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nvae_lowmem.config import Architecture
+from nvae_lowmem.model.layers import ConvUnit, DownSkip, ResidualTail, UpSkip, run_units
+
+Side = Literal["encoder", "preprocess", "decoder", "postprocess"]
+Resample = Literal["keep", "down", "up"]
+
+
+class Residual(NamedTuple):
+    """2 x [norm, activation, 3x3 convolution], the convolutions dilated by `dilations`."""
+
+    norm: bool
+    activation: str
+    dilations: tuple[int, int] = (1, 1)
+
+
+class Inverted(NamedTuple):
+    """BN, 1x1 to expand*C, BN-swish, k x k depthwise (or in `groups` groups), BN-swish, 1x1 to C_out, BN."""
+
+    expand: int
+    kernel: int
+    groups: int = 0  # 0: depthwise
+
+
+Kind = Residual | Inverted
+
+_SWISH = Residual(True, "swish")
+_E6, _E3, _E3G8 = Inverted(6, 5), Inverted(3, 5), Inverted(3, 5, 8)
+# fmt: off
+CELLS: dict[Architecture, dict[Side, Kind]] = {
+    # name             encoder tower                                          pre-process                                            decoder tower                 post-process
+    "res_elu":      {"encoder": Residual(False, "elu"),              "preprocess": Residual(False, "elu"),              "decoder": Residual(False, "elu"), "postprocess": Residual(False, "elu")},
+    "res_bnelu":    {"encoder": Residual(True, "elu"),               "preprocess": Residual(True, "elu"),               "decoder": Residual(True, "elu"),  "postprocess": Residual(True, "elu")},
+    "res_bnswish":  {"encoder": _SWISH,                              "preprocess": _SWISH,                              "decoder": _SWISH,                 "postprocess": _SWISH},
+    "res_mbconv":   {"encoder": _SWISH,                              "preprocess": _SWISH,                              "decoder": _E6,                    "postprocess": _E3},
+    "res53_mbconv": {"encoder": Residual(True, "swish", (2, 1)),     "preprocess": Residual(True, "swish", (2, 1)),     "decoder": _E6,                    "postprocess": _E3},
+    "res35_mbconv": {"encoder": Residual(True, "swish", (1, 2)),     "preprocess": Residual(True, "swish", (1, 2)),     "decoder": _E6,                    "postprocess": _E3},
+    "res55_mbconv": {"encoder": Residual(True, "swish", (2, 2)),     "preprocess": Residual(True, "swish", (2, 2)),     "decoder": _E6,                    "postprocess": _E3},
+    "mbconv_sep":   {"encoder": _E6,                                 "preprocess": _E3,                                 "decoder": _E6,                    "postprocess": _E3},
+    "mbconv_sep11": {"encoder": Inverted(6, 11),                     "preprocess": _E3,                                 "decoder": Inverted(6, 11),        "postprocess": _E3},
+    "mbconv_res":   {"encoder": _E6,                                 "preprocess": _E3,                                 "decoder": _SWISH,                 "postprocess": _SWISH},
+    "mbconv_den":   {"encoder": _E6,                                 "preprocess": _E3G8,                               "decoder": _E6,                    "postprocess": _E3G8},
+}
+# fmt: on
+
+
+class Cell(nn.Module):
+    """One residual cell, (B, C_in, H, W) -> (B, C_out, H', W'); down halves H and W, up doubles them."""
+
+    def __init__(
+        self, kind: Kind, in_channels: int, out_channels: int, resample: Resample, squeeze_excitation: bool
+    ) -> None:
+        super().__init__()
+        self.skip: nn.Module = nn.Identity()
+        if resample == "down":
+            self.skip = DownSkip(in_channels, out_channels)
+        elif resample == "up":
+            self.skip = UpSkip(in_channels, out_channels)
+        stride = 2 if resample == "down" else 1
+        self.recompute = False  # set from outside: run the branch so that only convolution outputs stay
+        self.upsample_first = resample == "up" and isinstance(kind, Inverted)
+        if isinstance(kind, Residual):
+            first, second = (
+                {"norm": kind.norm, "activation": kind.activation, "dilation": d} for d in kind.dilations
+            )
+            self.units = nn.ModuleList(
+                [
+                    ConvUnit(in_channels, out_channels, 3, stride=stride, upsample=resample == "up", **first),
+                    ConvUnit(out_channels, out_channels, 3, **second),
+                ]
+            )
+        else:
+            wide = kind.expand * in_channels
+            plain = {"norm": True, "bias": False, "weight_norm": False}
+            self.units = nn.ModuleList(
+                [
+                    ConvUnit(in_channels, wide, 1, **plain),
+                    ConvUnit(
+                        wide, wide, kind.kernel, stride=stride, activation="swish", groups=kind.groups or wide, **plain
+                    ),
+                    ConvUnit(wide, out_channels, 1, activation="swish", **plain),
+                ]
+            )
+        self.tail = ResidualTail(out_channels, norm=isinstance(kind, Inverted), squeeze_excitation=squeeze_excitation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        c = F.interpolate(x, scale_factor=2, mode="nearest") if self.upsample_first else x
+        for segment in self.segments():
+            c = run_units(segment, c, keep=not self.recompute)
+        return self.tail(self.skip(x), c)
+
+    def segments(self) -> list[tuple[ConvUnit, ...]]:
+        """The units, grouped into autograd nodes. A node keeps its first input only.
+
+        When recomputing, the depthwise convolution shares a node with the 1x1 after it: its output is the widest tensor
+        of the cell and costs bandwidth, hardly arithmetic (25 multiplications per value), so it is not kept either.
+        """
+        units: list[ConvUnit] = list(self.units)  # type: ignore[arg-type]
+        if self.recompute and len(units) == 3:
+            return [(units[0],), (units[1], units[2])]
+        return [(unit,) for unit in units]
+
+
+def make_cell(
+    architecture: Architecture,
+    side: Side,
+    in_channels: int,
+    out_channels: int,
+    resample: Resample = "keep",
+    *,
+    squeeze_excitation: bool = True,
+) -> Cell:
+    """The cell that `architecture` puts on `side`."""
+    return Cell(CELLS[architecture][side], in_channels, out_channels, resample, squeeze_excitation)

@@ -1,0 +1,166 @@
+"""Latent variables: soft-clamped normals, the noise that drives them, and where a group's z comes from.
+
+All of this is fp32, whatever the activations are. Shapes: B images, L latent channels, h x w pixels of the group.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+SIGMA_FLOOR = 1e-2
+
+
+class Normal(NamedTuple):
+    """A diagonal normal: mu and sigma, each (B, L, h, w)."""
+
+    mu: Tensor
+    sigma: Tensor
+
+    @staticmethod
+    def from_parameters(mu: Tensor, log_sigma: Tensor) -> Normal:
+        """mu and log sigma through the soft clamp 5 tanh(x/5); sigma = exp(log sigma) + 1e-2."""
+        return Normal(_soft_clamp(mu), _soft_clamp(log_sigma).exp() + SIGMA_FLOOR)
+
+    def draw(self, eps: Tensor, temperature: float = 1.0) -> Tensor:
+        """mu + temperature * sigma * eps."""
+        return self.mu + self.sigma * (temperature * eps if temperature != 1.0 else eps)
+
+    def log_density(self, z: Tensor) -> Tensor:
+        """log N(z; mu, sigma^2) elementwise, (B, L, h, w)."""
+        return -0.5 * ((z - self.mu) / self.sigma).square() - 0.5 * math.log(2 * math.pi) - self.sigma.log()
+
+    def divergence(self, prior: Normal) -> Tensor:
+        """KL(self || prior) elementwise, (B, L, h, w)."""
+        shift = (self.mu - prior.mu) / prior.sigma
+        ratio = self.sigma / prior.sigma
+        return 0.5 * (shift.square() + ratio.square()) - 0.5 - ratio.log()
+
+
+def _soft_clamp(x: Tensor) -> Tensor:
+    return (x / 5).tanh() * 5
+
+
+# --- noise ------------------------------------------------------------------------------------------------------------
+
+
+class Noise(Protocol):
+    """Standard normal draws of one pass. The model asks for them by group; it never draws by itself."""
+
+    def normal(self, group: int, shape: Sequence[int], device: torch.device) -> Tensor:
+        """eps (B, L, h, w) fp32 of the given group; the same at every call."""
+        ...
+
+
+@dataclass(frozen=True)
+class SeededNoise:
+    """Draws that are a function of (seed, step, sample slot, group).
+
+    Sample slots number the images of the whole total batch, so that any split into micro-batches and processes sees the
+    same noise. A recomputed block asks again and gets the same numbers; no generator state is kept anywhere.
+    """
+
+    seed: int
+    step: int = 0
+    first_slot: int = 0
+
+    def normal(self, group: int, shape: Sequence[int], device: torch.device) -> Tensor:
+        eps = torch.empty(tuple(shape), device=device)
+        generator = torch.Generator(device=device)
+        for i in range(shape[0]):
+            generator.manual_seed(_mix(self.seed, self.step, self.first_slot + i, group))
+            eps[i].normal_(generator=generator)  # in place: as many allocations for any batch size
+        return eps
+
+    def at(self, first_slot: int) -> SeededNoise:
+        """The same noise for a later part of the batch."""
+        return replace(self, first_slot=first_slot)
+
+
+class NoNoise:
+    """eps = 0: every latent is its mean."""
+
+    def normal(self, group: int, shape: Sequence[int], device: torch.device) -> Tensor:
+        return torch.zeros(tuple(shape), device=device)
+
+
+def _mix(*numbers: int) -> int:
+    """A 63-bit seed from integers: splitmix64 over each in turn."""
+    state = 0x9E3779B97F4A7C15
+    for number in numbers:
+        state = (state ^ (number & 0xFFFFFFFFFFFFFFFF)) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
+        state = (state ^ (state >> 27)) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
+        state ^= state >> 31
+    return state >> 1
+
+
+# --- where a group's z comes from -------------------------------------------------------------------------------------
+
+
+class Latent(NamedTuple):
+    """A group's z (B, L, h, w) where it is kept, and for posterior sources kl (B, L) and log densities (B,)."""
+
+    z: Tensor | None
+    kl: Tensor | None = None
+    log_q: Tensor | None = None
+    log_p: Tensor | None = None
+
+
+FlowFunction = Callable[[Tensor], Tensor]
+
+
+class Source(Protocol):
+    """Decides a group's latent from its prior, its posterior (None without images) and the posterior's flow."""
+
+    def latent(self, group: int, prior: Normal, posterior: Normal | None, flow: FlowFunction | None) -> Latent:
+        """The latent of group `group`, counted from the top."""
+        ...
+
+
+@dataclass(frozen=True)
+class FromPosterior:
+    """z ~ q(z_l | z_<l, x): training, evaluation and reconstruction.
+
+    KL is analytic without flows; with flows it is log q(z0) - log p(z) at the sample, z = flow(z0), whose log-det is 0.
+    densities: also log q and log p per image, which the importance-weighted bound needs.
+    """
+
+    noise: Noise
+    densities: bool = False
+
+    def latent(self, group: int, prior: Normal, posterior: Normal | None, flow: FlowFunction | None) -> Latent:
+        assert posterior is not None, "the posterior needs images"
+        z0 = posterior.draw(self.noise.normal(group, posterior.mu.shape, posterior.mu.device))
+        z = z0 if flow is None else flow(z0)
+        if flow is None and not self.densities:
+            return Latent(z, posterior.divergence(prior).sum((2, 3)))
+        log_q, log_p = posterior.log_density(z0), prior.log_density(z)
+        elementwise = posterior.divergence(prior) if flow is None else log_q - log_p
+        return Latent(z, elementwise.sum((2, 3)), log_q.sum((1, 2, 3)), log_p.sum((1, 2, 3)))
+
+
+@dataclass(frozen=True)
+class FromPrior:
+    """z ~ p(z_l | z_<l), sigma multiplied by the temperature (one for all groups, or one per group)."""
+
+    noise: Noise
+    temperature: float | Sequence[float] = 1.0
+
+    def latent(self, group: int, prior: Normal, posterior: Normal | None, flow: FlowFunction | None) -> Latent:
+        t = self.temperature if isinstance(self.temperature, (int, float)) else self.temperature[group]
+        return Latent(prior.draw(self.noise.normal(group, prior.mu.shape, prior.mu.device), float(t)))
+
+
+@dataclass(frozen=True)
+class Given:
+    """z as given, one tensor per group, top first."""
+
+    latents: Sequence[Tensor]
+
+    def latent(self, group: int, prior: Normal, posterior: Normal | None, flow: FlowFunction | None) -> Latent:
+        return Latent(self.latents[group])
