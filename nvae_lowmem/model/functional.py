@@ -284,7 +284,7 @@ def _unit_backward(
     if spec.activation != "none":
         if normed is None:
             normed, _ = _normalise(x, p, None, statistics)
-        ga = ACTIVATIONS[spec.activation][1](ga, normed)
+        ga = ACTIVATIONS[spec.activation].backward(ga, normed)
     del normed
     if p.gamma is not None:
         assert statistics is not None

@@ -1,0 +1,46 @@
+"""Spectral and BatchNorm regularisation: sum over convolutions of the largest singular value, sum of max|gamma|.
+
+The gradients have a closed form and are added where a layer's own gradient is produced (`functional.py`): for
+sigma = u^T W v it is u v^T, taken through the weight normalisation; for max|gamma| a sign at the maximum. Here is what
+the step tells the layers, and the value for the log.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nvae_lowmem.model.layers import BN_MOMENTUM, ConvUnit
+from nvae_lowmem.model.nvae import NVAE
+
+ITERATIONS = 4
+FIRST_ITERATIONS = 40
+
+
+def begin_micro_batch(model: NVAE, index: int, count: int, coefficient: float, step: int) -> None:
+    """Tell every layer what to do in micro-batch `index` of `count` of optimiser step `step`.
+
+    coefficient: lambda x loss scale / count, so that the micro-batches' shares add up to lambda after unscaling.
+    Power iteration runs in the first micro-batch only. BatchNorm's running statistics move once per step by the mean of
+    the micro-batches' statistics: with momentum m, share i of n has momentum m / (n - (n - 1 - i) m), because
+    r_i = (1 - a_i) r_(i-1) + a_i s_i then unrolls to (1 - m) r_0 + (m / n) sum of s_i.
+    """
+    model.regularisation.coefficient = coefficient
+    due = FIRST_ITERATIONS if step == 0 else ITERATIONS
+    model.regularisation.iterations = due if index == 0 and coefficient else 0
+    momentum = BN_MOMENTUM / (count - (count - 1 - index) * BN_MOMENTUM)
+    for layer in model.layers():
+        layer.momentum = momentum
+
+
+def end_step(model: NVAE) -> None:
+    """Back to a model that regularises nothing and moves its statistics as a single batch would."""
+    begin_micro_batch(model, 0, 1, 0.0, 1)
+
+
+@torch.no_grad()
+def regularisation_values(model: NVAE) -> tuple[Tensor, Tensor]:
+    """(sum of spectral norms as of the last power iteration, sum of max|gamma|), 0-dim each, before lambda."""
+    sigmas = [m.sigma for m in model.modules() if isinstance(m, ConvUnit)]
+    gammas = [layer.gamma.abs().amax() for layer in model.layers() if layer.gamma is not None]
+    return torch.stack(sigmas).sum(), torch.stack(gammas).sum() if gammas else torch.zeros(())

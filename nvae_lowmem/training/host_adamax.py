@@ -1,0 +1,216 @@
+"""Adamax for parameters in host memory: torch's Adamax, worked through in chunks that stay in the processor's cache.
+
+torch's own Adamax makes one pass over memory for each of its seven element-wise operations and allocates temporaries
+of the size of the parameter, which is the whole model where an engine hands it one flat partition. Here every
+operation is done on one chunk before the next chunk is touched: memory is passed over once, and the only temporary is
+one chunk per thread. The operations themselves are torch's, in torch's order, so the results are the same.
+
+Threads take whole chunks, where torch would have all threads share each operation and wait for each other at its end.
+On a quiet machine both are equally fast, but beside other work (data loading, the backward pass that an update
+overlaps) the waiting took several times as long as the work itself: `benchmarks/host_adamax.py --busy 1`.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from threading import Barrier
+from typing import Any, NamedTuple, cast, overload
+
+import torch
+from torch import Tensor
+from torch.optim.adamax import adamax as torch_adamax
+from torch.optim.optimizer import ParamsT
+
+# 2**17 fp32 elements are 2.5 MiB per thread for the four tensors and the scratch. On 2 cores the time is flat from here
+# to 2**19 (within 15 %), and half as long again at 2**16; the smallest leaves most threads room in a shared cache.
+CHUNK_ELEMENTS = 1 << 17
+
+
+class _Work(NamedTuple):
+    """One parameter's update: flat (N,) host tensors (parameter, gradient, exp_avg, exp_inf) and its constants."""
+
+    flat: list[Tensor]
+    step_size: float
+    """lr / (1 - beta1^step)"""
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+
+
+class HostAdamax(torch.optim.Adamax):
+    r"""Drop-in for `torch.optim.Adamax(foreach=False)` that is fast on the CPU and needs no temporary of model size.
+
+    With g the gradient, t the step, lambda the weight decay (L2), all element-wise (Kingma and Ba, arXiv 1412.6980,
+    algorithm 2, with eps inside the maximum as torch has it):
+
+        g <- g + lambda p
+        m <- beta1 m + (1 - beta1) g
+        u <- max(beta2 u, |g| + eps)
+        p <- p - lr / (1 - beta1^t) * m / u
+
+    State per parameter: `step` (fp32 scalar), `exp_avg` (m) and `exp_inf` (u), both shaped and typed like the
+    parameter; `state_dict` is interchangeable with torch's Adamax both ways. `p.grad` is never written to.
+
+    Parameters that are not dense in host memory with a gradient laid out alike (CUDA tensors, strided views), and
+    groups with torch's `maximize`, `capturable` or `differentiable`, take torch's own single-tensor path.
+
+    Raises ValueError, as torch does, if lr, betas, eps or weight_decay is out of range.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 2e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ) -> None:
+        self._group_of: dict[Tensor, int] = {}
+        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, foreach=False)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._group_of = {}
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Update every parameter that has a gradient; return what `closure` returns, evaluated first, if given."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        members = [(parameter, group) for group in self.param_groups for parameter in group["params"]]
+        _run(self._begin(parameter, group) for parameter, group in members if parameter.grad is not None)
+        return loss
+
+    @torch.no_grad()
+    def step_parameter(self, parameter: Tensor) -> None:
+        """Update one parameter from its `.grad`, as `step()` would: one call for each is the same as one `step()`.
+
+        Lets an engine update a parameter as soon as its gradient has arrived, while the backward pass goes on.
+        Not to be called from two threads at once. Raises ValueError if the parameter is not in this optimizer or has
+        no gradient.
+        """
+        if parameter.grad is None:
+            raise ValueError(f"step_parameter: a parameter of shape {tuple(parameter.shape)} has no gradient")
+        if parameter not in self._group_of:
+            groups = enumerate(self.param_groups)
+            self._group_of = {member: index for index, group in groups for member in group["params"]}
+        if parameter not in self._group_of:
+            raise ValueError(f"step_parameter: a parameter of shape {tuple(parameter.shape)} is not in this optimizer")
+        _run([self._begin(parameter, self.param_groups[self._group_of[parameter]])])
+
+    def _begin(self, parameter: Tensor, group: dict[str, Any]) -> _Work | None:
+        """The update of one parameter as work for `_run`, its step advanced; None if torch's path has done it all."""
+        grad = cast(Tensor, parameter.grad)
+        if grad.is_sparse:
+            raise RuntimeError("HostAdamax does not support sparse gradients")
+        state = self.state[parameter]
+        if not state:
+            # Where torch's `capturable` keeps the step: beside the parameter.
+            device = parameter.device if group["capturable"] else "cpu"
+            state["step"] = torch.zeros((), dtype=torch.float32, device=device)
+            state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+            state["exp_inf"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+        tensors = (parameter, grad, state["exp_avg"], state["exp_inf"])
+        special = group["maximize"] or group["capturable"] or group["differentiable"]
+        flat = None if special else _flat_on_host(tensors)
+        if flat is None:
+            _update_by_torch(tensors, state["step"], group)
+            return None
+        state["step"] += 1
+        beta1, beta2 = group["betas"]
+        step_size = float(group["lr"]) / (1 - beta1 ** state["step"].item())
+        return _Work(flat, step_size, beta1, beta2, group["eps"], group["weight_decay"])
+
+
+def _flat_on_host(tensors: tuple[Tensor, ...]) -> list[Tensor] | None:
+    """The tensors as flat views whose elements correspond, or None if there are no such views in host memory."""
+    first = tensors[0]
+    # Dimensions from outermost to innermost in memory: makes any dense layout (channels last, transposed) contiguous.
+    order = sorted(range(first.dim()), key=first.stride, reverse=True)
+    views = [t.detach().permute(order) for t in tensors]
+    if first.is_complex() or not all(v.device.type == "cpu" and v.is_contiguous() for v in views):
+        return None
+    return [v.view(-1) for v in views]
+
+
+def _run(work: Iterable[_Work | None]) -> None:
+    """Carry out the updates, chunk by chunk, on as many threads as torch uses for one operation."""
+    todo = (item for item in work if item is not None)
+    chunks = deque((item, start) for item in todo for start in range(0, item.flat[0].numel(), CHUNK_ELEMENTS))
+    threads = min(torch.get_num_threads(), len(chunks))
+    if threads <= 1:
+        _update_chunks(chunks)
+        return
+    pool = _thread_pool(torch.get_num_threads())
+    for done in [pool.submit(_update_chunks, chunks) for _ in range(threads)]:
+        done.result()
+
+
+@cache
+def _thread_pool(threads: int) -> ThreadPoolExecutor:
+    """Threads in which a torch operation does not spread over further threads."""
+    started = Barrier(threads + 1)
+
+    def keep_to_one_thread() -> None:
+        torch.get_num_threads()  # the first call in a thread takes over the process's number: not to happen later
+        torch.set_num_threads(1)
+        started.wait()
+
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="host-adamax")
+    for _ in range(threads):
+        pool.submit(keep_to_one_thread)
+    started.wait()
+    torch.set_num_threads(threads)  # for this thread, and for those started after now
+    return pool
+
+
+def _update_chunks(chunks: deque[tuple[_Work, int]]) -> None:
+    """Take chunks from the queue, which several threads share, until none is left."""
+    scratches: dict[torch.dtype, Tensor] = {}
+    while chunks:
+        try:
+            work, start = chunks.popleft()
+        except IndexError:  # another thread took the last one
+            return
+        p, g, m, u = (t[start : start + CHUNK_ELEMENTS] for t in work.flat)  # each (<= CHUNK_ELEMENTS,)
+        if p.dtype not in scratches:
+            scratches[p.dtype] = torch.empty(CHUNK_ELEMENTS, dtype=p.dtype)
+        scratch = scratches[p.dtype][: p.numel()]
+        if work.weight_decay != 0:
+            g = torch.add(g, p, alpha=work.weight_decay, out=scratch)
+        m.lerp_(g, 1 - work.beta1)
+        torch.abs(g, out=scratch).add_(work.eps)  # g is read for the last time here: it may be the scratch itself
+        torch.maximum(u.mul_(work.beta2), scratch, out=u)
+        p.addcdiv_(m, u, value=-work.step_size)
+
+
+def _update_by_torch(tensors: tuple[Tensor, ...], step: Tensor, group: dict[str, Any]) -> None:
+    parameter, grad, exp_avg, exp_inf = tensors
+    beta1, beta2 = group["betas"]
+    torch_adamax(
+        [parameter],
+        [grad],
+        [exp_avg],
+        [exp_inf],
+        [step],
+        foreach=False,
+        maximize=group["maximize"],
+        differentiable=group["differentiable"],
+        capturable=group["capturable"],
+        has_complex=parameter.is_complex(),
+        eps=group["eps"],
+        beta1=beta1,
+        beta2=beta2,
+        lr=group["lr"],
+        weight_decay=group["weight_decay"],
+    )
