@@ -1,4 +1,4 @@
-"""What a run is made of: frozen, keyword-only dataclasses, the published recipes, and every problem reported at once.
+"""What a run is made of: frozen, keyword-only dataclasses, and every problem reported at once.
 
 A field's docstring is its help text and its documentation. `Profile` is the one type that travels: the planner writes
 it, training reads it, every checkpoint carries it.
@@ -6,182 +6,31 @@ it, training reads it, every checkpoint carries it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Architecture = Literal[
-    "res_elu",
-    "res_bnelu",
-    "res_bnswish",
-    "res_mbconv",
-    "res53_mbconv",
-    "res35_mbconv",
-    "res55_mbconv",
-    "mbconv_sep",
-    "mbconv_sep11",
-    "mbconv_res",
-    "mbconv_den",
-]
-LikelihoodName = Literal["auto", "bernoulli", "logistic_mixture", "normal"]
+from nvae_lowmem.errors import ConfigError, at_least_one, raise_problems, unknown_name
+from nvae_lowmem.model_config import Architecture, LikelihoodName, ModelConfig
+
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 EngineName = Literal["auto", "torch", "deepspeed"]
 Keep = Literal["all", "cheap", "input", "host"]
 KEEPS: tuple[Keep, ...] = ("all", "cheap", "input", "host")
 
 
-class ConfigError(ValueError):
-    """Something a user gave is wrong. Its text is the whole message: what, which value, what is allowed, what to do."""
-
-
-def raise_problems(problems: Iterable[str], where: str) -> None:
-    """Raise one ConfigError that lists every problem; do nothing if there is none."""
-    found = list(problems)
-    if found:
-        head = f"{where}: {len(found)} problem{'s' if len(found) > 1 else ''} in the configuration"
-        raise ConfigError("\n  - ".join([head, *found]))
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """The network. Defaults are the published choices; sizes are per image."""
-
-    image_channels: int = 1
-    """Colour channels of an image: 1 grey, 3 RGB, or any other number."""
-    image_size: int = 28
-    """Height and width of an image in pixels, before padding."""
-    padding: int = 0
-    """Zero pixels added on each side for the network (MNIST: 2, so 28 -> 32); the likelihood crops them off again."""
-    bits: int = 8
-    """Bits per channel value, 1 to 8; 1 means binary images."""
-    likelihood: LikelihoodName = "auto"
-    """p(x|z): auto takes bernoulli for 1 bit, normal for one mixture component, else the discretised logistic mixture."""
-    mixtures: int = 10
-    """Components of the discretised logistic mixture; 1 means a normal."""
-    channels_encoder: int = 32
-    """Channels of the stem; they double with every halving of the resolution."""
-    channels_decoder: int = 32
-    """Channels of the decoder at the image's resolution; doubled in the same way."""
-    scales: int = 2
-    """Resolutions that carry latent groups."""
-    groups: int = 10
-    """Latent groups of the highest resolution (of every one, unless adaptive)."""
-    adaptive: bool = True
-    """Halve the number of groups with every scale going down in resolution."""
-    min_groups: int = 1
-    """Adaptive groups never go below this."""
-    groups_per_scale: tuple[int, ...] | None = None
-    """Groups per scale, highest resolution first, given outright (what the planner sets when fewer groups must do)."""
-    latents: int = 20
-    """Latent channels of one group."""
-    cells_encoder: int = 2
-    """Cells per group of the encoder tower."""
-    cells_decoder: int = 2
-    """Cells per group of the decoder tower."""
-    preprocess_blocks: int = 2
-    """Blocks before the encoder tower; each halves the resolution."""
-    preprocess_cells: int = 3
-    """Cells per pre-process block."""
-    postprocess_blocks: int = 2
-    """Blocks after the decoder tower; each doubles the resolution. As many as pre-process blocks."""
-    postprocess_cells: int = 3
-    """Cells per post-process block."""
-    flows: int = 0
-    """Pairs of autoregressive cells per group's posterior."""
-    architecture: Architecture = "res_mbconv"
-    """Which cells: see docs/architecture.md for the table."""
-    squeeze_excitation: bool = True
-    """Squeeze-and-excitation in every cell."""
-    residual_posterior: bool = True
-    """q(z|x) is parameterised relative to the prior p(z)."""
-    data_init: bool = False
-    """res_elu only: initialise weight normalisation from the first batch."""
-
-    @property
-    def network_size(self) -> int:
-        """Pixels per side inside the network."""
-        return self.image_size + 2 * self.padding
-
-    @property
-    def scale_groups(self) -> tuple[int, ...]:
-        """Groups per scale, highest resolution first."""
-        if self.groups_per_scale is not None:
-            return self.groups_per_scale
-        if not self.adaptive:
-            return (self.groups,) * self.scales
-        return tuple(max(self.min_groups, self.groups >> s) for s in range(self.scales))
-
-    @property
-    def total_groups(self) -> int:
-        """Latent groups of the whole hierarchy."""
-        return sum(self.scale_groups)
-
-    @property
-    def vanilla(self) -> bool:
-        """One scale with one group is a plain VAE: no towers."""
-        return self.scale_groups == (1,)
-
-    @property
-    def scale_sizes(self) -> tuple[int, ...]:
-        """Pixels per side of each scale, highest resolution first."""
-        top = self.network_size >> self.preprocess_blocks
-        return tuple(top >> s for s in range(self.scales))
-
-    @property
-    def latent_dims(self) -> int:
-        """Latent dimensions of one image."""
-        return sum(self.latents * g * s * s for g, s in zip(self.scale_groups, self.scale_sizes, strict=True))
-
-    @property
-    def image_dims(self) -> int:
-        """Channel values of one image, what bits per dimension are counted over."""
-        return self.image_channels * self.image_size**2
-
-    def problems(self) -> list[str]:
-        """Every reason why this model cannot be built, each with what to do."""
-        out = _at_least_one(
-            self,
-            "model",
-            "image_channels image_size mixtures channels_encoder channels_decoder scales groups min_groups "
-            "latents preprocess_cells postprocess_cells",
-        )
-        for name in ("padding", "flows", "preprocess_blocks", "postprocess_blocks", "cells_encoder", "cells_decoder"):
-            if getattr(self, name) < 0:
-                out.append(f"model.{name} = {getattr(self, name)} must not be negative")
-        if not 1 <= self.bits <= 8:
-            out.append(f"model.bits = {self.bits} must be from 1 (binary) to 8")
-        if self.likelihood == "bernoulli" and self.bits != 1:
-            out.append(f"model.likelihood = 'bernoulli' describes binary images, but model.bits = {self.bits}: set 1")
-        if self.preprocess_blocks != self.postprocess_blocks:
-            out.append(
-                f"model.preprocess_blocks = {self.preprocess_blocks} halvings and model.postprocess_blocks = "
-                f"{self.postprocess_blocks} doublings must be equal, or the output has another size than the image"
-            )
-        if out:
-            return out
-        if self.groups_per_scale is not None and len(self.groups_per_scale) != self.scales:
-            out.append(f"model.groups_per_scale {list(self.groups_per_scale)} needs model.scales = {self.scales} numbers")
-        elif any(g < 1 for g in self.scale_groups):
-            out.append(f"model: groups per scale {list(self.scale_groups)}: every scale needs a group; set min_groups = 1")
-        halvings = self.preprocess_blocks + self.scales - 1
-        if self.network_size % (1 << halvings):
-            good = -(-self.network_size >> halvings) << halvings
-            out.append(
-                f"model.image_size {self.image_size} + 2 x padding {self.padding} = {self.network_size} pixels cannot be "
-                f"halved {halvings} times (preprocess_blocks {self.preprocess_blocks} + scales {self.scales} - 1): use "
-                f"{good} pixels, a padding that gets there, or fewer scales"
-            )
-        elif self.network_size >> halvings < 1:
-            out.append(f"model: {halvings} halvings of {self.network_size} pixels leave nothing: use fewer scales")
-        if self.data_init and self.architecture != "res_elu":
-            out.append(f"model.data_init belongs to architecture 'res_elu', not {self.architecture!r}: set it to false")
-        if self.architecture == "mbconv_den":
-            out += [
-                f"model.{name} = {getattr(self, name)} must be divisible by 8 for architecture 'mbconv_den' (8 groups)"
-                for name in ("channels_encoder", "channels_decoder")
-                if getattr(self, name) % 8
-            ]
-        return out
+__all__ = [
+    "Architecture",
+    "ConfigError",
+    "DataConfig",
+    "LikelihoodName",
+    "MemoryPlan",
+    "ModelConfig",
+    "Profile",
+    "TrainConfig",
+    "raise_problems",
+    "unknown_name",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,7 +68,7 @@ class DataConfig:
         for name in ("crop_pixels", "max_images"):
             if getattr(self, name) < 0:
                 out.append(f"data.{name} = {getattr(self, name)} must not be negative")
-        return out + _at_least_one(self, "data", "faces_count")
+        return out + at_least_one(self, "data", "faces_count")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -277,7 +126,7 @@ class TrainConfig:
 
     def problems(self) -> list[str]:
         """Every reason why this training section cannot be used."""
-        out = _at_least_one(self, "training", "total_batch log_every keep_last")
+        out = at_least_one(self, "training", "total_batch log_every keep_last")
         for name in (
             "steps learning_rate weight_decay clip_norm warmup_epochs regulariser regulariser_start "
             "sample_every evaluate_every evaluate_images save_every kl_warmup_fraction kl_constant_fraction"
@@ -346,7 +195,7 @@ class MemoryPlan:
                 out.append(f"plan.{name} = {getattr(self, name)} must not be negative")
         if self.bucket_elements < 2 or self.bucket_elements % 2:
             out.append(f"plan.bucket_elements = {self.bucket_elements} must be an even number from 2 up")
-        return out + _at_least_one(self, "plan", "likelihood_chunk_bytes")
+        return out + at_least_one(self, "plan", "likelihood_chunk_bytes")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -375,66 +224,3 @@ class Profile:
         """Itself, or a ConfigError that lists every problem."""
         raise_problems(self.problems(), where)
         return self
-
-
-def _at_least_one(section: Any, prefix: str, names: str) -> list[str]:
-    return [
-        f"{prefix}.{name} = {getattr(section, name)} must be at least 1"
-        for name in names.split()
-        if getattr(section, name) < 1
-    ]
-
-
-# The published recipes (arXiv 2007.03898, table 6), one row each; `batch` is the published batch per GPU.
-# fmt: off
-_RECIPES: dict[str, tuple] = {
-    # name          size pad chan bits |  ch scales groups adapt min | pre/post cells flows | batch gpus epochs warm lambda0 lambda lr
-    "mnist":       (28,  2,  1,   1,     32, 2,  10, True,  1,   2, 3,  0,   200,  2, 400, 5, 0.0, 1e-2, 1e-2),
-    "cifar10":     (32,  0,  3,   8,    128, 1,  30, False, 1,   1, 2,  1,    32,  8, 400, 5, 0.0, 1e-2, 1e-2),
-    "celeba64":    (64,  0,  3,   8,     64, 3,  20, True,  1,   1, 2,  1,    16,  8,  90, 5, 0.0, 1e-1, 1e-2),
-    "imagenet32":  (32,  0,  3,   8,    192, 1,  28, False, 1,   1, 2,  1,    24, 24,  45, 1, 1.0, 1e-2, 1e-2),
-    "celebahq256": (256, 0,  3,   5,     30, 5,  16, True,  4,   1, 2,  2,     4, 24, 300, 5, 1.0, 1e-2, 1e-2),
-    "ffhq256":     (256, 0,  3,   5,     30, 5,  16, True,  4,   1, 2,  2,     4, 24, 200, 5, 1.0, 1e-1, 8e-3),
-    "tiny":        (28,  2,  1,   1,      8, 2,   3, False, 1,   1, 2,  0,    32,  1, 100, 5, 0.0, 1e-2, 3e-3),
-}
-# fmt: on
-RECIPES: tuple[str, ...] = tuple(_RECIPES)
-PUBLISHED_RECIPES: tuple[str, ...] = RECIPES[:6]
-_SOURCES = {"mnist": "mnist5k", "tiny": "mnist5k"}
-
-
-def recipe(name: str) -> Profile:
-    """The named recipe as published, at its per-GPU batch on one card.
-
-    Raises ConfigError for an unknown name, with the known ones and the nearest.
-    """
-    if name not in _RECIPES:
-        raise ConfigError(unknown_name("recipe", name, _RECIPES))
-    (size, pad, channels, bits, width, scales, groups, adaptive, min_groups, blocks, cells, flows,
-     batch, gpus, epochs, warmup, lambda_start, lambda_end, rate) = _RECIPES[name]  # fmt: skip
-    model = ModelConfig(
-        image_channels=channels, image_size=size, padding=pad, bits=bits, channels_encoder=width, channels_decoder=width,
-        scales=scales, groups=groups, adaptive=adaptive, min_groups=min_groups, latents=8 if name == "tiny" else 20,
-        preprocess_blocks=blocks, preprocess_cells=cells, postprocess_blocks=blocks, postprocess_cells=cells, flows=flows,
-    )  # fmt: skip
-    training = TrainConfig(
-        total_batch=batch, epochs=epochs, warmup_epochs=warmup, regulariser=lambda_end, regulariser_start=lambda_start
-    )
-    data = DataConfig(source=_SOURCES.get(name, name), flip=channels == 3)
-    provenance = {"recipe": name, "published_total_batch": batch * gpus, "published_learning_rate": rate}
-    return Profile(name=name, model=model, data=data, training=training, provenance=provenance)
-
-
-def with_groups(model: ModelConfig, groups_per_scale: tuple[int, ...]) -> ModelConfig:
-    """The same model with other numbers of groups per scale, highest resolution first."""
-    return replace(model, scales=len(groups_per_scale), groups=groups_per_scale[0], groups_per_scale=groups_per_scale)
-
-
-def unknown_name(what: str, name: str, known: Iterable[str]) -> str:
-    """The message for a name nobody knows: the nearest one and the list."""
-    import difflib
-
-    names = list(known)
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    return f"unknown {what} {name!r}: {hint}known: {', '.join(names)}"

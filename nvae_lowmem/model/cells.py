@@ -68,9 +68,7 @@ class Cell(nn.Module):
         self.recompute = False  # set from outside: run the branch so that only convolution outputs stay
         self.upsample_first = resample == "up" and isinstance(kind, Inverted)
         if isinstance(kind, Residual):
-            first, second = (
-                {"norm": kind.norm, "activation": kind.activation, "dilation": d} for d in kind.dilations
-            )
+            first, second = ({"norm": kind.norm, "activation": kind.activation, "dilation": d} for d in kind.dilations)
             self.units = nn.ModuleList(
                 [
                     ConvUnit(in_channels, out_channels, 3, stride=stride, upsample=resample == "up", **first),

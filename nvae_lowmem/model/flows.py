@@ -42,9 +42,17 @@ class FlowCell(nn.Module):
         hidden = self.EXPAND * latents
         self.first = ConvUnit(latents, hidden, 3, bias=False, mask=causal_mask(hidden, latents, 3, 1, True, mirror))
         self.depthwise = ConvUnit(
-            hidden, hidden, 5, activation="elu", groups=hidden, bias=False, mask=causal_mask(hidden, 1, 5, hidden, False, mirror)
+            hidden,
+            hidden,
+            5,
+            activation="elu",
+            groups=hidden,
+            bias=False,
+            mask=causal_mask(hidden, 1, 5, hidden, False, mirror),
         )
-        self.last = ConvUnit(hidden, latents, 1, activation="elu_elu", mask=causal_mask(latents, hidden, 1, 1, False, mirror))
+        self.last = ConvUnit(
+            hidden, latents, 1, activation="elu_elu", mask=causal_mask(latents, hidden, 1, 1, False, mirror)
+        )
         assert self.last.log_norm is not None
         with torch.no_grad():
             self.last.log_norm -= math.log(10.0)  # starts near the identity

@@ -7,15 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nvae_lowmem.model.functional import (
-    Chain,
     Regularisation,
     RunningStatistics,
-    Tail,
-    UnitSpec,
     power_iteration,
     recomputing,
     used_weight,
 )
+from nvae_lowmem.model.units import Chain, Tail, UnitSpec
 
 BN_MOMENTUM = 0.05
 
@@ -69,7 +67,13 @@ class ConvUnit(Normed):
         super().__init__(in_channels if norm else None)
         reference = nn.Conv2d(in_channels, out_channels, kernel, groups=groups, bias=bias)  # for its initialisation
         self.weight, self.bias = reference.weight, reference.bias
-        self.activation, self.upsample, self.stride, self.dilation, self.groups = activation, upsample, stride, dilation, groups
+        self.activation, self.upsample, self.stride, self.dilation, self.groups = (
+            activation,
+            upsample,
+            stride,
+            dilation,
+            groups,
+        )
         self.padding = dilation * (kernel // 2)
         self.register_buffer("mask", mask, persistent=False)
         self.log_norm: nn.Parameter | None = None

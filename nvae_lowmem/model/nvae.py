@@ -28,6 +28,9 @@ from nvae_lowmem.model.layers import ConvUnit, Normed
 from nvae_lowmem.model.likelihoods import Likelihood, make_likelihood, negative_log_likelihood
 
 
+HEAD_CHUNK_BYTES = 8 << 20
+
+
 class ElboTerms(NamedTuple):
     """What a pass over images yields, in nats: the ELBO is -(nll + sum of kl)."""
 
@@ -150,13 +153,16 @@ class Head(nn.Module):
         self.conv = ConvUnit(config.channels_decoder, likelihood.parameter_channels, 3, activation="elu")
         self.likelihood, self.padding = likelihood, config.padding
         self.chunk_bytes = 64 << 20  # bound of the likelihood's temporaries, set from outside
+        # small images go together, so that a chunk is worth a kernel launch; the number does not depend on the batch
+        image_bytes = likelihood.working_values_per_pixel * config.image_size**2 * 4
+        self.chunk_images = max(1, HEAD_CHUNK_BYTES // image_bytes)
 
     def forward(self, state: Tensor, x: Tensor | None = None) -> Tensor:
         parameters = self.conv(state)
         if x is None:
             return parameters
         return negative_log_likelihood(
-            self.likelihood, parameters, x, crop=self.padding, chunk_bytes=self.chunk_bytes
+            self.likelihood, parameters, x, self.padding, chunk_images=self.chunk_images, chunk_bytes=self.chunk_bytes
         )
 
 

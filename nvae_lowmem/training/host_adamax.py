@@ -7,7 +7,7 @@ one chunk per thread. The operations themselves are torch's, in torch's order, s
 
 Threads take whole chunks, where torch would have all threads share each operation and wait for each other at its end.
 On a quiet machine both are equally fast, but beside other work (data loading, the backward pass that an update
-overlaps) the waiting took several times as long as the work itself: `benchmarks/host_adamax.py --busy 1`.
+overlaps) the waiting dominates: with one busy process on 2 cores, a step on 50M parameters took 0.15 s against 1.3 s.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch.optim.adamax import adamax as torch_adamax
 from torch.optim.optimizer import ParamsT
 
 # 2**17 fp32 elements are 2.5 MiB per thread for the four tensors and the scratch. On 2 cores the time is flat from here
-# to 2**19 (within 15 %), and half as long again at 2**16; the smallest leaves most threads room in a shared cache.
+# to 2**19 (within about 15 %) and 1.5 times the best at 2**16; the smallest leaves most threads room in a shared cache.
 CHUNK_ELEMENTS = 1 << 17
 
 

@@ -74,7 +74,9 @@ class Objective(nn.Module):
     def forward(self, x: Tensor, noise: Noise, beta: float) -> LossTerms:
         """Images (b, C, S, S) in [0,1] -> LossTerms. KL balancing acts while beta < 1, on this micro-batch's KL."""
         dtype = self.autocast_dtype
-        with torch.autocast(x.device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None, cache_enabled=False):
+        with torch.autocast(
+            x.device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None, cache_enabled=False
+        ):
             terms = self.model(x, noise)
         per_group = torch.stack([kl.sum(1).mean() for kl in terms.kl])  # (groups,)
         channels = torch.stack([kl.detach().mean(0) for kl in terms.kl])  # (groups, L)

@@ -101,7 +101,13 @@ Images = Callable[[int, int, int], Tensor]  # (step, first slot, count) -> (coun
 
 
 def training_step(
-    engine: Engine, profile: Profile, split: BatchPlan, images: Images, step: int, total_steps: int, learning_rate: float
+    engine: Engine,
+    profile: Profile,
+    split: BatchPlan,
+    images: Images,
+    step: int,
+    total_steps: int,
+    learning_rate: float,
 ) -> StepResult:
     """Optimiser step `step`: every micro-batch forward and backward, then one update."""
     beta = beta_at(step, total_steps, profile.training)

@@ -1,0 +1,36 @@
+"""The one error a user's mistake ends in, and the messages that need more than a sentence."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+
+class ConfigError(ValueError):
+    """Something a user gave is wrong. Its text is the whole message: what, which value, what is allowed, what to do."""
+
+
+def raise_problems(problems: Iterable[str], where: str) -> None:
+    """Raise one ConfigError that lists every problem; do nothing if there is none."""
+    found = list(problems)
+    if found:
+        head = f"{where}: {len(found)} problem{'s' if len(found) > 1 else ''} in the configuration"
+        raise ConfigError("\n  - ".join([head, *found]))
+
+
+def unknown_name(what: str, name: str, known: Iterable[str]) -> str:
+    """The message for a name nobody knows: the nearest one and the list."""
+    names = list(known)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return f"unknown {what} {name!r}: {hint}known: {', '.join(names)}"
+
+
+def at_least_one(section: Any, prefix: str, names: str) -> list[str]:
+    """A problem for each of the space-separated fields of a section that is below 1."""
+    return [
+        f"{prefix}.{name} = {getattr(section, name)} must be at least 1"
+        for name in names.split()
+        if getattr(section, name) < 1
+    ]

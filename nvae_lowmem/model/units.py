@@ -1,0 +1,247 @@
+"""The two autograd functions that the network is made of: chains of convolution units, and the residual tail.
+
+Both save as little as they can and write their own backward pass, so that a policy decides what stays in memory:
+a unit is [BatchNorm] -> [activation] -> [x2 upsampling] -> convolution with a (weight-normalised, masked) weight.
+Shapes: B batch, C channels, H x W pixels, O output channels.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from nvae_lowmem.model.functional import (
+    ACTIVATIONS,
+    BatchStatistics,
+    Regularisation,
+    RunningStatistics,
+    aten,
+    batch_norm,
+    batch_norm_backward,
+    batch_norm_with,
+    used_weight,
+    used_weight_backward,
+)
+
+
+class UnitParameters(NamedTuple):
+    """The tensors of one unit: weight (O, C/groups, k, k), log_norm (O,1,1,1), bias (O,), gamma (C,), beta (C,)."""
+
+    weight: Tensor
+    log_norm: Tensor | None
+    bias: Tensor | None
+    gamma: Tensor | None
+    beta: Tensor | None
+
+
+class UnitSpec(NamedTuple):
+    """What a unit does, apart from its parameters."""
+
+    activation: str  # a key of ACTIVATIONS
+    upsample: bool
+    stride: int
+    padding: int
+    dilation: int
+    groups: int
+    mask: Tensor | None  # (O, C/groups, k, k), multiplies the weight before its normalisation
+    u: Tensor  # (O,), left singular vector of the weight as it is used
+    v: Tensor  # (C/groups*k*k,), right singular vector
+    regularisation: Regularisation
+
+
+# --- one unit ---------------------------------------------------------------------------------------------------------
+
+
+def _normalise(
+    x: Tensor, p: UnitParameters, running: RunningStatistics | None, statistics: BatchStatistics | None
+) -> tuple[Tensor, BatchStatistics | None]:
+    """BatchNorm(x) with the given statistics, else with those it computes; x itself where there is no BatchNorm."""
+    if p.gamma is None or p.beta is None:
+        return x, None
+    if statistics is not None:
+        return batch_norm_with(x, p.gamma, p.beta, statistics.mean, statistics.variance), statistics
+    assert running is not None
+    return batch_norm(x, p.gamma, p.beta, running)
+
+
+def _activate(normed: Tensor, spec: UnitSpec, overwrite: bool) -> Tensor:
+    """What the convolution reads: the activation, upsampled where the unit does so."""
+    activation = ACTIVATIONS[spec.activation]
+    a = (activation.into if overwrite else activation.of)(normed)
+    if spec.upsample:
+        a = aten.upsample_nearest2d(a, [2 * a.shape[2], 2 * a.shape[3]], 2.0, 2.0)
+    return a
+
+
+def _unit_output(x: Tensor, p: UnitParameters, spec: UnitSpec, statistics: BatchStatistics | None) -> Tensor:
+    """The unit once more, with the statistics of its first run."""
+    normed, _ = _normalise(x, p, None, statistics)
+    return _convolve(_activate(normed, spec, overwrite=p.gamma is not None), p, spec)
+
+
+def _convolve(a: Tensor, p: UnitParameters, spec: UnitSpec) -> Tensor:
+    w = used_weight(p.weight, p.log_norm, spec.mask).to(a.dtype)
+    bias = None if p.bias is None else p.bias.to(a.dtype)
+    s, q, d = spec.stride, spec.padding, spec.dilation
+    return aten.convolution(a, w, bias, [s, s], [q, q], [d, d], False, [0, 0], spec.groups)
+
+
+def _unit_backward(
+    g: Tensor,
+    x: Tensor,
+    a: Tensor | None,
+    statistics: BatchStatistics | None,
+    p: UnitParameters,
+    spec: UnitSpec,
+    needs_input_gradient: bool,
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """Gradients with respect to x and (weight, log_norm, bias, gamma, beta)."""
+    s, q, d = spec.stride, spec.padding, spec.dilation
+    normed: Tensor | None = None
+    if a is None:
+        normed, _ = _normalise(x, p, None, statistics)
+        a = _activate(normed, spec, overwrite=False)
+    w = used_weight(p.weight, p.log_norm, spec.mask).to(a.dtype)
+    sizes = [p.weight.shape[0]] if p.bias is not None else None
+    wanted = [needs_input_gradient or p.gamma is not None, True, p.bias is not None]
+    ga, gw, gb = aten.convolution_backward(g, a, w, sizes, [s, s], [q, q], [d, d], False, [0, 0], spec.groups, wanted)
+    del a, w
+    gw = gw.to(p.weight.dtype)
+    if spec.regularisation.coefficient:
+        # d(u^T w v)/dw = u v^T, added to the gradient of the weight as it is used, before the weight normalisation
+        matrix = gw if gw.is_contiguous() else gw.contiguous()
+        matrix.view(gw.shape[0], -1).addr_(spec.u, spec.v, alpha=spec.regularisation.coefficient)
+        gw = matrix
+    gweight, glog = used_weight_backward(gw, p.weight, p.log_norm, spec.mask)
+    del gw
+    grads: list[Tensor | None] = [gweight, glog, gb.to(p.weight.dtype) if p.bias is not None else None, None, None]
+    if ga is None:
+        return None, grads
+    if spec.upsample:
+        h2, w2 = 2 * x.shape[2], 2 * x.shape[3]
+        ga = aten.upsample_nearest2d_backward(ga, [h2, w2], list(x.shape), 2.0, 2.0)
+    if spec.activation != "none":
+        if normed is None:
+            normed, _ = _normalise(x, p, None, statistics)
+        ga = ACTIVATIONS[spec.activation].backward(ga, normed)
+    del normed
+    if p.gamma is not None:
+        assert statistics is not None
+        ga, grads[3], grads[4] = batch_norm_backward(ga, x, p.gamma, statistics, spec.regularisation)
+    return ga, grads
+
+
+class Chain(torch.autograd.Function):
+    """Units one after the other, saving the first one's input alone (and what each convolution read, if `keep`).
+
+    Chain.apply(x (B,C,H,W), specs, runnings, keep, *parameters) -> y; parameters: five per unit, None where absent.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        specs: tuple[UnitSpec, ...],
+        runnings: tuple[RunningStatistics | None, ...],
+        keep: bool,
+        *parameters: Tensor | None,
+    ) -> Tensor:
+        saved: list[Tensor | None] = [x]
+        y = x
+        for i, (spec, running) in enumerate(zip(specs, runnings, strict=True)):
+            p = UnitParameters(*parameters[5 * i : 5 * i + 5])  # type: ignore[arg-type]
+            unit_input = y
+            normed, statistics = _normalise(unit_input, p, running, None)
+            a = _activate(normed, spec, overwrite=p.gamma is not None)
+            del normed
+            y = _convolve(a, p, spec)
+            saved += statistics if statistics is not None else (None, None, None)
+            saved += [unit_input if keep and i else None, a if keep and a is not unit_input else None]
+        ctx.specs, ctx.keep = specs, keep
+        ctx.save_for_backward(*saved, *parameters)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        n = len(ctx.specs)
+        saved = ctx.saved_tensors
+        parameters = [UnitParameters(*saved[1 + 5 * n + 5 * i :][:5]) for i in range(n)]
+        statistics = [None if saved[1 + 5 * i] is None else BatchStatistics(*saved[1 + 5 * i :][:3]) for i in range(n)]
+        inputs = [saved[0] if i == 0 else saved[4 + 5 * i] for i in range(n)]
+        read = [saved[5 + 5 * i] for i in range(n)]
+        del saved
+        for i in range(1, n):
+            if inputs[i] is None:
+                inputs[i] = _unit_output(inputs[i - 1], parameters[i - 1], ctx.specs[i - 1], statistics[i - 1])
+        grads: list[Tensor | None] = []
+        for i in reversed(range(n)):
+            needs_input = i > 0 or ctx.needs_input_grad[0]
+            g, own = _unit_backward(
+                g, inputs.pop(), read.pop(), statistics[i], parameters[i], ctx.specs[i], needs_input
+            )  # type: ignore[assignment]
+            grads = own + grads
+        return (g, None, None, None, *grads)
+
+
+class Tail(torch.autograd.Function):
+    """A cell's end: skip + 0.1 * SE(BatchNorm(c)), each optional; saves c alone (and BatchNorm's output, if `keep`).
+
+    SE(y) = y * sigmoid(W2 relu(W1 mean_hw(y) + b1) + b2), computed in fp32 on (B, C).
+    Tail.apply(skip (B,C,H,W), c, running, keep, regularisation, gamma, beta, w1, b1, w2, b2) -> (B,C,H,W)
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        skip: Tensor,
+        c: Tensor,
+        running: RunningStatistics | None,
+        keep: bool,
+        regularisation: Regularisation,
+        gamma: Tensor | None,
+        beta: Tensor | None,
+        w1: Tensor | None,
+        b1: Tensor | None,
+        w2: Tensor | None,
+        b2: Tensor | None,
+    ) -> Tensor:
+        y, statistics = c, None
+        if gamma is not None and beta is not None:
+            assert running is not None
+            y, statistics = batch_norm(c, gamma, beta, running)
+        mean = hidden = gate = None
+        if w1 is not None and w2 is not None and b1 is not None and b2 is not None:
+            mean = y.mean((2, 3), dtype=w1.dtype)
+            hidden = torch.addmm(b1, mean, w1.t()).relu_()
+            gate = torch.addmm(b2, hidden, w2.t()).sigmoid_()
+            out = torch.addcmul(skip, y, (0.1 * gate).to(y.dtype)[:, :, None, None])
+        else:
+            out = torch.add(skip, y, alpha=0.1)
+        ctx.regularisation = regularisation
+        kept = y if keep and y is not c else None
+        stats = statistics if statistics is not None else (None, None, None)
+        ctx.save_for_backward(c, kept, *stats, mean, hidden, gate, gamma, beta, w1, b1, w2, b2)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        c, y, mu, variance, inverse_std, mean, hidden, gate, gamma, beta, w1, _, w2, _ = ctx.saved_tensors
+        gw1 = gb1 = gw2 = gb2 = ggamma = gbeta = None
+        if gate is not None:
+            if y is None:
+                y = c if gamma is None else batch_norm_with(c, gamma, beta, mu, variance)
+            glogit = (g * y).sum((2, 3), dtype=gate.dtype).mul_(0.1).mul_(gate * (1 - gate))
+            del y
+            gw2, gb2 = glogit.t() @ hidden, glogit.sum(0)
+            ghidden = (glogit @ w2).mul_(hidden > 0)
+            gw1, gb1 = ghidden.t() @ mean, ghidden.sum(0)
+            gmean = (ghidden @ w1).div_(c.shape[2] * c.shape[3]).to(g.dtype)
+            gy = torch.addcmul(gmean[:, :, None, None], g, (0.1 * gate).to(g.dtype)[:, :, None, None])
+        else:
+            gy = 0.1 * g
+        if gamma is not None:
+            statistics = BatchStatistics(mu, variance, inverse_std)
+            gy, ggamma, gbeta = batch_norm_backward(gy, c, gamma, statistics, ctx.regularisation)
+        return g, gy, None, None, None, ggamma, gbeta, gw1, gb1, gw2, gb2

@@ -1,0 +1,169 @@
+"""The network's configuration: sizes, groups per scale, cells, likelihood, and why one cannot be built."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from nvae_lowmem.errors import at_least_one
+
+Architecture = Literal[
+    "res_elu",
+    "res_bnelu",
+    "res_bnswish",
+    "res_mbconv",
+    "res53_mbconv",
+    "res35_mbconv",
+    "res55_mbconv",
+    "mbconv_sep",
+    "mbconv_sep11",
+    "mbconv_res",
+    "mbconv_den",
+]
+LikelihoodName = Literal["auto", "bernoulli", "logistic_mixture", "normal"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The network. Defaults are the published choices; sizes are per image."""
+
+    image_channels: int = 1
+    """Colour channels of an image: 1 grey, 3 RGB, or any other number."""
+    image_size: int = 28
+    """Height and width of an image in pixels, before padding."""
+    padding: int = 0
+    """Zero pixels added on each side for the network (MNIST: 2, so 28 -> 32); the likelihood crops them off again."""
+    bits: int = 8
+    """Bits per channel value, 1 to 8; 1 means binary images."""
+    likelihood: LikelihoodName = "auto"
+    """p(x|z): auto takes bernoulli for 1 bit, normal for one mixture component, else the discretised logistic mixture."""
+    mixtures: int = 10
+    """Components of the discretised logistic mixture; 1 means a normal."""
+    channels_encoder: int = 32
+    """Channels of the stem; they double with every halving of the resolution."""
+    channels_decoder: int = 32
+    """Channels of the decoder at the image's resolution; doubled in the same way."""
+    scales: int = 2
+    """Resolutions that carry latent groups."""
+    groups: int = 10
+    """Latent groups of the highest resolution (of every one, unless adaptive)."""
+    adaptive: bool = True
+    """Halve the number of groups with every scale going down in resolution."""
+    min_groups: int = 1
+    """Adaptive groups never go below this."""
+    groups_per_scale: tuple[int, ...] | None = None
+    """Groups per scale, highest resolution first, given outright (what the planner sets when fewer groups must do)."""
+    latents: int = 20
+    """Latent channels of one group."""
+    cells_encoder: int = 2
+    """Cells per group of the encoder tower."""
+    cells_decoder: int = 2
+    """Cells per group of the decoder tower."""
+    preprocess_blocks: int = 2
+    """Blocks before the encoder tower; each halves the resolution."""
+    preprocess_cells: int = 3
+    """Cells per pre-process block."""
+    postprocess_blocks: int = 2
+    """Blocks after the decoder tower; each doubles the resolution. As many as pre-process blocks."""
+    postprocess_cells: int = 3
+    """Cells per post-process block."""
+    flows: int = 0
+    """Pairs of autoregressive cells per group's posterior."""
+    architecture: Architecture = "res_mbconv"
+    """Which cells: see docs/architecture.md for the table."""
+    squeeze_excitation: bool = True
+    """Squeeze-and-excitation in every cell."""
+    residual_posterior: bool = True
+    """q(z|x) is parameterised relative to the prior p(z)."""
+    data_init: bool = False
+    """res_elu only: initialise weight normalisation from the first batch."""
+
+    @property
+    def network_size(self) -> int:
+        """Pixels per side inside the network."""
+        return self.image_size + 2 * self.padding
+
+    @property
+    def scale_groups(self) -> tuple[int, ...]:
+        """Groups per scale, highest resolution first."""
+        if self.groups_per_scale is not None:
+            return self.groups_per_scale
+        if not self.adaptive:
+            return (self.groups,) * self.scales
+        return tuple(max(self.min_groups, self.groups >> s) for s in range(self.scales))
+
+    @property
+    def total_groups(self) -> int:
+        """Latent groups of the whole hierarchy."""
+        return sum(self.scale_groups)
+
+    @property
+    def vanilla(self) -> bool:
+        """One scale with one group is a plain VAE: no towers."""
+        return self.scale_groups == (1,)
+
+    @property
+    def scale_sizes(self) -> tuple[int, ...]:
+        """Pixels per side of each scale, highest resolution first."""
+        top = self.network_size >> self.preprocess_blocks
+        return tuple(top >> s for s in range(self.scales))
+
+    @property
+    def latent_dims(self) -> int:
+        """Latent dimensions of one image."""
+        return sum(self.latents * g * s * s for g, s in zip(self.scale_groups, self.scale_sizes, strict=True))
+
+    @property
+    def image_dims(self) -> int:
+        """Channel values of one image, what bits per dimension are counted over."""
+        return self.image_channels * self.image_size**2
+
+    def problems(self) -> list[str]:
+        """Every reason why this model cannot be built, each with what to do."""
+        out = at_least_one(
+            self,
+            "model",
+            "image_channels image_size mixtures channels_encoder channels_decoder scales groups min_groups "
+            "latents preprocess_cells postprocess_cells",
+        )
+        for name in ("padding", "flows", "preprocess_blocks", "postprocess_blocks", "cells_encoder", "cells_decoder"):
+            if getattr(self, name) < 0:
+                out.append(f"model.{name} = {getattr(self, name)} must not be negative")
+        if not 1 <= self.bits <= 8:
+            out.append(f"model.bits = {self.bits} must be from 1 (binary) to 8")
+        if self.likelihood == "bernoulli" and self.bits != 1:
+            out.append(f"model.likelihood = 'bernoulli' describes binary images, but model.bits = {self.bits}: set 1")
+        if self.preprocess_blocks != self.postprocess_blocks:
+            out.append(
+                f"model.preprocess_blocks = {self.preprocess_blocks} halvings and model.postprocess_blocks = "
+                f"{self.postprocess_blocks} doublings must be equal, or the output has another size than the image"
+            )
+        if out:
+            return out
+        if self.groups_per_scale is not None and len(self.groups_per_scale) != self.scales:
+            out.append(
+                f"model.groups_per_scale {list(self.groups_per_scale)} needs model.scales = {self.scales} numbers"
+            )
+        elif any(g < 1 for g in self.scale_groups):
+            out.append(
+                f"model: groups per scale {list(self.scale_groups)}: every scale needs a group; set min_groups = 1"
+            )
+        halvings = self.preprocess_blocks + self.scales - 1
+        if self.network_size % (1 << halvings):
+            good = -(-self.network_size >> halvings) << halvings
+            out.append(
+                f"model.image_size {self.image_size} + 2 x padding {self.padding} = {self.network_size} pixels cannot be "
+                f"halved {halvings} times (preprocess_blocks {self.preprocess_blocks} + scales {self.scales} - 1): use "
+                f"{good} pixels, a padding that gets there, or fewer scales"
+            )
+        elif self.network_size >> halvings < 1:
+            out.append(f"model: {halvings} halvings of {self.network_size} pixels leave nothing: use fewer scales")
+        if self.data_init and self.architecture != "res_elu":
+            out.append(f"model.data_init belongs to architecture 'res_elu', not {self.architecture!r}: set it to false")
+        if self.architecture == "mbconv_den":
+            out += [
+                f"model.{name} = {getattr(self, name)} must be divisible by 8 for architecture 'mbconv_den' (8 groups)"
+                for name in ("channels_encoder", "channels_decoder")
+                if getattr(self, name) % 8
+            ]
+        return out

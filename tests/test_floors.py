@@ -1,0 +1,166 @@
+"""The house stands: imports run downwards only, every file is short enough to read, every module can be imported.
+
+Floors, from the cellar up. A file may import from its own room and from lower floors, never sideways or upwards, not
+even lazily inside a function or for types only.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.util
+import os
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+PACKAGE = "nvae_lowmem"
+FLOORS = {
+    "nvae_lowmem": 0,  # config.py, profile.py, units.py and the package's own __init__.py
+    "nvae_lowmem.model": 1,
+    "nvae_lowmem.data": 1,
+    "nvae_lowmem.training": 2,
+    "nvae_lowmem.interop": 2,
+    "nvae_lowmem.generation": 3,
+    "nvae_lowmem.evaluation": 3,
+    "nvae_lowmem.memory": 4,
+    "nvae_lowmem.cli": 5,
+    "launch": 5,
+    "tools": 5,
+}
+LONGEST_FILE = 350
+
+FILES = sorted(path for top in (PACKAGE, "launch", "tools") for path in (REPOSITORY / top).rglob("*.py"))
+IDS = [str(path.relative_to(REPOSITORY)) for path in FILES]
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(REPOSITORY).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def room_of(module: str) -> str:
+    """The room that a module is in. Raises KeyError for a package that has no place in the house."""
+    parts = module.split(".")
+    if parts[0] != PACKAGE:
+        return parts[0]
+    room = ".".join(parts[:2])
+    if room in FLOORS:
+        return room
+    if len(parts) > 1 and (REPOSITORY / PACKAGE / parts[1]).is_dir():
+        raise KeyError(f"{room} has no floor: give it one in FLOORS")
+    return PACKAGE
+
+
+def imports_of(path: Path, tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """(line, module) of every import of this project's own modules in a file, wherever in the file it stands."""
+    package = module_of(path).split(".")
+    if path.name != "__init__.py":
+        package = package[:-1]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            origin = ".".join([*base, *([node.module] if node.module else [])])
+            # `from nvae_lowmem import model` imports a module, `from nvae_lowmem.model import NVAE` a name in one:
+            # with both spelt out in full, the room is the same.
+            names = [f"{origin}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("importlib.import_module", "import_module"):
+            names = [arg.value for arg in node.args[:1] if isinstance(arg, ast.Constant) and isinstance(arg.value, str)]
+        else:
+            continue
+        yield from ((node.lineno, name) for name in names if name.split(".")[0] in (PACKAGE, "launch", "tools"))
+
+
+def breaches(path: Path, source: str) -> list[str]:
+    """Every import in the file that does not run downwards."""
+    own = room_of(module_of(path))
+    found = []
+    for line, module in imports_of(path, ast.parse(source)):
+        room = room_of(module)
+        if room != own and FLOORS[room] >= FLOORS[own]:
+            found.append(f"line {line}: {own} (floor {FLOORS[own]}) imports {module} (floor {FLOORS[room]})")
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=IDS)
+def test_imports_run_downwards_only(path: Path) -> None:
+    assert breaches(path, path.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "source", "is_breach"),
+    [
+        ("nvae_lowmem/training/step.py", "from nvae_lowmem.model.nvae import NVAE", False),
+        ("nvae_lowmem/training/step.py", "from nvae_lowmem.training import optim", False),
+        ("nvae_lowmem/training/step.py", "from . import optim", False),
+        ("nvae_lowmem/training/step.py", "from ..config import Profile", False),
+        ("nvae_lowmem/training/step.py", "import torch, numpy", False),
+        ("nvae_lowmem/training/step.py", "from nvae_lowmem.memory import trace", True),
+        ("nvae_lowmem/training/step.py", "from nvae_lowmem import memory", True),
+        ("nvae_lowmem/training/step.py", "def f():\n    import nvae_lowmem.generation.sample", True),
+        ("nvae_lowmem/training/step.py", "from ..interop import nvlabs", True),
+        ("nvae_lowmem/training/step.py", "importlib.import_module('nvae_lowmem.memory.fit')", True),
+        ("nvae_lowmem/training/step.py", "import launch.train", True),
+        ("nvae_lowmem/model/__init__.py", "from .nvae import NVAE", False),
+        ("nvae_lowmem/model/__init__.py", "from ..data import sources", True),
+        ("nvae_lowmem/__init__.py", "from nvae_lowmem.model import NVAE", True),
+        ("nvae_lowmem/units.py", "from nvae_lowmem.config import ConfigError", False),
+        ("launch/train.py", "from nvae_lowmem.memory import fit", False),
+        ("launch/train.py", "import tools.doctor", True),
+    ],
+)
+def test_a_breach_of_the_floors_would_be_seen(file: str, source: str, is_breach: bool) -> None:
+    assert bool(breaches(REPOSITORY / file, source)) == is_breach
+
+
+@pytest.mark.parametrize("path", FILES, ids=IDS)
+def test_file_is_short_enough_to_read(path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= LONGEST_FILE
+
+
+@pytest.mark.parametrize("path", FILES, ids=IDS)
+def test_module_can_be_imported(path: Path) -> None:
+    """Also without the optional libraries: what needs one imports it where it is used."""
+    if path.is_relative_to(REPOSITORY / PACKAGE):
+        importlib.import_module(module_of(path))
+        return
+    spec = importlib.util.spec_from_file_location(f"script_{path.parent.name}_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look their module up
+    spec.loader.exec_module(module)
+    assert callable(module.main)
+
+
+def test_every_folder_of_the_package_is_one_that_setuptools_finds() -> None:
+    folders = {path.parent for path in FILES if path.is_relative_to(REPOSITORY / PACKAGE)}
+    assert [str(folder.relative_to(REPOSITORY)) for folder in folders if not (folder / "__init__.py").exists()] == []
+
+
+def text_files() -> list[Path]:
+    suffixes = {".py", ".md", ".toml", ".cfg", ".txt", ".yml", ".json"}
+    named = {"Makefile", "LICENSE", ".gitignore", "run"}
+    skipped = {".git", ".venv", "venv", "build", "dist", "runs", "__pycache__"}
+    skipped |= {".mypy_cache", ".ruff_cache", ".pytest_cache", ".hypothesis"}
+    found = []
+    for folder, folders, files in os.walk(REPOSITORY):
+        folders[:] = [name for name in folders if name not in skipped]  # an environment holds thousands of files
+        found += [Path(folder, name) for name in files if Path(name).suffix in suffixes or name in named]
+    return found
+
+
+def test_no_file_names_a_path_of_the_machine_it_was_written_on() -> None:
+    # Spelt with a bracket, so that this file does not find itself.
+    private = re.compile(r"(?<![\w.])/(wor[k]|roo[t]|User[s]|tmp/ven[v]|tmp/brie[f])(/|\b)")
+    guilty = []
+    for path in text_files():
+        for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+            if private.search(line):
+                guilty.append(f"{path.relative_to(REPOSITORY)}:{number}: {line.strip()}")
+    assert guilty == []
