@@ -36,7 +36,7 @@ class ModelConfig:
     bits: int = 8
     """Bits per channel value, 1 to 8; 1 means binary images."""
     likelihood: LikelihoodName = "auto"
-    """p(x|z): auto takes bernoulli for 1 bit, normal for one mixture component, else the discretised logistic mixture."""
+    """p(x|z): auto takes bernoulli for 1 bit, normal for one mixture component, else logistic_mixture."""
     mixtures: int = 10
     """Components of the discretised logistic mixture; 1 means a normal."""
     channels_encoder: int = 32
@@ -152,8 +152,8 @@ class ModelConfig:
         if self.network_size % (1 << halvings):
             good = -(-self.network_size >> halvings) << halvings
             out.append(
-                f"model.image_size {self.image_size} + 2 x padding {self.padding} = {self.network_size} pixels cannot be "
-                f"halved {halvings} times (preprocess_blocks {self.preprocess_blocks} + scales {self.scales} - 1): use "
+                f"model.image_size {self.image_size} + 2 x padding {self.padding} = {self.network_size} pixels cannot "
+                f"be halved {halvings} times (preprocess_blocks {self.preprocess_blocks} + scales {self.scales} - 1): use "
                 f"{good} pixels, a padding that gets there, or fewer scales"
             )
         elif self.network_size >> halvings < 1:

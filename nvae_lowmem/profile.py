@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -20,12 +21,14 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-PROFILES_DIR = Path(__file__).resolve().parent.parent / "profiles"
+_HERE = Path(__file__).resolve().parent
+# an installed wheel carries the profiles inside the package, a checkout beside it
+PROFILES_DIR = _HERE / "profiles" if (_HERE / "profiles").is_dir() else _HERE.parent / "profiles"
 _SECTIONS = ("model", "data", "training", "plan")
 
 
 def loads(text: str, where: str = "profile") -> Profile:
-    """A Profile from TOML text. Raises ConfigError with every problem: syntax, unknown keys, wrong types, bad values."""
+    """A Profile from TOML text. Raises ConfigError with every problem: syntax, unknown keys, types, values."""
     try:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -169,3 +172,8 @@ def _without_none(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {k: _without_none(v) for k, v in value.items() if v is not None}
     return list(value) if isinstance(value, tuple) else value
+
+
+def quoted(text: str) -> str:
+    """A TOML string literal, for `override`."""
+    return json.dumps(text)

@@ -9,7 +9,7 @@ from nvae_lowmem.config import ConfigError, DataConfig, ModelConfig, Profile, Tr
 # The published recipes (arXiv 2007.03898, table 6), one row each; `batch` is the published batch per GPU.
 # fmt: off
 _RECIPES: dict[str, tuple] = {
-    # name          size pad chan bits |  ch scales groups adapt min | pre/post cells flows | batch gpus epochs warm lambda0 lambda lr
+    # name     size pad channels bits | ch scales groups adaptive min | blocks cells flows | batch gpus epochs warm-up lambdas lr
     "mnist":       (28,  2,  1,   1,     32, 2,  10, True,  1,   2, 3,  0,   200,  2, 400, 5, 0.0, 1e-2, 1e-2),
     "cifar10":     (32,  0,  3,   8,    128, 1,  30, False, 1,   1, 2,  1,    32,  8, 400, 5, 0.0, 1e-2, 1e-2),
     "celeba64":    (64,  0,  3,   8,     64, 3,  20, True,  1,   1, 2,  1,    16,  8,  90, 5, 0.0, 1e-1, 1e-2),
@@ -34,9 +34,11 @@ def recipe(name: str) -> Profile:
     (size, pad, channels, bits, width, scales, groups, adaptive, min_groups, blocks, cells, flows,
      batch, gpus, epochs, warmup, lambda_start, lambda_end, rate) = _RECIPES[name]  # fmt: skip
     model = ModelConfig(
-        image_channels=channels, image_size=size, padding=pad, bits=bits, channels_encoder=width, channels_decoder=width,
+        image_channels=channels, image_size=size, padding=pad, bits=bits,
+        channels_encoder=width, channels_decoder=width,
         scales=scales, groups=groups, adaptive=adaptive, min_groups=min_groups, latents=8 if name == "tiny" else 20,
-        preprocess_blocks=blocks, preprocess_cells=cells, postprocess_blocks=blocks, postprocess_cells=cells, flows=flows,
+        preprocess_blocks=blocks, preprocess_cells=cells, postprocess_blocks=blocks, postprocess_cells=cells,
+        flows=flows,
     )  # fmt: skip
     training = TrainConfig(
         total_batch=batch, epochs=epochs, warmup_epochs=warmup, regulariser=lambda_end, regulariser_start=lambda_start

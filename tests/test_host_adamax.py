@@ -24,12 +24,14 @@ from nvae_lowmem.training import host_adamax
 from nvae_lowmem.training.host_adamax import HostAdamax
 
 CHUNK_ELEMENTS = 4096
+SMALL_ELEMENTS = 50
 PUBLISHED: dict[str, Any] = {"lr": 1e-2, "eps": 1e-3, "weight_decay": 3e-4}
 
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host_adamax, "CHUNK_ELEMENTS", CHUNK_ELEMENTS)
+    monkeypatch.setattr(host_adamax, "SMALL_ELEMENTS", SMALL_ELEMENTS)
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -117,7 +119,9 @@ def test_the_gradient_is_left_as_it_was(layout: str) -> None:
     assert torch.equal(parameter.grad, before)
 
 
-@pytest.mark.parametrize("layout", ["scalar", "conv_weight", "channels_last", "transposed", "float64", "bfloat16"])
+@pytest.mark.parametrize(
+    "layout", ["several_chunks_and_a_rest", "conv_weight", "channels_last", "transposed", "float64", "bfloat16"]
+)
 def test_every_dense_layout_is_worked_through_in_chunks(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host_adamax, "torch_adamax", lambda *_, **__: pytest.fail("took torch's own path"))
     parameter = LAYOUTS[layout]()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import typing
 from dataclasses import replace
 from typing import Any
 
@@ -26,8 +25,7 @@ from test_model_functional import (
 from torch import Tensor, nn
 
 from nvae_lowmem.config import Architecture, ModelConfig
-from nvae_lowmem.model.cells import CELLS, Cell, Inverted, Kind, Resample, Residual, Side, make_cell
-from nvae_lowmem.model.functional import recomputation
+from nvae_lowmem.model.cells import CELLS, Cell, Inverted, Kind, Resample, Side, make_cell
 from nvae_lowmem.model.latents import SeededNoise
 from nvae_lowmem.model.layers import ConvUnit, DownSkip, ResidualTail, UpSkip
 from nvae_lowmem.model.nvae import NVAE, ElboTerms
@@ -64,7 +62,7 @@ def loss_of(terms: ElboTerms) -> Tensor:
 # --- tails, skips, cells ----------------------------------------------------------------------------------------------
 
 
-def plain_tail(tail: ResidualTail, skip: Tensor, c: Tensor) -> Tensor:
+def plain_tail(tail: Any, skip: Tensor, c: Tensor) -> Tensor:
     y = plain_norm(tail, c)
     if tail.squeeze_weight is not None:
         hidden = F.relu(F.linear(y.mean((2, 3)), tail.squeeze_weight, tail.squeeze_bias))
@@ -72,9 +70,9 @@ def plain_tail(tail: ResidualTail, skip: Tensor, c: Tensor) -> Tensor:
     return skip + 0.1 * y
 
 
-def plain_skip(skip: nn.Module, x: Tensor) -> Tensor:
+def plain_skip(skip: Any, x: Tensor) -> Tensor:
     if isinstance(skip, DownSkip):
-        s, parts = F.silu(x), typing.cast("list[ConvUnit]", list(skip.parts))
+        s, parts = F.silu(x), list[Any](skip.parts)
         corners = s, s[:, :, 1:, 1:], s[:, :, :, 1:], s[:, :, 1:, :]
         maps = [F.conv2d(c, plain_weight(p), p.bias, stride=2) for c, p in zip(corners, parts, strict=True)]
         return torch.cat(maps, dim=1)
@@ -84,12 +82,12 @@ def plain_skip(skip: nn.Module, x: Tensor) -> Tensor:
     return x
 
 
-def plain_cell(cell: Cell, kind: Kind, x: Tensor) -> Tensor:
+def plain_cell(cell: Any, kind: Kind, x: Tensor) -> Tensor:
     c = x
     if isinstance(kind, Inverted) and isinstance(cell.skip, UpSkip):
         c = F.interpolate(x, scale_factor=2, mode="nearest")
     for unit in cell.units:
-        c = plain_unit(typing.cast(ConvUnit, unit), c)
+        c = plain_unit(unit, c)
     return plain_tail(cell.tail, plain_skip(cell.skip, x), c)
 
 
@@ -105,13 +103,6 @@ def test_tail_equals_plain_autograd_and_finite_differences(
     skip, c = normals(2, 4, 3, 3), normals(2, 4, 3, 3, seed=2)
     assert_same_values_and_gradients(tail, lambda s, c: plain_tail(tail, s, c), skip, c)
     assert_gradcheck(tail, skip, c)
-
-
-@pytest.mark.parametrize(("channels", "hidden"), [(16, 4), (128, 8)])
-def test_squeeze_excitation_has_a_sixteenth_of_the_channels_but_four(channels: int, hidden: int) -> None:
-    tail = ResidualTail(channels, norm=False, squeeze_excitation=True)
-    shapes = {name: tuple(p.shape) for name, p in tail.named_parameters() if name.endswith("weight")}
-    assert shapes == {"squeeze_weight": (hidden, channels), "excite_weight": (channels, hidden)}
 
 
 @with_both_keeps
@@ -131,51 +122,30 @@ def test_cell_equals_plain_autograd(
     assert_same_values_and_gradients(cell, lambda x: plain_cell(cell, kind, x), x, rtol=1e-8, atol=1e-10)
 
 
-# name: encoder tower, pre-process, decoder tower, post-process, as published; a residual cell by (norm, activation,
-# dilations), an inverted residual by (expand, kernel, groups of its middle convolution or "depthwise")
-RES, E6, E3 = (True, "swish", (1, 1)), (6, 5, "depthwise"), (3, 5, "depthwise")
-E6K11, E3G8 = (6, 11, "depthwise"), (3, 5, 8)
-PUBLISHED: dict[str, tuple[Any, Any, Any, Any]] = {
-    "res_elu": ((False, "elu", (1, 1)),) * 4,
-    "res_bnelu": ((True, "elu", (1, 1)),) * 4,
-    "res_bnswish": (RES,) * 4,
-    "res_mbconv": (RES, RES, E6, E3),
-    "res53_mbconv": ((True, "swish", (2, 1)), (True, "swish", (2, 1)), E6, E3),
-    "res35_mbconv": ((True, "swish", (1, 2)), (True, "swish", (1, 2)), E6, E3),
-    "res55_mbconv": ((True, "swish", (2, 2)), (True, "swish", (2, 2)), E6, E3),
-    "mbconv_sep": (E6, E3, E6, E3),
-    "mbconv_sep11": (E6K11, E3, E6K11, E3),
-    "mbconv_res": (E6, E3, RES, RES),
-    "mbconv_den": (E6, E3G8, E6, E3G8),
+# activation (BN- where normalised), kernel, stride, dilation, groups, whether it has a bias and weight normalisation
+MIDDLES: dict[tuple[Architecture, Side], list[str]] = {
+    ("res_elu", "encoder"): ["elu 3 2 1 1 True", "elu 3 1 1 1 True"],
+    ("res_bnelu", "decoder"): ["BN-elu 3 2 1 1 True", "BN-elu 3 1 1 1 True"],
+    ("res_mbconv", "preprocess"): ["BN-swish 3 2 1 1 True", "BN-swish 3 1 1 1 True"],
+    ("res_mbconv", "decoder"): ["BN-none 1 1 1 1 False", "BN-swish 5 2 1 48 False", "BN-swish 1 1 1 1 False"],
+    ("res_mbconv", "postprocess"): ["BN-none 1 1 1 1 False", "BN-swish 5 2 1 24 False", "BN-swish 1 1 1 1 False"],
+    ("res53_mbconv", "encoder"): ["BN-swish 3 2 2 1 True", "BN-swish 3 1 1 1 True"],
+    ("res35_mbconv", "encoder"): ["BN-swish 3 2 1 1 True", "BN-swish 3 1 2 1 True"],
+    ("mbconv_sep11", "encoder"): ["BN-none 1 1 1 1 False", "BN-swish 11 2 1 48 False", "BN-swish 1 1 1 1 False"],
+    ("mbconv_den", "preprocess"): ["BN-none 1 1 1 1 False", "BN-swish 5 2 1 8 False", "BN-swish 1 1 1 1 False"],
 }
-SIDES: tuple[Side, ...] = ("encoder", "preprocess", "decoder", "postprocess")
 
 
-def describe(cell: Cell) -> tuple[Any, ...]:
-    """What a cell's convolutions turn out to be, in the terms of PUBLISHED."""
-    units = typing.cast("list[ConvUnit]", list(cell.units))
-    if len(units) == 2:
-        assert {(u.weight.shape[-1], u.groups, u.bias is None, u.log_norm is None) for u in units} == {
-            (3, 1, False, False)
-        }
-        assert cell.tail.gamma is None
-        (kind,) = {(u.gamma is not None, u.activation) for u in units}
-        return (*kind, (units[0].dilation, units[1].dilation))
-    assert [u.activation for u in units] == ["none", "swish", "swish"] and cell.tail.gamma is not None
-    assert all(u.gamma is not None and u.bias is None and u.log_norm is None for u in units)
-    assert [u.weight.shape[-1] for u in (units[0], units[2])] == [1, 1]
-    middle, wide = units[1], units[0].weight.shape[0]
-    groups = "depthwise" if middle.groups == wide else middle.groups
-    return wide // units[0].weight.shape[1], middle.weight.shape[-1], groups
-
-
-@pytest.mark.parametrize("architecture", CELLS)
-def test_cells_are_those_of_the_published_table(architecture: Architecture) -> None:
-    for side, expected in zip(SIDES, PUBLISHED[architecture], strict=True):
-        cell = make_cell(architecture, side, 8, 16, "down")
-        assert describe(cell) == expected
-        strides = [typing.cast(ConvUnit, unit).stride for unit in cell.units]
-        assert strides == ([2, 1] if isinstance(CELLS[architecture][side], Residual) else [1, 2, 1])
+@pytest.mark.parametrize(("architecture", "side"), MIDDLES)
+def test_a_stride_2_cells_convolutions_are_the_published_ones(architecture: Architecture, side: Side) -> None:
+    cell: Any = make_cell(architecture, side, 8, 16, "down")
+    found = []
+    for u in cell.units:
+        assert (u.bias is None) == (u.log_norm is None)
+        name = u.activation if u.gamma is None else f"BN-{u.activation}"
+        found.append(f"{name} {u.weight.shape[-1]} {u.stride} {u.dilation} {u.groups} {u.bias is not None}")
+    assert found == MIDDLES[architecture, side]
+    assert (cell.tail.gamma is None) == (len(found) == 2)
 
 
 def statistics(module: nn.Module) -> list[Tensor]:
@@ -184,18 +154,20 @@ def statistics(module: nn.Module) -> list[Tensor]:
 
 @pytest.mark.parametrize("architecture", CELLS)
 def test_cheap_cells_give_the_same_numbers_and_move_statistics_once(architecture: Architecture) -> None:
-    runs: list[tuple[list[Tensor], list[Tensor]]] = []
+    runs: list[Any] = []
     for recompute in (False, True):
         cell = scrambled(make_cell(architecture, "decoder", 8, 4, "up"), dtype=torch.float32)
         set_recompute(cell, recompute)
         x = normals(2, 8, 8, 8, dtype=torch.float32).requires_grad_()
         y = cell(x)
-        grads = torch.autograd.grad(y.square().sum(), [x, *cell.parameters()])
-        runs.append(([y.detach(), *grads], statistics(cell)))
-    (numbers, moved), (cheap_numbers, cheap_moved) = runs
-    for a, b in zip(numbers, cheap_numbers, strict=True):
-        assert (a - b).abs().max() <= 1e-6 * a.abs().max()
-    assert all(torch.equal(a, b) for a, b in zip(moved, cheap_moved, strict=True))
+        gx, *own = torch.autograd.grad(y.square().sum(), [x, *cell.parameters()])
+        runs.append(
+            (y.detach(), gx, torch.cat([g.flatten() for g in own]), torch.cat(statistics(cell) or [y.flatten()]))
+        )
+    (y, gx, own, moved), (cheap_y, cheap_gx, cheap_own, cheap_moved) = runs
+    assert torch.equal(y, cheap_y) and torch.equal(moved, cheap_moved)
+    for a, b in ((gx, cheap_gx), (own, cheap_own)):  # not one by one: a bias before a BatchNorm has a gradient of 0
+        assert (a - b).norm() <= 1e-6 * a.norm()
 
 
 @pytest.mark.parametrize(("side", "cheap", "kept"), [("encoder", 3, 5), ("decoder", 8, 28)])
@@ -228,21 +200,19 @@ EXACT: dict[str, tuple[ModelConfig, int, tuple[int, ...], int]] = {
 }
 # fmt: on
 BIG = ("celebahq256", "celeba64_not_adaptive")
+assert recipe("ffhq256").model == recipe("celebahq256").model  # so one of the two is enough
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in BIG else n for n in EXACT])
-def test_exact_parameters_groups_and_latent_dimensions(name: str) -> None:
+def test_exact_parameters_groups_and_latent_dimensions(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     config, parameters, groups, dimensions = EXACT[name]
+    monkeypatch.setattr(F, "normalize", lambda x, dim: x)  # half of the time of a build on meta, where no value matters
     with torch.device("meta"):
         model = NVAE(config)
     assert sum(p.numel() for p in model.parameters()) == parameters
     assert config.scale_groups == groups and config.latent_dims == dimensions
     assert len(model.latent_shapes) == sum(groups)
     assert sum(math.prod(shape) for shape in model.latent_shapes) == dimensions
-
-
-def test_both_256_pixel_recipes_are_the_same_network() -> None:
-    assert recipe("ffhq256").model == recipe("celebahq256").model
 
 
 # --- every kind of network --------------------------------------------------------------------------------------------
@@ -284,18 +254,6 @@ def test_every_network_runs_forward_and_backward(name: str) -> None:
         assert p.grad is not None and p.grad.isfinite().all(), parameter_name
     maps = [(len(e), *e.shape[2:]) for e in model.encode(x)]
     assert maps == [(2, h, w) for _, h, w in model.latent_shapes]
-
-
-@pytest.mark.parametrize("residual", [True, False])
-def test_a_residual_posterior_that_says_nothing_is_the_prior(residual: bool) -> None:
-    config = tiny_rgb(flows=0, residual_posterior=residual)
-    model = build(config)
-    for name, parameter in model.named_parameters():
-        if ".posterior." in name and name.endswith(("bias", "log_norm")):
-            parameter.data.fill_(-100.0 if name.endswith("log_norm") else 0.0)
-    kl = model(images(config), SeededNoise(0)).kl
-    silent = [bool((group.abs() < 1e-6).all()) for group in kl[1:]]
-    assert silent == [residual] * 3  # the first group's prior is N(0, I), sigma of its posterior 1.01
 
 
 # --- blocks -----------------------------------------------------------------------------------------------------------
@@ -377,18 +335,3 @@ def test_bf16_gradients_point_where_fp32_gradients_point() -> None:
             loss = loss_of(model(images(config, 4), SeededNoise(0)))
         flat.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))]))
     assert F.cosine_similarity(flat[0], flat[1], dim=0) > 0.98
-
-
-def test_a_recomputation_of_the_network_moves_nothing() -> None:
-    config = tiny_rgb()
-    model, x = build(config), images(config)
-    model.regularisation.iterations = 3
-    first = model(x, SeededNoise(0))
-    before = {k: v.clone() for k, v in model.named_buffers()}
-    with recomputation():
-        second = model(x, SeededNoise(0))
-    torch.testing.assert_close(loss_of(second), loss_of(first), rtol=0.0, atol=0.0)
-    assert all(torch.equal(before[k], v) for k, v in model.named_buffers())
-    model(x, SeededNoise(0))
-    still = [k for k, v in model.named_buffers() if torch.equal(before[k], v)]
-    assert all(k.endswith((".mask", ".u", ".v", ".sigma")) for k in still)

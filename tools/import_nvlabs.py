@@ -7,22 +7,21 @@ command line is wrong.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 
 _ROOT = Path(__file__).resolve().parent.parent
 if (_ROOT / "nvae_lowmem").is_dir():  # a checkout: works before the package is installed, too
     sys.path.append(str(_ROOT))
 
-from nvae_lowmem import profile as profiles  # noqa: E402
 from nvae_lowmem.config import ConfigError, Profile  # noqa: E402
 from nvae_lowmem.interop import nvlabs  # noqa: E402
 from nvae_lowmem.interop.nvlabs_verify import TOLERANCE, read_expected, verify  # noqa: E402
 from nvae_lowmem.model.nvae import NVAE  # noqa: E402
+from nvae_lowmem.training.checkpoint import export_weights  # noqa: E402
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,8 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         out = _new_folder(arguments.out) if arguments.out else None
         expected = read_expected(arguments.verify) if arguments.verify else None
-        profile, weights = nvlabs.read(arguments.checkpoint)
-        model = nvlabs.build(profile, weights)
+        profile, model = nvlabs.restore(arguments.checkpoint)
         print(_summary(profile, model))
         if expected is not None and not _report(verify(model, expected)):
             return 1
@@ -77,13 +75,10 @@ def _new_folder(name: str) -> Path:
 
 
 def _export(run: Path, profile: Profile, model: NVAE) -> None:
-    """RUN/config.toml, config.json and model.safetensors."""
     try:
-        profiles.save(profile, run / "config.toml")
-        (run / "config.json").write_text(json.dumps(profiles.to_dict(profile), indent=2) + "\n", encoding="utf-8")
-        save_file(model.state_dict(), run / "model.safetensors")
-    except OSError as error:
-        raise ConfigError(f"--out {run}: cannot be written: {error.strerror}; name a folder that can") from None
+        export_weights(run, profile, model.state_dict())
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"--out {run}: cannot be written: {error}; name a folder that can") from None
     print(f"  run folder           {run}")
 
 

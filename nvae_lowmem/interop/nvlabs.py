@@ -27,24 +27,21 @@ from nvae_lowmem.model.nvae import NVAE
 
 
 def load(path: str | os.PathLike[str]) -> NVAE:
-    """The network of a published checkpoint, in evaluation mode, fp32, on the CPU.
-
-    The power iterations' vectors u and v, which published files lack, start from their random initialisation; training
-    finds them anew, nothing else reads them. Raises ConfigError as `read` does.
-    """
-    return build(*read(path))
-
-
-def build(profile: Profile, state: Mapping[str, Tensor]) -> NVAE:
-    """The network of what `read` returned, in evaluation mode."""
-    model = NVAE(profile.model)
-    missing, unexpected = model.load_state_dict(state, strict=False)
-    assert not unexpected and all(key.endswith((".u", ".v")) for key in missing), (missing, unexpected)
-    return model.eval()
+    """The network of a published checkpoint, in evaluation mode, fp32, on the CPU. Raises ConfigError as `restore`."""
+    return restore(path)[1]
 
 
 def read(path: str | os.PathLike[str]) -> tuple[Profile, dict[str, Tensor]]:
-    """The Profile of a published checkpoint and our state_dict (fp32 copies) without the power iterations' u and v.
+    """The Profile of a published checkpoint and our complete state_dict. Raises ConfigError as `restore`."""
+    profile, model = restore(path)
+    return profile, model.state_dict()
+
+
+def restore(path: str | os.PathLike[str]) -> tuple[Profile, NVAE]:
+    """The Profile of a published checkpoint and its network, in evaluation mode, fp32, on the CPU.
+
+    The power iterations' vectors u and v, which published files lack, start from their random initialisation; training
+    finds them anew, nothing else reads them.
 
     Raises ConfigError for a file that is missing, truncated, of another format, or that asks for more than plain data;
     and, naming every problem, for one whose options and tensors do not describe a network of ours.
@@ -62,10 +59,10 @@ def read(path: str | os.PathLike[str]) -> tuple[Profile, dict[str, Tensor]]:
         key: value for key in ("epoch", "global_step") if type(value := checkpoint.get(key)) is int
     }
     profile = profile_of(vars(args), checkpoint.get("arch_instance"), tensors, provenance, where)
-    with torch.device("meta"):  # names and shapes only
-        blueprint = NVAE(profile.model)
-    weights = translate(blueprint, tensors, where)
-    return profile, {name: weight.to(torch.float32, copy=True) for name, weight in weights.items()}
+    model = NVAE(profile.model)
+    missing, _ = model.load_state_dict(translate(model, tensors, where), strict=False)
+    assert all(key.endswith((".u", ".v")) for key in missing), missing
+    return profile, model.eval()
 
 
 def _open(path: str | os.PathLike[str]) -> dict[Any, Any]:
@@ -93,7 +90,10 @@ def _open(path: str | os.PathLike[str]) -> dict[Any, Any]:
 
 
 def _is_plain_tensor(value: object) -> bool:
-    return isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == "cpu"
+    """Whether it is a dense tensor of real numbers that is there."""
+    if not isinstance(value, Tensor) or value.layout != torch.strided or value.device.type != "cpu":
+        return False
+    return not (value.is_quantized or value.is_complex())
 
 
 def _reason(error: Exception) -> str:

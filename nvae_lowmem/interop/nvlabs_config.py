@@ -78,13 +78,13 @@ def profile_of(
     Raises ConfigError with every problem: options that are missing or wrong, and args that do not fit the tensors.
     """
     values = _options(args, where)
-    dataset = str(args.get("dataset", ""))
+    plain = {name: value for name, value in args.items() if isinstance(name, str) and _is_plain(value)}
+    dataset = str(plain.get("dataset", ""))
     model = ModelConfig(
         architecture=architecture_of(arch_instance, args.get("arch_instance"), tensors, where),
         **(values | _image(dataset, values, tensors, where)),
     )
     raise_problems([*model.problems(), *_disagreements(model, dataset, tensors, where)], where)
-    plain = {k: v for k, v in sorted(args.items()) if isinstance(v, (bool, int, float, str))}
     batch = args.get("batch_size")
     training = TrainConfig(total_batch=batch) if type(batch) is int and batch > 0 else TrainConfig()
     return Profile(
@@ -158,6 +158,11 @@ def _image(dataset: str, values: Mapping[str, Any], tensors: Mapping[str, Tensor
         "image_channels": channels, "image_size": size - 2 * padding, "padding": padding,
         "likelihood": likelihood, "bits": bits,
     }  # fmt: skip
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a text file can hold the value."""
+    return isinstance(value, (bool, int, float)) or (isinstance(value, str) and value.isprintable())
 
 
 def _size_by_name(dataset: str) -> int:
@@ -250,7 +255,9 @@ def _kind_of_layers(tensors: Mapping[str, Tensor], part: str) -> Kind | None:
         if len(weights) == 3:
             wide, narrow, *_ = weights[0].shape
             per_group = weights[1].shape[1]
-            return Inverted(wide // narrow, weights[1].shape[2], 0 if per_group == 1 else wide // per_group)
+            return Inverted(
+                wide // max(narrow, 1), weights[1].shape[2], 0 if per_group == 1 else wide // max(per_group, 1)
+            )
     return None
 
 

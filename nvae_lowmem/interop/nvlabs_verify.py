@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nvae_lowmem.config import ConfigError, raise_problems
 from nvae_lowmem.model import likelihoods
-from nvae_lowmem.model.latents import FlowFunction, FromPosterior, FromPrior, Latent, NoNoise, Normal
+from nvae_lowmem.model.latents import FromPosterior, FromPrior, NoNoise, Normal
 from nvae_lowmem.model.likelihoods import Likelihood, LogisticMixture
 from nvae_lowmem.model.nvae import NVAE
 
@@ -77,15 +77,6 @@ def verify(model: NVAE, expected: Mapping[str, np.ndarray]) -> dict[str, float]:
     return {name: _relative_error(own, reference) for name, (own, reference) in pairs.items()}
 
 
-class _PublishedPosteriorMean(FromPosterior):
-    """As FromPosterior, but the first group's prior has the published sigma: exp(0) + 1e-2, the floor included."""
-
-    def latent(self, group: int, prior: Normal, posterior: Normal | None, flow: FlowFunction | None) -> Latent:
-        if group == 0:
-            prior = Normal.from_parameters(torch.zeros_like(prior.mu), torch.zeros_like(prior.mu))
-        return super().latent(group, prior, posterior, flow)
-
-
 @torch.no_grad()
 def outputs(model: NVAE, x: Tensor, prior_batch: int) -> dict[str, Tensor]:
     """ARRAYS as this network computes them from x (B, C, S, S) in [0, 1].
@@ -96,7 +87,7 @@ def outputs(model: NVAE, x: Tensor, prior_batch: int) -> dict[str, Tensor]:
     """
     model.eval()
     head = model.blocks["head"]
-    features, groups = model.top_down(_PublishedPosteriorMean(NoNoise(), densities=True), model.encode(x))
+    features, groups = model.top_down(FromPosterior(NoNoise(), densities=True), model.encode(x))
     prior_features, _ = model.top_down(FromPrior(NoNoise()), batch=prior_batch)
     logits = head(features).float()
     kl = torch.stack([group.kl for group in groups if group.kl is not None])  # (G, B, L)

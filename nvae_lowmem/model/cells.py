@@ -32,24 +32,26 @@ class Inverted(NamedTuple):
 
 Kind = Residual | Inverted
 
-_SWISH = Residual(True, "swish")
-_E6, _E3, _E3G8 = Inverted(6, 5), Inverted(3, 5), Inverted(3, 5, 8)
+_ELU, _BNELU, _SWISH = Residual(False, "elu"), Residual(True, "elu"), Residual(True, "swish")
+_53, _35, _55 = (Residual(True, "swish", dilations) for dilations in ((2, 1), (1, 2), (2, 2)))
+_E6, _E3, _E3G8, _E6K11 = Inverted(6, 5), Inverted(3, 5), Inverted(3, 5, 8), Inverted(6, 11)
 # fmt: off
-CELLS: dict[Architecture, dict[Side, Kind]] = {
-    # name             encoder tower                                          pre-process                                            decoder tower                 post-process
-    "res_elu":      {"encoder": Residual(False, "elu"),              "preprocess": Residual(False, "elu"),              "decoder": Residual(False, "elu"), "postprocess": Residual(False, "elu")},
-    "res_bnelu":    {"encoder": Residual(True, "elu"),               "preprocess": Residual(True, "elu"),               "decoder": Residual(True, "elu"),  "postprocess": Residual(True, "elu")},
-    "res_bnswish":  {"encoder": _SWISH,                              "preprocess": _SWISH,                              "decoder": _SWISH,                 "postprocess": _SWISH},
-    "res_mbconv":   {"encoder": _SWISH,                              "preprocess": _SWISH,                              "decoder": _E6,                    "postprocess": _E3},
-    "res53_mbconv": {"encoder": Residual(True, "swish", (2, 1)),     "preprocess": Residual(True, "swish", (2, 1)),     "decoder": _E6,                    "postprocess": _E3},
-    "res35_mbconv": {"encoder": Residual(True, "swish", (1, 2)),     "preprocess": Residual(True, "swish", (1, 2)),     "decoder": _E6,                    "postprocess": _E3},
-    "res55_mbconv": {"encoder": Residual(True, "swish", (2, 2)),     "preprocess": Residual(True, "swish", (2, 2)),     "decoder": _E6,                    "postprocess": _E3},
-    "mbconv_sep":   {"encoder": _E6,                                 "preprocess": _E3,                                 "decoder": _E6,                    "postprocess": _E3},
-    "mbconv_sep11": {"encoder": Inverted(6, 11),                     "preprocess": _E3,                                 "decoder": Inverted(6, 11),        "postprocess": _E3},
-    "mbconv_res":   {"encoder": _E6,                                 "preprocess": _E3,                                 "decoder": _SWISH,                 "postprocess": _SWISH},
-    "mbconv_den":   {"encoder": _E6,                                 "preprocess": _E3G8,                               "decoder": _E6,                    "postprocess": _E3G8},
+CELLS: dict[Architecture, tuple[Kind, Kind, Kind, Kind]] = {
+    # name           encoder  preprocess decoder  postprocess
+    "res_elu":      (_ELU,    _ELU,      _ELU,    _ELU),
+    "res_bnelu":    (_BNELU,  _BNELU,    _BNELU,  _BNELU),
+    "res_bnswish":  (_SWISH,  _SWISH,    _SWISH,  _SWISH),
+    "res_mbconv":   (_SWISH,  _SWISH,    _E6,     _E3),
+    "res53_mbconv": (_53,     _53,       _E6,     _E3),
+    "res35_mbconv": (_35,     _35,       _E6,     _E3),
+    "res55_mbconv": (_55,     _55,       _E6,     _E3),
+    "mbconv_sep":   (_E6,     _E3,       _E6,     _E3),
+    "mbconv_sep11": (_E6K11,  _E3,       _E6K11,  _E3),
+    "mbconv_res":   (_E6,     _E3,       _SWISH,  _SWISH),
+    "mbconv_den":   (_E6,     _E3G8,     _E6,     _E3G8),
 }
 # fmt: on
+SIDES: tuple[Side, ...] = ("encoder", "preprocess", "decoder", "postprocess")
 
 
 class Cell(nn.Module):
@@ -117,4 +119,4 @@ def make_cell(
     squeeze_excitation: bool = True,
 ) -> Cell:
     """The cell that `architecture` puts on `side`."""
-    return Cell(CELLS[architecture][side], in_channels, out_channels, resample, squeeze_excitation)
+    return Cell(CELLS[architecture][SIDES.index(side)], in_channels, out_channels, resample, squeeze_excitation)

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from nvae_lowmem.model.layers import ConvUnit
+from nvae_lowmem.model.layers import ConvUnit, run_units
 
 
 def causal_mask(out_channels: int, in_per_group: int, kernel: int, groups: int, strict: bool, mirror: bool) -> Tensor:
@@ -40,6 +40,7 @@ class FlowCell(nn.Module):
     def __init__(self, latents: int, mirror: bool) -> None:
         super().__init__()
         hidden = self.EXPAND * latents
+        self.recompute = False  # set from outside: keep z alone, not the hidden layers
         self.first = ConvUnit(latents, hidden, 3, bias=False, mask=causal_mask(hidden, latents, 3, 1, True, mirror))
         self.depthwise = ConvUnit(
             hidden,
@@ -58,7 +59,11 @@ class FlowCell(nn.Module):
             self.last.log_norm -= math.log(10.0)  # starts near the identity
 
     def forward(self, z: Tensor, dtype: torch.dtype) -> Tensor:
-        return z - self.last(self.depthwise(self.first(z.to(dtype)))).to(z.dtype)
+        units = (self.first, self.depthwise, self.last)
+        mu = z.to(dtype)
+        for segment in (units,) if self.recompute else ((unit,) for unit in units):
+            mu = run_units(segment, mu, keep=not self.recompute)
+        return z - mu.to(z.dtype)
 
 
 class Flow(nn.Module):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ _thread = threading.local()
 
 
 def recomputing() -> bool:
-    """Whether this thread is running a block again for its backward pass: statistics and power iterations stand still."""
+    """Whether this thread runs a block again for its backward pass: statistics and power iterations stand still."""
     return getattr(_thread, "recomputing", False)
 
 
@@ -104,9 +104,12 @@ def batch_norm(x: Tensor, gamma: Tensor, beta: Tensor, running: RunningStatistic
         return batch_norm_with(x, gamma, beta, running.mean, running.variance), BatchStatistics(
             running.mean, running.variance, None
         )
-    moved = (None, None) if recomputing() else (running.mean, running.variance)
-    y, mean, inverse_std = aten.native_batch_norm(x, gamma, beta, *moved, True, running.momentum, BN_EPS)
-    return y, BatchStatistics(mean, inverse_std.pow(-2).sub_(BN_EPS), inverse_std)
+    # statistics and normalisation are two operations, so that a recomputation repeats the second bit for bit; a run
+    # again moves a copy, because without running statistics a half input would get half-precision ones
+    moved = (running.mean.clone(), running.variance.clone()) if recomputing() else (running.mean, running.variance)
+    mean, variance = aten.batch_norm_update_stats(x, *moved, running.momentum)
+    y = batch_norm_with(x, gamma, beta, mean, variance)
+    return y, BatchStatistics(mean, variance, (variance + BN_EPS).rsqrt_())
 
 
 def batch_norm_with(x: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
@@ -151,7 +154,10 @@ def used_weight(weight: Tensor, log_norm: Tensor | None, mask: Tensor | None) ->
 def used_weight_backward(
     gw: Tensor, weight: Tensor, log_norm: Tensor | None, mask: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradients with respect to weight and log_norm. With r = e^g / (n + eps): dg = r <gw,v>, dv = r gw - r<gw,v> v/(n(n+eps))."""
+    """Gradients with respect to weight and log_norm.
+
+    With r = e^g / (n + eps), n = ||v|| per output channel: dg = r <gw, v>, dv = r gw - dg v / (n (n + eps)).
+    """
     if log_norm is None:
         return (gw if mask is None else gw * mask), None
     v = weight if mask is None else weight * mask

@@ -11,24 +11,19 @@ of a pass are counted from the top (lowest resolution) down.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nvae_lowmem.config import ModelConfig
-from nvae_lowmem.model.cells import make_cell
-from nvae_lowmem.model.flows import Flow
+from nvae_lowmem.model.blocks import DecoderGroup, EncoderGroup, EncoderTop, Head, LearnedStart, Stem, full_precision
+from nvae_lowmem.model.cells import Cell, Resample, Side, make_cell
 from nvae_lowmem.model.functional import Regularisation
-from nvae_lowmem.model.latents import FromPosterior, Latent, Noise, Normal, Source
-from nvae_lowmem.model.layers import ConvUnit, Normed
-from nvae_lowmem.model.likelihoods import Likelihood, make_likelihood, negative_log_likelihood
-
-
-HEAD_CHUNK_BYTES = 8 << 20
+from nvae_lowmem.model.latents import FromPosterior, Latent, Noise, Source
+from nvae_lowmem.model.layers import Normed
+from nvae_lowmem.model.likelihoods import make_likelihood
 
 
 class ElboTerms(NamedTuple):
@@ -40,133 +35,8 @@ class ElboTerms(NamedTuple):
     log_p: list[Tensor]
 
 
-# --- blocks -----------------------------------------------------------------------------------------------------------
-
-
-class Stem(nn.Module):
-    """2x - 1, 3x3 convolution: image (B, channels, S, S) in [0,1] -> (B, C, S, S) in the compute dtype."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.conv = ConvUnit(config.image_channels, config.channels_encoder, 3)
-
-    def forward(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        return self.conv((2 * x - 1).to(dtype))
-
-
-class EncoderGroup(nn.Module):
-    """The cells of one group of the encoder tower, (B, C, H, W) -> same."""
-
-    def __init__(self, config: ModelConfig, channels: int) -> None:
-        super().__init__()
-        self.cells = nn.ModuleList(
-            make_cell(config.architecture, "encoder", channels, channels, squeeze_excitation=config.squeeze_excitation)
-            for _ in range(config.cells_encoder)
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        for cell in self.cells:
-            x = cell(x)
-        return x
-
-
-class EncoderTop(nn.Module):
-    """ELU, 1x1, ELU on the topmost encoder map: what the first posterior reads."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = ConvUnit(channels, channels, 1, activation="elu")
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.elu(self.conv(x))
-
-
-class LearnedStart(nn.Module):
-    """The decoder's learned constant h (C, h, w), U[0,1) at first, shared over the batch."""
-
-    def __init__(self, channels: int, size: int) -> None:
-        super().__init__()
-        self.h = nn.Parameter(torch.rand(channels, size, size))
-
-    def forward(self, batch: int, dtype: torch.dtype) -> Tensor:
-        return self.h.to(dtype).expand(batch, -1, -1, -1)
-
-
-class DecoderGroup(nn.Module):
-    """One latent group: cells, prior, encoder combiner, posterior, z (with flows), combiner.
-
-    (state (B, C, H, W), encoder map (B, C_enc, H, W) or None) -> (state with z merged in, Latent without z).
-    The first group has no cells, a standard normal prior, and reads the top encoder map as it is.
-    """
-
-    def __init__(self, config: ModelConfig, group: int, channels: int, encoder_channels: int) -> None:
-        super().__init__()
-        self.group, self.residual_posterior, self.latents = group, config.residual_posterior, config.latents
-        first = group == 0
-        self.cells = nn.ModuleList(
-            make_cell(config.architecture, "decoder", channels, channels, squeeze_excitation=config.squeeze_excitation)
-            for _ in range(0 if first else config.cells_decoder)
-        )
-        self.prior = None if first else ConvUnit(channels, 2 * config.latents, 1, activation="elu")
-        self.encoder_combiner = None if first else ConvUnit(channels, encoder_channels, 1)
-        self.posterior = ConvUnit(encoder_channels, 2 * config.latents, 3)
-        self.flow = Flow(config.flows, config.latents) if config.flows else None
-        # a plain VAE has no state before its only group: its decoder starts with a 1x1 convolution of z alone
-        self.combiner = ConvUnit(config.latents + (0 if config.vanilla else channels), channels, 1)
-
-    def forward(self, state: Tensor, encoder_map: Tensor | None, source: Source) -> tuple[Tensor, Latent]:
-        for cell in self.cells:
-            state = cell(state)
-        latent = self.choose(state, encoder_map, source)
-        z = latent.z
-        assert z is not None
-        return self.combiner(torch.cat([state, z.to(state.dtype)], dim=1)), latent
-
-    def choose(self, state: Tensor, encoder_map: Tensor | None, source: Source) -> Latent:
-        """z_l given z_<l (in the state) and the image (in the encoder map), in fp32."""
-        batch, _, height, width = state.shape
-        if self.prior is None:
-            zero = torch.zeros(batch, self.latents, height, width, device=state.device)
-            prior_parameters = (zero, zero)
-            prior = Normal(zero, torch.ones_like(zero))
-        else:
-            prior_parameters = self.prior(state).float().chunk(2, dim=1)
-            prior = Normal.from_parameters(*prior_parameters)
-        if encoder_map is None:
-            return source.latent(self.group, prior, None, None)
-        seen = encoder_map
-        if self.encoder_combiner is not None:
-            seen = encoder_map + self.encoder_combiner(state)
-        mu, log_sigma = self.posterior(seen).float().chunk(2, dim=1)
-        if self.residual_posterior and self.prior is not None:
-            mu, log_sigma = mu + prior_parameters[0], log_sigma + prior_parameters[1]
-        posterior = Normal.from_parameters(mu, log_sigma)
-        flow = None if self.flow is None else functools.partial(self.flow, dtype=state.dtype)
-        return source.latent(self.group, prior, posterior, flow)
-
-
-class Head(nn.Module):
-    """ELU, 3x3 convolution to the likelihood's parameters; with an image, its negative log-likelihood (B,)."""
-
-    def __init__(self, config: ModelConfig, likelihood: Likelihood) -> None:
-        super().__init__()
-        self.conv = ConvUnit(config.channels_decoder, likelihood.parameter_channels, 3, activation="elu")
-        self.likelihood, self.padding = likelihood, config.padding
-        self.chunk_bytes = 64 << 20  # bound of the likelihood's temporaries, set from outside
-        # small images go together, so that a chunk is worth a kernel launch; the number does not depend on the batch
-        image_bytes = likelihood.working_values_per_pixel * config.image_size**2 * 4
-        self.chunk_images = max(1, HEAD_CHUNK_BYTES // image_bytes)
-
-    def forward(self, state: Tensor, x: Tensor | None = None) -> Tensor:
-        parameters = self.conv(state)
-        if x is None:
-            return parameters
-        return negative_log_likelihood(
-            self.likelihood, parameters, x, self.padding, chunk_images=self.chunk_images, chunk_bytes=self.chunk_bytes
-        )
-
-
-# --- the model --------------------------------------------------------------------------------------------------------
+def _run_block(name: str, block: nn.Module, *args: Any) -> Any:
+    return block(*args)
 
 
 class NVAE(nn.Module):
@@ -186,6 +56,7 @@ class NVAE(nn.Module):
         self.regularisation = Regularisation()
         for module in self.layers():
             module.regularisation = self.regularisation
+        self.run_block: Callable[..., Any] = _run_block  # how a block is run; set from outside
 
     def _build_encoder(self) -> int:
         """Stem, pre-process, encoder tower, top. Returns the channels of the topmost map."""
@@ -202,17 +73,23 @@ class NVAE(nn.Module):
                 down = cell == c.preprocess_cells - 1
                 out = 2 * channels if down else channels
                 resample = "down" if down else "keep"
-                add(f"pre_{block}_{cell}", make_cell(c.architecture, "preprocess", channels, out, resample, squeeze_excitation=c.squeeze_excitation))  # fmt: skip
+                add(f"pre_{block}_{cell}", self._cell("preprocess", channels, out, resample))
                 channels = out
         if not c.vanilla:
             for scale, groups in enumerate(c.scale_groups):
                 for group in range(groups):
                     add(f"enc_{scale}_{groups - 1 - group}", EncoderGroup(c, channels), feeds=True)
                 if scale < c.scales - 1:
-                    add(f"enc_{scale}_down", make_cell(c.architecture, "encoder", channels, 2 * channels, "down", squeeze_excitation=c.squeeze_excitation))  # fmt: skip
+                    add(f"enc_{scale}_down", self._cell("encoder", channels, 2 * channels, "down"))
                     channels *= 2
         self.blocks["top"] = EncoderTop(channels)
         return channels
+
+    def _cell(self, side: Side, in_channels: int, out_channels: int, resample: Resample) -> Cell:
+        c = self.config
+        return make_cell(
+            c.architecture, side, in_channels, out_channels, resample, squeeze_excitation=c.squeeze_excitation
+        )
 
     def _build_decoder(self, encoder_channels: int) -> None:
         """Learned start, decoder tower, post-process, head."""
@@ -231,14 +108,14 @@ class NVAE(nn.Module):
                 self.latent_shapes.append((c.latents, c.scale_sizes[scale], c.scale_sizes[scale]))
                 group += 1
             if scale:
-                self.blocks[f"dec_{scale}_up"] = make_cell(c.architecture, "decoder", channels, channels // 2, "up", squeeze_excitation=c.squeeze_excitation)  # fmt: skip
+                self.blocks[f"dec_{scale}_up"] = self._cell("decoder", channels, channels // 2, "up")
                 self._decoder_order.append(f"dec_{scale}_up")
                 channels, encoder_channels = channels // 2, encoder_channels // 2
         for block in range(c.postprocess_blocks):
             for cell in range(c.postprocess_cells):
                 out = channels // 2 if cell == 0 else channels
                 name = f"post_{block}_{cell}"
-                self.blocks[name] = make_cell(c.architecture, "postprocess", channels, out, "up" if cell == 0 else "keep", squeeze_excitation=c.squeeze_excitation)  # fmt: skip
+                self.blocks[name] = self._cell("postprocess", channels, out, "up" if cell == 0 else "keep")
                 self._decoder_order.append(name)
                 channels = out
         self.blocks["head"] = Head(c, self.likelihood)
@@ -253,7 +130,7 @@ class NVAE(nn.Module):
         """The terms of the ELBO with latents from any source that has densities."""
         features, latents = self.top_down(source, self.encode(x))
         with _no_autocast(x.device):
-            nll = self.blocks["head"](features, x)
+            nll = self._block("head", features, x)
         pick = [[getattr(latent, name) for latent in latents] for name in ("kl", "log_q", "log_p")]
         kl, log_q, log_p = ([v for v in values if v is not None] for values in pick)
         return ElboTerms(nll, kl, log_q, log_p)
@@ -264,14 +141,14 @@ class NVAE(nn.Module):
         maps: list[Tensor] = []
         with _no_autocast(x.device):
             stem, *rest = self._encoder_order
-            e = self.blocks[stem[0]](x, dtype)
+            e = self._block(stem[0], x, dtype)
             for name, feeds in rest:
-                e = self.blocks[name](e)
+                e = self._block(name, e)
                 if feeds:
                     maps.append(e)
             if maps:
                 maps.pop()
-            maps.append(self.blocks["top"](e))
+            maps.append(self._block("top", e))
         return maps[::-1]
 
     def top_down(
@@ -290,13 +167,15 @@ class NVAE(nn.Module):
         with _no_autocast(parameter.device):
             state = self._start(batch, dtype, parameter.device)
             for name in self._decoder_order:
-                block = self.blocks[name]
-                if isinstance(block, DecoderGroup):
-                    state, latent = block(state, waiting.pop(0) if maps is not None else None, source)
+                if isinstance(self.blocks[name], DecoderGroup):
+                    state, latent = self._block(name, state, waiting.pop(0) if maps is not None else None, source)
                     latents.append(latent if keep_z else latent._replace(z=None))
                 else:
-                    state = block(state)
+                    state = self._block(name, state)
         return state, latents
+
+    def _block(self, name: str, *args: Any) -> Any:
+        return self.run_block(name, self.blocks[name], *args)
 
     def _start(self, batch: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         if not self.config.vanilla:
@@ -310,7 +189,7 @@ class NVAE(nn.Module):
         """The likelihood's parameters (B, P, S - 2 padding, S - 2 padding) in fp32, and one Latent per group."""
         features, latents = self.top_down(source, maps, batch, keep_z)
         with _no_autocast(features.device):
-            parameters = self.blocks["head"](features).float()
+            parameters = full_precision(self._block("head", features))
         p = self.config.padding
         return (parameters[:, :, p:-p, p:-p] if p else parameters), latents
 

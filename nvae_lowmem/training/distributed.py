@@ -11,7 +11,8 @@ import importlib.util
 import logging
 import os
 import sys
-from typing import TypeVar
+import warnings
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -92,13 +93,12 @@ def initialise(device: torch.device, local_rank: int | None = None) -> tuple[int
     Raises ConfigError if DeepSpeed cannot be used, if the launcher's variables are incomplete, if there are more
     processes than GPUs, or if the port is in use.
     """
-    if not launched():
-        alone = ("0", str(device.index or 0), "1", "127.0.0.1", "0")  # port 0: the system picks a free one
-        os.environ.update(zip(LAUNCHER_VARIABLES, alone, strict=True))
-    elif local_rank is not None:
+    if local_rank is not None:
         os.environ.setdefault("LOCAL_RANK", str(local_rank))
+    if not launched():
+        os.environ["LOCAL_RANK"] = str(device.index or 0)  # DeepSpeed asks for it, even of a single process
     missing = [name for name in LAUNCHER_VARIABLES if name not in os.environ]
-    if missing:
+    if launched() and missing:
         raise ConfigError(
             f"RANK is set but not {', '.join(missing)}: start with `deepspeed` or torchrun, which set them all, or unset "
             "RANK to run one process"
@@ -112,23 +112,25 @@ def initialise(device: torch.device, local_rank: int | None = None) -> tuple[int
             )
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
-    _join(device)
+    _import_deepspeed(device)
+    if not dist.is_initialized():
+        _join()
     return dist.get_rank(), dist.get_world_size(), device
 
 
-def _join(device: torch.device) -> None:
-    """Imports DeepSpeed for this device and makes its process group, unless there is one."""
+def _import_deepspeed(device: torch.device) -> None:
+    """Imports DeepSpeed so that it works on this device, quickly and quietly."""
     if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"  # also where there is a GPU; DeepSpeed looks once, when it is imported
     # DeepSpeed decorates functions with torch.compile as it is imported: 2 to 4 s for what nobody here calls
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     try:
-        import deepspeed
         import deepspeed.ops
         from deepspeed.accelerator import get_accelerator
     except ImportError as error:
-        raise ConfigError(f"the deepspeed engine cannot be used: {error}: {INSTALL}, or plan.engine = 'torch'") from error
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        raise ConfigError(
+            f"the deepspeed engine cannot be used: {error}: {INSTALL}, or plan.engine = 'torch'"
+        ) from error
     accelerator = get_accelerator().device_name()
     if accelerator != device.type:
         raise ConfigError(
@@ -139,12 +141,28 @@ def _join(device: torch.device) -> None:
         # Else DeepSpeed compiles an operation for inference that nobody here calls: a minute, and an endless wait if
         # an earlier build was interrupted. A lazy attribute: setting it keeps it from being computed.
         deepspeed.ops.__compatible_ops__ = {}
-    if dist.is_initialized():
-        return
+    logger = logging.getLogger("DeepSpeed")
+    logger.setLevel(logging.WARNING)
+    logger.addFilter(_is_news)
+    # one per exchange, hundreds in every step of stage 3
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    # The untested optimiser is Adamax, which our tests hold against plain torch; overflows are in every `Update`.
+    message = record.getMessage()
+    return "untested optimizer" not in message and "OVERFLOW! Skipping step" not in message
+
+
+def _join() -> None:
+    """Makes the process group: the launcher's, or one of this process alone, at a port that the system picks."""
+    import deepspeed
+
+    alone: dict[str, Any] = {"init_method": "tcp://127.0.0.1:0", "rank": 0, "world_size": 1}
     try:
-        deepspeed.init_distributed(verbose=False)
+        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, **({} if launched() else alone))
     except dist.DistNetworkError as error:
-        if "EADDRINUSE" not in str(error) and "in use" not in str(error):
+        if "EADDRINUSE" not in str(error):
             raise
         raise ConfigError(
             f"port {os.environ['MASTER_PORT']} (MASTER_PORT), where the processes of this run are to meet, is in use: "
@@ -189,7 +207,9 @@ def average_statistics(model: NVAE) -> None:
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return
-    running = [t for layer in model.layers() if layer.gamma is not None for t in (layer.running_mean, layer.running_variance)]
+    running = [
+        t for layer in model.layers() if layer.gamma is not None for t in (layer.running_mean, layer.running_variance)
+    ]
     if not running:
         return
     flat = torch.cat(running)  # one exchange in place of two per layer

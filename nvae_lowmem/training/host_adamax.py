@@ -13,7 +13,7 @@ overlaps) the waiting dominates: with one busy process on 2 cores, a step on 50M
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from threading import Barrier
@@ -28,17 +28,24 @@ from torch.optim.optimizer import ParamsT
 # to 2**19 (within about 15 %) and 1.5 times the best at 2**16; the smallest leaves most threads room in a shared cache.
 CHUNK_ELEMENTS = 1 << 17
 
+# torch never spreads an operation on so few elements over threads, and they lie in the cache anyway: its own path is
+# the quickest for such parameters (biases, BatchNorm, small convolutions: most of the list, few of the elements).
+SMALL_ELEMENTS = 1 << 15
+
 
 class _Work(NamedTuple):
-    """One parameter's update: flat (N,) host tensors (parameter, gradient, exp_avg, exp_inf) and its constants."""
+    """The update of one parameter."""
 
-    flat: list[Tensor]
-    step_size: float
-    """lr / (1 - beta1^step)"""
-    beta1: float
-    beta2: float
-    eps: float
-    weight_decay: float
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor]
+    """Parameter, gradient, exp_avg, exp_inf."""
+    flat: list[Tensor] | None
+    """The same as (N,) views in host memory, to be worked through in chunks; None: to be updated by torch's path."""
+    step: Tensor
+    group: dict[str, Any]
+
+
+_Chunk = tuple[list[Tensor], int, _Work]
+"""Flat tensors, the index of the chunk's first element, and what else there is to know of the update."""
 
 
 class HostAdamax(torch.optim.Adamax):
@@ -55,8 +62,8 @@ class HostAdamax(torch.optim.Adamax):
     State per parameter: `step` (fp32 scalar), `exp_avg` (m) and `exp_inf` (u), both shaped and typed like the
     parameter; `state_dict` is interchangeable with torch's Adamax both ways. `p.grad` is never written to.
 
-    Parameters that are not dense in host memory with a gradient laid out alike (CUDA tensors, strided views), and
-    groups with torch's `maximize`, `capturable` or `differentiable`, take torch's own single-tensor path.
+    Small parameters, those that are not dense in host memory with a gradient laid out alike (CUDA tensors, strided
+    views), and groups with torch's `maximize`, `capturable` or `differentiable` take torch's own single-tensor path.
 
     Raises ValueError, as torch does, if lr, betas, eps or weight_decay is out of range.
     """
@@ -88,7 +95,7 @@ class HostAdamax(torch.optim.Adamax):
             with torch.enable_grad():
                 loss = closure()
         members = [(parameter, group) for group in self.param_groups for parameter in group["params"]]
-        _run(self._begin(parameter, group) for parameter, group in members if parameter.grad is not None)
+        _run([self._work(parameter, group) for parameter, group in members if parameter.grad is not None])
         return loss
 
     @torch.no_grad()
@@ -106,10 +113,10 @@ class HostAdamax(torch.optim.Adamax):
             self._group_of = {member: index for index, group in groups for member in group["params"]}
         if parameter not in self._group_of:
             raise ValueError(f"step_parameter: a parameter of shape {tuple(parameter.shape)} is not in this optimizer")
-        _run([self._begin(parameter, self.param_groups[self._group_of[parameter]])])
+        _run([self._work(parameter, self.param_groups[self._group_of[parameter]])])
 
-    def _begin(self, parameter: Tensor, group: dict[str, Any]) -> _Work | None:
-        """The update of one parameter as work for `_run`, its step advanced; None if torch's path has done it all."""
+    def _work(self, parameter: Tensor, group: dict[str, Any]) -> _Work:
+        """What is to be done for one parameter; makes its state if this is its first update."""
         grad = cast(Tensor, parameter.grad)
         if grad.is_sparse:
             raise RuntimeError("HostAdamax does not support sparse gradients")
@@ -122,14 +129,8 @@ class HostAdamax(torch.optim.Adamax):
             state["exp_inf"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
         tensors = (parameter, grad, state["exp_avg"], state["exp_inf"])
         special = group["maximize"] or group["capturable"] or group["differentiable"]
-        flat = None if special else _flat_on_host(tensors)
-        if flat is None:
-            _update_by_torch(tensors, state["step"], group)
-            return None
-        state["step"] += 1
-        beta1, beta2 = group["betas"]
-        step_size = float(group["lr"]) / (1 - beta1 ** state["step"].item())
-        return _Work(flat, step_size, beta1, beta2, group["eps"], group["weight_decay"])
+        by_torch = special or parameter.numel() <= SMALL_ELEMENTS
+        return _Work(tensors, None if by_torch else _flat_on_host(tensors), state["step"], group)
 
 
 def _flat_on_host(tensors: tuple[Tensor, ...]) -> list[Tensor] | None:
@@ -143,17 +144,24 @@ def _flat_on_host(tensors: tuple[Tensor, ...]) -> list[Tensor] | None:
     return [v.view(-1) for v in views]
 
 
-def _run(work: Iterable[_Work | None]) -> None:
-    """Carry out the updates, chunk by chunk, on as many threads as torch uses for one operation."""
-    todo = (item for item in work if item is not None)
-    chunks = deque((item, start) for item in todo for start in range(0, item.flat[0].numel(), CHUNK_ELEMENTS))
-    threads = min(torch.get_num_threads(), len(chunks))
-    if threads <= 1:
+def _run(work: list[_Work]) -> None:
+    """Carry out the updates: large ones chunk by chunk on torch's number of threads, the others meanwhile in this."""
+    chunks: deque[_Chunk] = deque()
+    for item in work:
+        if item.flat is not None:
+            item.step.add_(1)
+            chunks.extend((item.flat, start, item) for start in range(0, item.flat[0].numel(), CHUNK_ELEMENTS))
+    threads = torch.get_num_threads()
+    running = []
+    if threads > 1:
+        running = [_thread_pool(threads).submit(_update_chunks, chunks) for _ in range(min(threads, len(chunks)))]
+    for item in work:
+        if item.flat is None:
+            _update_by_torch(item)
+    if not running:
         _update_chunks(chunks)
-        return
-    pool = _thread_pool(torch.get_num_threads())
-    for done in [pool.submit(_update_chunks, chunks) for _ in range(threads)]:
-        done.result()
+    for future in running:
+        future.result()
 
 
 @cache
@@ -174,35 +182,38 @@ def _thread_pool(threads: int) -> ThreadPoolExecutor:
     return pool
 
 
-def _update_chunks(chunks: deque[tuple[_Work, int]]) -> None:
+def _update_chunks(chunks: deque[_Chunk]) -> None:
     """Take chunks from the queue, which several threads share, until none is left."""
     scratches: dict[torch.dtype, Tensor] = {}
     while chunks:
         try:
-            work, start = chunks.popleft()
+            flat, start, work = chunks.popleft()
         except IndexError:  # another thread took the last one
             return
-        p, g, m, u = (t[start : start + CHUNK_ELEMENTS] for t in work.flat)  # each (<= CHUNK_ELEMENTS,)
+        p, g, m, u = (t[start : start + CHUNK_ELEMENTS] for t in flat)  # each (<= CHUNK_ELEMENTS,)
         if p.dtype not in scratches:
             scratches[p.dtype] = torch.empty(CHUNK_ELEMENTS, dtype=p.dtype)
         scratch = scratches[p.dtype][: p.numel()]
-        if work.weight_decay != 0:
-            g = torch.add(g, p, alpha=work.weight_decay, out=scratch)
-        m.lerp_(g, 1 - work.beta1)
-        torch.abs(g, out=scratch).add_(work.eps)  # g is read for the last time here: it may be the scratch itself
-        torch.maximum(u.mul_(work.beta2), scratch, out=u)
-        p.addcdiv_(m, u, value=-work.step_size)
+        group = work.group
+        beta1, beta2 = group["betas"]
+        if group["weight_decay"] != 0:
+            g = torch.add(g, p, alpha=group["weight_decay"], out=scratch)
+        m.lerp_(g, 1 - beta1)
+        torch.abs(g, out=scratch).add_(group["eps"])  # g is read for the last time: it may be the scratch itself
+        torch.maximum(u.mul_(beta2), scratch, out=u)
+        p.addcdiv_(m, u, value=-float(group["lr"]) / (1 - beta1 ** work.step.item()))
 
 
-def _update_by_torch(tensors: tuple[Tensor, ...], step: Tensor, group: dict[str, Any]) -> None:
-    parameter, grad, exp_avg, exp_inf = tensors
+def _update_by_torch(work: _Work) -> None:
+    parameter, grad, exp_avg, exp_inf = work.tensors
+    group = work.group
     beta1, beta2 = group["betas"]
     torch_adamax(
         [parameter],
         [grad],
         [exp_avg],
         [exp_inf],
-        [step],
+        [work.step],
         foreach=False,
         maximize=group["maximize"],
         differentiable=group["differentiable"],

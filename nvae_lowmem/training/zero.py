@@ -76,8 +76,8 @@ class ZeroEngine:
     """Engine on DeepSpeed, of one process or several; to be built, and every method called, in all of them.
 
     One optimiser step averages over `accumulation` micro-batches and all processes. `profile.plan` says the stage, what
-    is offloaded, the buckets. Raises ConfigError for fp16 at stage 0, where DeepSpeed knows no loss scale, and for what
-    `initialise` refuses.
+    is offloaded, the buckets. Raises ConfigError for fp16 or offloading at stage 0, where DeepSpeed knows neither a loss
+    scale nor partitions, and for what `initialise` refuses.
     """
 
     def __init__(self, objective: Objective, profile: Profile, device: torch.device, accumulation: int) -> None:
@@ -87,6 +87,10 @@ class ZeroEngine:
             raise ConfigError(
                 "plan.precision = 'fp16' needs a loss scale, which DeepSpeed has from stage 1 on, but plan.zero_stage = 0: "
                 "set plan.zero_stage = 1 or 2, or plan.engine = 'torch'"
+            )
+        if plan.offload_optimizer and plan.zero_stage == 0:
+            raise ConfigError(
+                "plan.offload_optimizer = true needs plan.zero_stage = 1, 2 or 3, not 0: set 2, the smallest on one card"
             )
         self.rank, self.world_size, self.device = initialise(device)
         import deepspeed
@@ -217,7 +221,7 @@ def deepspeed_config(profile: Profile, accumulation: int) -> dict[str, Any]:
         "reduce_bucket_size": plan.bucket_elements,
         "allgather_bucket_size": plan.bucket_elements,
     }
-    if plan.offload_optimizer and plan.zero_stage > 0:
+    if plan.offload_optimizer:
         zero["offload_optimizer"] = host
     if plan.zero_stage == 3:
         zero |= {

@@ -33,9 +33,7 @@ def portable_state(
         full = {"weight": safe_get_full_fp32_param(parameter) if stage == 3 else parameter.detach()}
         if stepped:
             for key in STATES:
-                full[key] = (
-                    safe_get_full_optimizer_state(parameter, key) if flats else adamax.state[parameter][key]
-                )
+                full[key] = safe_get_full_optimizer_state(parameter, key) if flats else adamax.state[parameter][key]
             full["step"] = adamax.state[flats[0] if flats else parameter]["step"]
         if keep:
             out |= {f"{key}.{name}": value.detach().cpu().clone() for key, value in full.items()}
@@ -47,8 +45,6 @@ def load_portable_state(
     state: dict[str, Tensor], model: nn.Module, adamax: torch.optim.Optimizer, zero: Any, stage: int
 ) -> None:
     """The inverse of `portable_state`: buffers, weights, and Adamax states where there are any, into DeepSpeed."""
-    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-
     for name, buffer in persistent_buffers(model).items():
         buffer.copy_(state[f"buffer.{name}"])
     named = dict(model.named_parameters())
@@ -57,20 +53,15 @@ def load_portable_state(
     if steps:
         _make_states(adamax, flats or list(named.values()), step=max(steps))
         if stage in (1, 2):
-            zero._lazy_init_hp_params_optimizer_state()
+            zero._lazy_init_hp_params_optimizer_state()  # or DeepSpeed would not know of them before the first step
     for name, parameter in named.items():
-        weight = state[f"weight.{name}"]
-        if stage == 3:
-            _set_partitioned(parameter, weight)
-        else:
-            parameter.copy_(weight)
-        if flats:
-            safe_set_full_fp32_param(parameter, weight)
+        _set_weight(parameter, state[f"weight.{name}"], stage)
         for key in STATES if f"exp_avg.{name}" in state else ():
-            if flats:
-                safe_set_full_optimizer_state(parameter, state[f"{key}.{name}"], key)
+            value = state[f"{key}.{name}"]
+            if stage == 0:
+                adamax.state[parameter][key].copy_(value)
             else:
-                adamax.state[parameter][key].copy_(state[f"{key}.{name}"])
+                _set_master(parameter, value, stage, key)
 
 
 def _flat_partitions(zero: Any, stage: int) -> list[Tensor]:
@@ -92,9 +83,28 @@ def _make_states(adamax: torch.optim.Optimizer, updated: list[Tensor], step: Ten
                 own[key] = torch.zeros_like(tensor.data)
 
 
-def _set_partitioned(parameter: Tensor, weight: Tensor) -> None:
-    """A stage 3 parameter's working copy, apart from the optimiser's."""
-    import deepspeed
+def _set_weight(parameter: Tensor, weight: Tensor, stage: int) -> None:
+    """The weight that the layers use and, where the optimiser has another, that one."""
+    if stage == 3:
+        import deepspeed
 
-    with deepspeed.zero.GatheredParameters(parameter, modifier_rank=0):
+        with deepspeed.zero.GatheredParameters(parameter, modifier_rank=0):
+            parameter.copy_(weight)
+    else:
         parameter.copy_(weight)
+    if stage > 0:
+        _set_master(parameter, weight, stage)
+
+
+def _set_master(parameter: Tensor, value: Tensor, stage: int, key: str | None = None) -> None:
+    """This process's share of an Adamax state, or without key of the optimiser's weight."""
+    if stage < 3:
+        parameter.set_full_hp_param(value, key)  # type: ignore[attr-defined]
+        return
+    # DeepSpeed's own way for whole tensors fails where their size is not a multiple of the number of processes
+    rank, share = torch.distributed.get_rank(), parameter.ds_tensor.numel()  # type: ignore[attr-defined]
+    padded = torch.zeros(share * torch.distributed.get_world_size(), dtype=value.dtype)
+    padded[: value.numel()] = value.flatten()
+    parameter._z3_optimizer.set_local_hp_param(  # type: ignore[attr-defined]
+        padded[rank * share : (rank + 1) * share], parameter, key
+    )

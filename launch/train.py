@@ -1,0 +1,22 @@
+"""Train an NVAE: deepspeed launch/train.py --profile PROFILE, or python launch/train.py --profile PROFILE."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a checkout that is not installed, too
+
+from nvae_lowmem.training.main import run_training
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, train, and return the exit code: 0 done, 2 bad input, 4 diverged, 5 out of memory."""
+    from nvae_lowmem.generation.grids import training_pictures
+
+    return run_training(sys.argv[1:] if argv is None else argv, training_pictures)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,142 @@
+"""Pictures for people: grids of images, strips with a caption, and what a run shows of itself while it trains."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from nvae_lowmem.config import Profile
+from nvae_lowmem.generation.recalibrate import recalibrated
+from nvae_lowmem.generation.sample import reconstruct_images, sample_images, temperature_text, without_padding
+from nvae_lowmem.model.nvae import NVAE
+from nvae_lowmem.training.objective import AUTOCAST_DTYPES
+
+if TYPE_CHECKING:  # the trainer brings TensorBoard and the data along
+    from nvae_lowmem.training.trainer import Pictures
+
+TEMPERATURES = (0.7, 0.8, 0.9, 1.0)
+MIN_CELL_PIXELS = 56
+"""Smaller images are magnified, so that a person can see them."""
+GRID_WIDTH_PIXELS = 1000
+BACKGROUND = 255
+CAPTION_PIXELS, CAPTION_MARGIN_PIXELS = 14, 5
+
+PREVIEW_IMAGES, PREVIEW_PASSES = 16, 10  # of a grid in training: cheap enough to be drawn ten times in a CPU demo
+
+
+# --- arrays -----------------------------------------------------------------------------------------------------------
+
+
+def to_uint8(images: Tensor) -> np.ndarray:
+    """(B, C, S, S) in [0, 1] -> (B, S, S, 3) uint8; images that are not RGB become grey, the mean over channels."""
+    colours = images if images.shape[1] == 3 else images.mean(1, keepdim=True).expand(-1, 3, -1, -1)
+    return (colours.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def default_columns(image_pixels: int) -> int:
+    """Columns of a grid that is about a thousand pixels wide, from 4 to 16."""
+    return min(16, max(4, GRID_WIDTH_PIXELS // (image_pixels * _magnification(image_pixels))))
+
+
+def grid(images: Tensor, columns: int, padding: int = 2) -> np.ndarray:
+    """(B, C, S, S) in [0, 1], row by row -> (H, W, 3) uint8. Cells are at least 56 pixels wide, empty ones white."""
+    cells = to_uint8(images)
+    factor = _magnification(cells.shape[1])
+    cells = cells.repeat(factor, axis=1).repeat(factor, axis=2)
+    count, height, width, _ = cells.shape
+    rows = -(-count // columns)
+    step_y, step_x = height + padding, width + padding
+    canvas = np.full((rows * step_y + padding, columns * step_x + padding, 3), BACKGROUND, np.uint8)
+    for i, cell in enumerate(cells):
+        top, left = padding + i // columns * step_y, padding + i % columns * step_x
+        canvas[top : top + height, left : left + width] = cell
+    return canvas
+
+
+def labelled(picture: np.ndarray, caption: str) -> np.ndarray:
+    """The picture (H, W, 3) with a line of text above it."""
+    font = ImageFont.load_default(size=CAPTION_PIXELS)
+    bar = Image.new("RGB", (picture.shape[1], CAPTION_PIXELS + 2 * CAPTION_MARGIN_PIXELS), (BACKGROUND,) * 3)
+    ImageDraw.Draw(bar).text((CAPTION_MARGIN_PIXELS, CAPTION_MARGIN_PIXELS // 2), caption, fill=(0, 0, 0), font=font)
+    return np.concatenate([np.asarray(bar), picture])
+
+
+def stack(pictures: Sequence[np.ndarray]) -> np.ndarray:
+    """Pictures (H_i, W_i, 3) one below the other, the narrower ones filled up with white."""
+    width = max(picture.shape[1] for picture in pictures)
+    filled = [
+        np.pad(p, ((0, 0), (0, width - p.shape[1]), (0, 0)), constant_values=BACKGROUND) for p in pictures
+    ]  # fmt: skip
+    return np.concatenate(filled)
+
+
+def png_bytes(picture: np.ndarray) -> bytes:
+    """(H, W, 3) uint8 as a PNG file."""
+    out = io.BytesIO()
+    Image.fromarray(picture).save(out, format="PNG")
+    return out.getvalue()
+
+
+def save_png(picture: np.ndarray, path: Path) -> Path:
+    """Write (H, W, 3) uint8; whoever looks meanwhile sees the old file or the new one, never half of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}-{os.getpid()}")
+    try:
+        partial.write_bytes(png_bytes(picture))
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def _magnification(image_pixels: int) -> int:
+    return max(1, -(-MIN_CELL_PIXELS // image_pixels))
+
+
+# --- what a run shows while it trains ---------------------------------------------------------------------------------
+
+
+def training_pictures(profile: Profile) -> Pictures:
+    """What the trainer calls with its model in evaluation mode: draws, writes files, and returns the pictures.
+
+    In the samples folder: `reals.png` once, then `reconstructions-STEP.png` (each image above its reconstruction) and
+    `step-STEP-t0.7.png` ... at four temperatures, with BatchNorm statistics from a few passes; all drawn from the same
+    noise in every call, so that the pictures of two steps can be compared.
+    """
+    seed, micro_batch = profile.training.seed, min(PREVIEW_IMAGES, profile.plan.micro_batch or PREVIEW_IMAGES)
+    dtype = AUTOCAST_DTYPES.get(profile.plan.precision)
+
+    def draw(model: NVAE, images: Tensor, folder: Path, step: int) -> dict[str, np.ndarray]:
+        columns = default_columns(model.config.image_size)
+        kind = images.device.type
+        with torch.autocast(kind, dtype=dtype or torch.bfloat16, enabled=dtype is not None, cache_enabled=False):
+            reconstructions = pairs(images, reconstruct_images(model, images, seed, micro_batch), model)
+            pictures = {"reconstructed": reconstructions}
+            for t in TEMPERATURES:
+                with recalibrated(model, t, PREVIEW_PASSES, micro_batch, seed):
+                    samples = sample_images(model, PREVIEW_IMAGES, t, seed, micro_batch)
+                pictures[f"generated_{t}"] = grid(samples, columns)
+        if not (folder / "reals.png").exists():
+            save_png(grid(without_padding(images, model.config), columns), folder / "reals.png")
+        save_png(reconstructions, folder / f"reconstructions-{step}.png")
+        for t in TEMPERATURES:
+            save_png(pictures[f"generated_{t}"], folder / f"step-{step}-t{temperature_text(t)}.png")
+        return pictures
+
+    return draw
+
+
+def pairs(images: Tensor, reconstructions: Tensor, model: NVAE) -> np.ndarray:
+    """Images (B, C, padded, padded) above their reconstructions (B, C, S, S), as (H, W, 3) uint8."""
+    originals = without_padding(images, model.config).cpu()
+    columns = default_columns(model.config.image_size)
+    rows = [torch.cat(row) for row in zip(originals.split(columns), reconstructions.split(columns), strict=True)]
+    return stack([grid(row, len(row) // 2) for row in rows])

@@ -1,0 +1,145 @@
+"""Images from the prior, and held-out images through the posterior: the top-down pass with pixels at its end.
+
+An image is a function of (weights, BatchNorm statistics, seed, number of the image, temperature): how the images are
+split into chunks does not matter. The noise is drawn on the model's device, and CPU and GPU generators differ.
+Legend: B images of a chunk, C image channels, S x S pixels without padding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nvae_lowmem.config import ConfigError, ModelConfig
+from nvae_lowmem.model.latents import FromPosterior, FromPrior, SeededNoise
+from nvae_lowmem.model.nvae import NVAE
+
+Temperature = float | Sequence[float]
+"""What sigma of the prior is multiplied by: one number, or one per scale, highest resolution first."""
+
+Progress = Callable[[int, int], None]
+"""Called with (done, total) after each piece of long work."""
+
+# Noise is a function of (seed, step, ...): steps below zero are never taken in training, so nothing here repeats it.
+_SAMPLING_STEP, _RECONSTRUCTION_STEP = -2, -3
+
+
+# --- temperatures -----------------------------------------------------------------------------------------------------
+
+
+def parse_temperature(text: str) -> Temperature:
+    """0.7 from "0.7", (0.7, 0.9) from "0.7,0.9". Raises ConfigError for anything but finite numbers from 0 up."""
+    try:
+        values = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        values = (math.nan,)
+    if not all(math.isfinite(value) and value >= 0 for value in values):
+        raise ConfigError(
+            f"--temperature {text}: must be a number from 0 up, for example 0.7, or one per scale with commas between "
+            "them, highest resolution first, for example 0.7,0.9"
+        )
+    return values if len(values) > 1 else values[0]
+
+
+def group_temperatures(temperature: Temperature, config: ModelConfig) -> tuple[float, ...]:
+    """One temperature per latent group, counted from the top. Raises ConfigError where it does not fit the model."""
+    if isinstance(temperature, (int, float)):
+        return (float(temperature),) * config.total_groups
+    if len(temperature) != config.scales:
+        raise ConfigError(
+            f"--temperature {temperature_text(temperature)}: {len(temperature)} temperatures for a model of "
+            f"{config.scales} scales: give one for all scales, or one for each of them, highest resolution first"
+        )
+    from_the_top = zip(reversed(temperature), reversed(config.scale_groups), strict=True)
+    return tuple(float(t) for t, groups in from_the_top for _ in range(groups))
+
+
+def temperature_text(temperature: Temperature, decimals: int = 1, separator: str = ",") -> str:
+    """ "0.7" or "0.7,0.9": at least so many decimals, and as many more as the number has."""
+    values = (temperature,) if isinstance(temperature, (int, float)) else temperature
+    return separator.join(f"{t:.{decimals}f}" if round(t, decimals) == t else repr(float(t)) for t in values)
+
+
+# --- images -----------------------------------------------------------------------------------------------------------
+
+
+def sample_images(
+    model: NVAE,
+    count: int,
+    temperature: Temperature,
+    seed: int,
+    micro_batch: int,
+    likelihood_sample: bool = False,
+    progress: Progress | None = None,
+) -> Tensor:
+    """`count` images from the prior, (count, C, S, S) fp32 in [0, 1] on the host.
+
+    likelihood_sample: draw the pixels from p(x|z), on the data's grid of bits; otherwise its mean.
+    Raises ConfigError for a count below 1 and for temperatures that do not fit the model.
+    """
+    chunks = sample_chunks(model, count, temperature, seed, micro_batch, likelihood_sample, progress)
+    return torch.cat(list(chunks))
+
+
+@torch.no_grad()
+def sample_chunks(
+    model: NVAE,
+    count: int,
+    temperature: Temperature,
+    seed: int,
+    micro_batch: int,
+    likelihood_sample: bool = False,
+    progress: Progress | None = None,
+) -> Iterator[Tensor]:
+    """The images of `sample_images`, up to micro_batch of them at a time: for more images than memory holds."""
+    assert not model.training, "images must not lean on each other: put the model into evaluation mode"
+    if count < 1:
+        raise ConfigError(f"--count {count}: must be at least 1")
+    temperatures = group_temperatures(temperature, model.config)
+    noise = SeededNoise(seed, step=_SAMPLING_STEP)
+    for first in range(0, count, micro_batch):
+        batch = min(micro_batch, count - first)
+        parameters, _ = model.decode(FromPrior(noise.at(first), temperatures), batch=batch)
+        yield _pixels(model, parameters, seed, first, likelihood_sample).cpu()
+        if progress is not None:
+            progress(first + batch, count)
+
+
+@torch.no_grad()
+def reconstruct_images(model: NVAE, images: Tensor, seed: int, micro_batch: int) -> Tensor:
+    """Mean images of p(x|z), z drawn from q(z|images): (B, C, padded, padded) in [0,1] -> (B, C, S, S) on the host."""
+    assert not model.training, "images must not lean on each other: put the model into evaluation mode"
+    device = next(model.parameters()).device
+    noise = SeededNoise(seed, step=_RECONSTRUCTION_STEP)
+    out = []
+    for first in range(0, len(images), micro_batch):
+        maps = model.encode(images[first : first + micro_batch].to(device))
+        parameters, _ = model.decode(FromPosterior(noise.at(first)), maps)
+        out.append(model.likelihood.mean(parameters).cpu())
+    return torch.cat(out)
+
+
+def without_padding(images: Tensor, config: ModelConfig) -> Tensor:
+    """(B, C, padded, padded) -> (B, C, S, S)."""
+    p = config.padding
+    return images[:, :, p:-p, p:-p] if p else images
+
+
+def _pixels(model: NVAE, parameters: Tensor, seed: int, first_slot: int, likelihood_sample: bool) -> Tensor:
+    """The likelihood's parameters (B, P, S, S) -> images (B, C, S, S)."""
+    if not likelihood_sample:
+        return model.likelihood.mean(parameters)
+    # one image at a time, each with a generator of its own: so its draws do not depend on the chunk it is in
+    drawn = [
+        model.likelihood.sample(row[None], _pixel_generator(seed, first_slot + i)) for i, row in enumerate(parameters)
+    ]
+    return torch.cat(drawn)
+
+
+def _pixel_generator(seed: int, slot: int) -> torch.Generator:
+    entropy = np.random.SeedSequence([seed % 2**64, slot]).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(entropy[0]))

@@ -1,0 +1,169 @@
+"""The blocks of the network: what a memory policy applies to. `nvae.py` puts them in order.
+
+Legend: B images, C channels of a scale, L latents per group, H x W pixels.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nvae_lowmem.config import ModelConfig
+from nvae_lowmem.model.cells import make_cell
+from nvae_lowmem.model.flows import Flow
+from nvae_lowmem.model.latents import Latent, Normal, Source
+from nvae_lowmem.model.layers import ConvUnit
+from nvae_lowmem.model.likelihoods import Likelihood, negative_log_likelihood
+
+HEAD_CHUNK_BYTES = 8 << 20
+"""Small images share a chunk of the likelihood up to about this many bytes of temporaries."""
+
+
+class Stem(nn.Module):
+    """2x - 1, 3x3 convolution: image (B, channels, S, S) in [0,1] -> (B, C, S, S) in the compute dtype."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.conv = ConvUnit(config.image_channels, config.channels_encoder, 3)
+
+    def forward(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        return self.conv((2 * x - 1).to(dtype))
+
+
+class EncoderGroup(nn.Module):
+    """The cells of one group of the encoder tower, (B, C, H, W) -> same."""
+
+    def __init__(self, config: ModelConfig, channels: int) -> None:
+        super().__init__()
+        self.cells = nn.ModuleList(
+            make_cell(config.architecture, "encoder", channels, channels, squeeze_excitation=config.squeeze_excitation)
+            for _ in range(config.cells_encoder)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        for cell in self.cells:
+            x = cell(x)
+        return x
+
+
+class EncoderTop(nn.Module):
+    """ELU, 1x1, ELU on the topmost encoder map: what the first posterior reads."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = ConvUnit(channels, channels, 1, activation="elu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.elu(self.conv(x))
+
+
+class LearnedStart(nn.Module):
+    """The decoder's learned constant h (C, h, w), U[0,1) at first, shared over the batch."""
+
+    def __init__(self, channels: int, size: int) -> None:
+        super().__init__()
+        self.h = nn.Parameter(torch.rand(channels, size, size))
+
+    def forward(self, batch: int, dtype: torch.dtype) -> Tensor:
+        return self.h.to(dtype).expand(batch, -1, -1, -1)
+
+
+def _run(function: Callable[..., Any], *args: Any) -> Any:
+    return function(*args)
+
+
+class DecoderGroup(nn.Module):
+    """One latent group: cells, prior, encoder combiner, posterior, z (with flows), combiner.
+
+    (state (B, C, H, W), encoder map (B, C_enc, H, W) or None) -> (state with z merged in, Latent without z).
+    The first group has no cells, a standard normal prior, and reads the top encoder map as it is.
+    """
+
+    def __init__(self, config: ModelConfig, group: int, channels: int, encoder_channels: int) -> None:
+        super().__init__()
+        self.group, self.residual_posterior, self.latents = group, config.residual_posterior, config.latents
+        first = group == 0
+        self.cells = nn.ModuleList(
+            make_cell(config.architecture, "decoder", channels, channels, squeeze_excitation=config.squeeze_excitation)
+            for _ in range(0 if first else config.cells_decoder)
+        )
+        self.prior = None if first else ConvUnit(channels, 2 * config.latents, 1, activation="elu")
+        self.encoder_combiner = None if first else ConvUnit(channels, encoder_channels, 1)
+        self.posterior = ConvUnit(encoder_channels, 2 * config.latents, 3)
+        self.flow = Flow(config.flows, config.latents) if config.flows else None
+        # a plain VAE has no state before its only group: its decoder starts with a 1x1 convolution of z alone
+        self.run_latent: Callable[..., Latent] = _run  # how `latent` is run; set from outside
+        self.combiner = ConvUnit(config.latents + (0 if config.vanilla else channels), channels, 1)
+
+    def forward(self, state: Tensor, encoder_map: Tensor | None, source: Source) -> tuple[Tensor, Latent]:
+        for cell in self.cells:
+            state = cell(state)
+        latent = self.choose(state, encoder_map, source)
+        z = latent.z
+        assert z is not None
+        return self.combiner(torch.cat([state, z.to(state.dtype)], dim=1)), latent
+
+    def choose(self, state: Tensor, encoder_map: Tensor | None, source: Source) -> Latent:
+        """z_l given z_<l (in the state) and the image (in the encoder map)."""
+        prior = None if self.prior is None else self.prior(state)  # (B, 2L, H, W): mu, log sigma
+        posterior = None
+        if encoder_map is not None:
+            seen = encoder_map
+            if self.encoder_combiner is not None:
+                seen = encoder_map + self.encoder_combiner(state)
+            posterior = self.posterior(seen)
+        return self.run_latent(self.latent, prior, posterior, source, (len(state), *state.shape[2:]), state.device)
+
+    def latent(
+        self,
+        prior_parameters: Tensor | None,
+        posterior_parameters: Tensor | None,
+        source: Source,
+        size: tuple[int, int, int],
+        device: torch.device,
+    ) -> Latent:
+        """The distributions from the convolutions' outputs, and z from them, in fp32."""
+        if prior_parameters is None:
+            zero = torch.zeros(size[0], self.latents, *size[1:], device=device)
+            prior = Normal.from_parameters(zero, zero)  # sigma 1.01: the floor holds for the standard normal, too
+        else:
+            prior_mu, prior_log_sigma = full_precision(prior_parameters).chunk(2, dim=1)
+            prior = Normal.from_parameters(prior_mu, prior_log_sigma)
+        if posterior_parameters is None:
+            return source.latent(self.group, prior, None, None)
+        mu, log_sigma = full_precision(posterior_parameters).chunk(2, dim=1)
+        if self.residual_posterior and prior_parameters is not None:
+            mu, log_sigma = mu + prior_mu, log_sigma + prior_log_sigma
+        flow = None if self.flow is None else functools.partial(self.flow, dtype=posterior_parameters.dtype)
+        return source.latent(self.group, prior, Normal.from_parameters(mu, log_sigma), flow)
+
+
+def full_precision(x: Tensor) -> Tensor:
+    """At least fp32: half types are widened, float64 stays."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+class Head(nn.Module):
+    """ELU, 3x3 convolution to the likelihood's parameters; with an image, its negative log-likelihood (B,)."""
+
+    def __init__(self, config: ModelConfig, likelihood: Likelihood) -> None:
+        super().__init__()
+        self.conv = ConvUnit(config.channels_decoder, likelihood.parameter_channels, 3, activation="elu")
+        self.likelihood, self.padding = likelihood, config.padding
+        self.chunk_bytes = 64 << 20  # bound of the likelihood's temporaries, set from outside
+        # small images go together, so that a chunk is worth a kernel launch; the number does not depend on the batch
+        image_bytes = likelihood.working_values_per_pixel * config.image_size**2 * 4
+        self.chunk_images = max(1, HEAD_CHUNK_BYTES // image_bytes)
+
+    def forward(self, state: Tensor, x: Tensor | None = None) -> Tensor:
+        parameters = self.conv(state)
+        if x is None:
+            return parameters
+        return negative_log_likelihood(
+            self.likelihood, parameters, x, self.padding, chunk_images=self.chunk_images, chunk_bytes=self.chunk_bytes
+        )

@@ -1,0 +1,164 @@
+"""How a block keeps its activations between forward and backward: all, cheap, input or host; set from outside.
+
+    all    plain autograd; BN-swish saves its input and the convolution after it its own
+    cheap  convolution outputs alone: normalisations, activations, SE, casts, latents' arithmetic and the depthwise
+           convolution's output are computed again, inside the backward functions
+    input  the block's input alone (torch.utils.checkpoint, not reentrant): cells, posterior, prior, flows, combiner and
+           KL together run again in backward; what that second run keeps is as in cheap
+    host   as input, and that input lies in (pinned) host memory, copied on a side stream and fetched one block ahead
+
+Loss and gradients do not depend on the choice; BatchNorm statistics and power iterations move in the first run only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from nvae_lowmem.config import ConfigError, Keep, MemoryPlan
+from nvae_lowmem.model.blocks import DecoderGroup, Head
+from nvae_lowmem.model.functional import recomputation
+from nvae_lowmem.model.host import host_memory
+from nvae_lowmem.model.nvae import NVAE
+
+
+def apply_plan(model: NVAE, plan: MemoryPlan) -> None:
+    """Make every block of the model keep what the plan says. Raises ConfigError for a block nobody knows."""
+    names = [name for name in model.block_names() if name != "start"]
+    unknown = [
+        k for k in plan.keep_blocks if not any(n == k or (k.endswith("*") and n.startswith(k[:-1])) for n in names)
+    ]
+    if unknown:
+        raise ConfigError(f"plan.keep_blocks names blocks that this model does not have: {', '.join(unknown)}")
+    keeps: dict[str, Keep] = {name: plan.keep_of(name) for name in names}
+    for name, keep in keeps.items():
+        _set_recompute(model.blocks[name], keep != "all")
+    head = model.blocks["head"]
+    assert isinstance(head, Head)
+    head.chunk_bytes = plan.likelihood_chunk_bytes
+    model.run_block = KeepRunner(keeps)
+
+
+def _set_recompute(block: nn.Module, recompute: bool) -> None:
+    for module in block.modules():
+        if hasattr(module, "recompute"):
+            module.recompute = recompute
+        if isinstance(module, DecoderGroup):
+            module.run_latent = _again if recompute else _call
+
+
+def _call(function: Callable[..., Any], *args: Any) -> Any:
+    return function(*args)
+
+
+def _contexts() -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
+    return contextlib.nullcontext(), recomputation()
+
+
+def _again(function: Callable[..., Any], *args: Any) -> Any:
+    """Run function(*args) so that only its tensor arguments are kept and it runs again in backward."""
+    if not torch.is_grad_enabled():
+        return function(*args)
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False, context_fn=_contexts)
+
+
+class KeepRunner:
+    """Runs a block by name under its policy. Holds names only, so that a model that carries it can be copied."""
+
+    def __init__(self, keeps: Mapping[str, Keep]) -> None:
+        self.keeps = dict(keeps)
+        self._store: HostStore | None = HostStore() if "host" in self.keeps.values() else None
+
+    def __call__(self, name: str, block: nn.Module, *args: Any) -> Any:
+        keep = self.keeps.get(name, "all")
+        if keep in ("all", "cheap") or not torch.is_grad_enabled():
+            return block(*args)
+        if keep == "input":
+            return _again(block, *args)
+        assert self._store is not None
+        with torch.autograd.graph.saved_tensors_hooks(self._store.pack, self._store.unpack):
+            return _again(block, *args)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> KeepRunner:
+        return KeepRunner(self.keeps)
+
+
+class _Parked:
+    """One tensor in host memory, and its copy back on the way or back already."""
+
+    def __init__(self, tensor: Tensor, stream: torch.cuda.Stream | None) -> None:
+        self.device, self.stream = tensor.device, stream
+        with host_memory():
+            self.host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=stream is not None)
+        if stream is None:
+            self.host.copy_(tensor)
+        else:
+            stream.wait_stream(torch.cuda.current_stream(tensor.device))
+            with torch.cuda.stream(stream):
+                self.host.copy_(tensor, non_blocking=True)
+            tensor.record_stream(stream)
+        self.back: Tensor | None = None
+
+    def fetch(self) -> None:
+        """Begin the copy to the device."""
+        if self.back is not None:
+            return
+        if self.stream is None:
+            self.back = torch.empty(self.host.shape, dtype=self.host.dtype, device=self.device).copy_(self.host)
+            return
+        with torch.cuda.stream(self.stream):
+            self.back = self.host.to(self.device, non_blocking=True)
+
+    def take(self) -> Tensor:
+        """The tensor on its device, ready for the current stream."""
+        self.fetch()
+        back, self.back = self.back, None
+        assert back is not None
+        if self.stream is not None:
+            current = torch.cuda.current_stream(self.device)
+            current.wait_stream(self.stream)
+            back.record_stream(current)
+        return back
+
+
+class HostStore:
+    """Saved tensors in host memory, fetched back in reverse order, one ahead of the backward pass."""
+
+    def __init__(self) -> None:
+        self._parked: list[_Parked] = []
+        self._stream: torch.cuda.Stream | None = None
+
+    def pack(self, tensor: Tensor) -> _Parked | Tensor:
+        """To the host, unless there is nothing to gain."""
+        if tensor.numel() < 1024 or not tensor.is_floating_point():
+            return tensor
+        if tensor.is_cuda and self._stream is None:
+            self._stream = torch.cuda.Stream(tensor.device)
+        parked = _Parked(tensor, self._stream)
+        self._parked.append(parked)
+        return parked
+
+    def unpack(self, parked: _Parked | Tensor) -> Tensor:
+        """Back on the device; the one that backward needs next starts on its way."""
+        if isinstance(parked, Tensor):
+            return parked
+        while self._parked and self._parked[-1] is not parked:
+            self._parked.pop()
+        if self._parked:
+            self._parked.pop()
+        tensor = parked.take()
+        if self._parked:
+            self._parked[-1].fetch()
+        return tensor
+
+
+def keep_counts(plan: MemoryPlan, model: NVAE) -> dict[Keep, int]:
+    """How many blocks keep what, for people."""
+    names = [name for name in model.block_names() if name != "start"]
+    return functools.reduce(lambda c, n: c | {plan.keep_of(n): c.get(plan.keep_of(n), 0) + 1}, names, {})

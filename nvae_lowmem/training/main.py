@@ -1,0 +1,227 @@
+"""`launch/train.py`: from the command line to a finished run. Every problem is found before anything is written."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import tyro
+
+from nvae_lowmem import profile as profiles
+from nvae_lowmem.config import ConfigError, EngineName, Precision, Profile
+from nvae_lowmem.data.sources import Datasets, open_source
+from nvae_lowmem.model.nvae import NVAE
+from nvae_lowmem.training import checkpoint, distributed, runs
+from nvae_lowmem.training.ema import WeightEma
+from nvae_lowmem.training.engine import TorchEngine
+from nvae_lowmem.training.objective import Objective
+from nvae_lowmem.training.setup import RunPlan, plan_run, split_batch
+from nvae_lowmem.training.step import Engine
+from nvae_lowmem.training.trainer import Diverged, Pictures, Trainer
+
+EXIT_BAD_INPUT, EXIT_DIVERGED, EXIT_OUT_OF_MEMORY = 2, 4, 5
+# what may differ when a run goes on: how memory is used, and how often the run reports
+_FREE_TO_CHANGE = {"plan", "provenance", "name"}
+_FREE_TRAINING = {
+    "log_every",
+    "sample_every",
+    "evaluate_every",
+    "evaluate_images",
+    "save_every",
+    "keep_last",
+    "ema_on_host",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainCommand:
+    """Train an NVAE on your images.
+
+    Examples:
+      python launch/train.py --profile demo-mnist
+      deepspeed launch/train.py --profile profiles/demo-mnist.toml
+      python launch/train.py --profile demo-mnist --data ~/pictures --set model.bits=8 --set model.image_channels=3
+    """
+
+    profile: str
+    """TOML file, or the name of a shipped profile (profiles/)."""
+    data: str = ""
+    """Images to train on instead: a folder, a ZIP, an LMDB, MNIST or CIFAR-10 files, mnist5k, faces."""
+    runs_dir: str = "runs"
+    """Where the numbered run folder is made."""
+    run_dir: str = ""
+    """Use exactly this run folder; if it holds a checkpoint, training goes on from there."""
+    resume: Literal["auto", "never"] = "auto"
+    """auto: go on from the newest checkpoint of --run-dir; never: refuse a folder that has one."""
+    total_batch: int = 0
+    """Images per optimiser step over everything; 0: the profile's."""
+    micro_batch: int = 0
+    """Images per forward pass; 0: the profile's, or the whole share of a process."""
+    steps: int = 0
+    """Optimiser steps; 0: the profile's."""
+    precision: Precision | None = None
+    """Dtype of activations instead of the profile's."""
+    engine: EngineName | None = None
+    """torch, deepspeed or auto, instead of the profile's."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: the GPU where there is one."""
+    set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """Any other key of the profile: --set training.learning_rate=1e-3 (may be repeated)."""
+    dry_run: bool = False
+    """Print the configuration, the model's size and the plan, and train nothing."""
+    local_rank: Annotated[int, tyro.conf.arg(name="local_rank", help="Set by the deepspeed launcher.")] = -1
+
+
+def run_training(argv: Sequence[str], pictures_for: Callable[[Profile], Pictures]) -> int:
+    """Parse argv, train, and return the exit code: 0 done, 2 bad input, 4 diverged, 5 out of memory."""
+    command = tyro.cli(TrainCommand, args=list(argv), prog="train.py")
+    try:
+        return _train(command, pictures_for)
+    except ConfigError as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    except Diverged as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return EXIT_DIVERGED
+    except torch.OutOfMemoryError as error:
+        print(f"train.py: out of GPU memory: {str(error).splitlines()[0]}", file=sys.stderr)
+        print("Fit a smaller plan with tools/fit_memory.py, or halve --micro-batch.", file=sys.stderr)
+        return EXIT_OUT_OF_MEMORY
+
+
+def profile_of(command: TrainCommand) -> Profile:
+    """The profile with the command line's overrides. Raises ConfigError with every problem."""
+    profile = profiles.load(command.profile)
+    shortcuts = {
+        "data.source": profiles.quoted(command.data) if command.data else None,
+        "training.total_batch": command.total_batch or None,
+        "plan.micro_batch": command.micro_batch or None,
+        "training.steps": command.steps or None,
+        "plan.precision": profiles.quoted(command.precision) if command.precision else None,
+        "plan.engine": profiles.quoted(command.engine) if command.engine else None,
+    }
+    given = [f"{key}={value}" for key, value in shortcuts.items() if value is not None]
+    return profiles.override(profile, [*given, *command.set]) if given or command.set else profile
+
+
+def _train(command: TrainCommand, pictures_for: Callable[[Profile], Pictures]) -> int:
+    profile = profile_of(command)
+    device = _device(command.device)
+    split_batch(profile, distributed.launched_processes())
+    data = open_source(profile.data, profile.model)
+    engine_name, why_engine = distributed.choose_engine(profile.plan, distributed.launched(), device)
+    rank, world_size = 0, 1
+    if engine_name == "deepspeed" and not command.dry_run:
+        local_rank = command.local_rank if command.local_rank >= 0 else None
+        rank, world_size, device = distributed.initialise(device, local_rank)
+    plan = plan_run(profile, len(data.train), device, world_size)
+    plan = replace(plan, reasons=(data.description, why_engine, *plan.reasons))
+    torch.manual_seed(profile.training.seed)
+    model = NVAE(profile.model)
+    if rank == 0:
+        print(_summary(plan, model), flush=True)
+    if command.dry_run:
+        print(profiles.dumps(plan.profile))
+        return 0
+    try:
+        return _train_on(command, plan, data, model, engine_name, device, rank, pictures_for)
+    finally:
+        distributed.shutdown()
+
+
+def _train_on(
+    command: TrainCommand,
+    plan: RunPlan,
+    data: Datasets,
+    model: NVAE,
+    engine_name: str,
+    device: torch.device,
+    rank: int,
+    pictures_for: Callable[[Profile], Pictures],
+) -> int:
+    profile = plan.profile
+    run_dir = Path(distributed.broadcast_object(str(_run_dir(command, profile)) if rank == 0 else ""))
+    resumed = checkpoint.newest(run_dir) if command.run_dir else None
+    training = profile.training
+    ema_device = "cpu" if training.ema_on_host else None
+    ema = WeightEma(model.to(device), training.ema_decay, ema_device) if training.ema_decay else None
+    engine = _engine(engine_name, Objective(model, training, profile.plan.precision), profile, device, plan)
+    first_step = 0
+    if resumed is not None:
+        first_step, state, weights = checkpoint.load_training(resumed)
+        engine.load_state(state)
+        if ema is not None:
+            ema.module.load_state_dict(weights)
+    if rank == 0:
+        if not (run_dir / "config.toml").exists():
+            profiles.save(profile, run_dir / "config.toml", header=f"nvae-lowmem run {run_dir.name}")
+        began = f"resuming {run_dir} after step {first_step}" if first_step else f"run folder {run_dir}"
+        print(f"{began}\nwatch it with: tensorboard --logdir {run_dir}", flush=True)
+    trainer = Trainer(plan, engine, data, run_dir, ema, pictures_for(profile), first_step)
+    trainer.train()
+    if rank == 0:
+        print(f"pictures: {run_dir / 'samples'}\nsample more with: python launch/sample.py --run {run_dir}", flush=True)
+    return 0
+
+
+def _engine(name: str, objective: Objective, profile: Profile, device: torch.device, plan: RunPlan) -> Engine:
+    if name == "deepspeed":
+        from nvae_lowmem.training.zero import ZeroEngine  # imports DeepSpeed, which takes seconds
+
+        return ZeroEngine(objective, profile, device, plan.split.accumulation)
+    return TorchEngine(objective, profile, device, plan.split.accumulation)
+
+
+def _device(wanted: str) -> torch.device:
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: torch sees no CUDA GPU here; use --device cpu, or ask tools/doctor.py why")
+    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def _run_dir(command: TrainCommand, profile: Profile) -> Path:
+    """The folder to write to: a new numbered one, or --run-dir, whose configuration must then be the same."""
+    if not command.run_dir:
+        return runs.new_run(command.runs_dir, profile.name)
+    folder = Path(command.run_dir)
+    if checkpoint.newest(folder) is None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"--run-dir {folder}: cannot be made: {error.strerror or error}") from None
+        return folder
+    if command.resume == "never":
+        raise ConfigError(f"--run-dir {folder} holds a checkpoint and --resume is never: name another folder")
+    changed = changed_keys(profiles.load(folder / "config.toml"), profile)
+    if changed:
+        raise ConfigError(
+            f"--run-dir {folder} was trained with another configuration; these differ: {', '.join(changed)}. "
+            "Set them back, or name another folder"
+        )
+    return folder
+
+
+def changed_keys(before: Profile, now: Profile) -> list[str]:
+    """The keys in which two profiles differ that a run may not change half-way, with both values."""
+    old, new = profiles.to_dict(before), profiles.to_dict(now)
+    out = []
+    for section in old.keys() - _FREE_TO_CHANGE:
+        free = _FREE_TRAINING if section == "training" else set()
+        for key in sorted(old[section].keys() - free):
+            if old[section][key] != new[section][key]:
+                out.append(f"{section}.{key} ({old[section][key]!r} -> {new[section][key]!r})")
+    return out
+
+
+def _summary(plan: RunPlan, model: NVAE) -> str:
+    config = plan.profile.model
+    parameters = sum(p.numel() for p in model.parameters())
+    lines = [
+        f"{plan.profile.name}: {parameters:,} parameters, groups per scale {list(config.scale_groups)} (highest "
+        f"resolution first), {config.latent_dims:,} latent dimensions, {model.likelihood.describe()}",
+        *plan.reasons,
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,247 @@
+"""The loop: steps, log lines, evaluations, pictures, checkpoints, and a clean end on Ctrl-C."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nvae_lowmem.data.pipeline import Batches, evaluation_batches
+from nvae_lowmem.data.sources import Datasets
+from nvae_lowmem.model.nvae import NVAE
+from nvae_lowmem.model.regularizers import regularisation_values
+from nvae_lowmem.training import checkpoint
+from nvae_lowmem.training.ema import WeightEma
+from nvae_lowmem.training.monitor import Monitor, device_memory, is_early
+from nvae_lowmem.training.optim import learning_rate
+from nvae_lowmem.training.setup import RunPlan
+from nvae_lowmem.training.step import Engine, StepResult, training_step
+from nvae_lowmem.training.validation import Validation, validate
+
+Pictures = Callable[[NVAE, Tensor, Path, int], dict[str, np.ndarray]]
+"""(model in evaluation mode, held-out images, samples folder, step) -> pictures by TensorBoard name."""
+
+
+class Diverged(RuntimeError):
+    """The loss is not a number any more; its text says where and what to do."""
+
+
+class Trainer:
+    """Runs a RunPlan on an engine from `first_step` (finished steps) to the end, or until asked to stop."""
+
+    def __init__(
+        self,
+        run: RunPlan,
+        engine: Engine,
+        data: Datasets,
+        run_dir: Path | None,
+        ema: WeightEma | None,
+        pictures: Pictures | None = None,
+        first_step: int = 0,
+    ) -> None:
+        self.run, self.engine, self.data, self.run_dir = run, engine, data, run_dir
+        self.ema, self.pictures, self.first_step = ema, pictures, first_step
+        self.profile, self.schedule = run.profile, run.schedule
+        self._batches = Batches(
+            data.train,
+            self.profile.model,
+            self.profile.data,
+            self.profile.training.total_batch,
+            self.profile.training.seed,
+        )
+        self._stop_requested = False
+        self._overflows = 0
+        self.last_validation: Validation | None = None
+
+    def train(self) -> int:
+        """Train; returns the number of finished steps. Raises Diverged when the loss is not finite."""
+        training, total = self.profile.training, self.schedule.total_steps
+        evaluate_every, sample_every, save_every = (
+            every or max(1, total // 10)
+            for every in (training.evaluate_every, training.sample_every, training.save_every)
+        )
+        step = self.first_step
+        with (
+            Monitor(self.run_dir if self.engine.rank == 0 else None, total, self.first_step) as monitor,
+            self._signals(monitor),
+        ):
+            self.engine.model.train()
+            while step < total and not self._stop_requested:
+                began = time.monotonic()
+                rate = self._learning_rate(step)
+                result = training_step(self.engine, self.profile, self.run.split, self._images, step, total, rate)
+                step += 1
+                self._check(result, step)
+                if self.ema is not None:
+                    self.ema.update(self.engine.model, step)
+                self._report(monitor, result, step, rate, time.monotonic() - began)
+                last = step == total
+                if last or step % evaluate_every == 0:
+                    self._evaluate(monitor, step)
+                if last or step % sample_every == 0:
+                    self._draw(monitor, step)
+                if last or step % save_every == 0:
+                    self._save(monitor, step)
+            if self._stop_requested and step < total:
+                self._save(monitor, step)
+                monitor.say(f"stopped after step {step}; the same command goes on from there")
+        return step
+
+    # -- pieces of a step --
+
+    def _images(self, step: int, slot: int, count: int) -> Tensor:
+        return self._batches.batch(step, slice(slot, slot + count)).to(self.engine.device, non_blocking=True)
+
+    def _learning_rate(self, step: int) -> float:
+        s = self.schedule
+        return learning_rate(
+            step,
+            peak=s.peak_rate,
+            minimum=min(s.peak_rate, self.profile.training.learning_rate_min),
+            warmup_steps=s.warmup_steps,
+            steps_per_epoch=s.steps_per_epoch,
+            total_steps=s.total_steps,
+        )
+
+    def _check(self, result: StepResult, step: int) -> None:
+        self._overflows += result.update.overflow
+        if bool(result.loss.isfinite()):
+            return
+        bad = [str(i) for i, ok in enumerate(result.kl.isfinite().tolist()) if not ok]
+        where = (
+            f"the KL of group{'s' if len(bad) > 1 else ''} {', '.join(bad)} (from the top)" if bad else "the likelihood"
+        )
+        raise Diverged(
+            f"step {step}: the loss is {result.loss.item()}: {where} is not finite. The last checkpoint is untouched. "
+            "Try a lower --set training.learning_rate, a larger training.regulariser, or --precision fp32."
+        )
+
+    def _report(self, monitor: Monitor, r: StepResult, step: int, rate: float, seconds: float) -> None:
+        early = is_early(step, self.profile.training.log_every)
+        batch = self.profile.training.total_batch
+        line = (
+            f"nelbo {float(r.nll + r.kl.sum()):.1f}  recon {float(r.nll):.1f}  kl {float(r.kl.sum()):.1f}  "
+            f"{batch / seconds:.1f} images/s"
+        )
+        memory = device_memory(self.engine.device.type)
+        if memory:
+            line += f"  peak {memory['memory/peak_allocated_gib']:.2f} GiB"
+        if self._overflows:
+            line += f"  overflows {self._overflows}"
+        monitor.progress(step, line, early)
+        if not early:
+            return
+        spectral, batch_norm = (float(v) for v in regularisation_values(self.engine.model))
+        values = {
+            "train/nelbo_iter": float(r.nll + r.kl.sum()),
+            "train/recon_iter": float(r.nll),
+            "train/kl_iter": float(r.kl.sum()),
+            "train/loss": float(r.loss),
+            "train/lr": rate,
+            "train/norm_loss": spectral,
+            "train/bn_loss": batch_norm,
+            "train/wdn_coeff": r.regulariser,
+            "train/loss_scale": self.engine.loss_scale,
+            "train/overflows": float(self._overflows),
+            "kl_coeff/coeff": r.beta,
+            "timing/sec_per_step": seconds,
+            "timing/images_per_sec": batch / seconds,
+        }
+        groups = zip(r.kl.tolist(), r.active.tolist(), r.coefficients.tolist(), strict=True)
+        for i, (kl, active, coefficient) in enumerate(groups):
+            values |= {f"kl_vals/layer_{i}": kl, f"kl/active_{i}": active, f"kl_coeff/layer_{i}": coefficient}
+        monitor.scalars(step, values | memory)
+
+    def _held_out(self, count: int, batch: int) -> Iterator[Tensor]:
+        profile = self.profile
+        seen = 0
+        for x in evaluation_batches(self.data.test, profile.model, profile.data, batch, profile.training.seed):
+            if count and seen >= count:
+                return
+            yield (x[: count - seen] if count else x).to(self.engine.device)
+            seen += len(x)
+
+    @contextlib.contextmanager
+    def _averaged_weights(self) -> Iterator[None]:
+        """Inside, the model has its averaged weights (not under ZeRO stage 3, where no process has them whole)."""
+        partitioned = (
+            self.profile.plan.zero_stage == 3 and self.engine.world_size > 0 and hasattr(self.engine, "gathered")
+        )
+        if self.ema is None or partitioned:
+            yield
+        else:
+            with self.ema.applied_to(self.engine.model):
+                yield
+
+    def _evaluate(self, monitor: Monitor, step: int) -> None:
+        training = self.profile.training
+        with self._averaged_weights():
+            v = validate(
+                self.engine.model,
+                self._held_out(training.evaluate_images, self.run.split.micro),
+                training.seed,
+                self.profile.plan.precision,
+            )
+        self.last_validation = v
+        monitor.say(
+            f"step {step}: held-out -ELBO {v.nelbo:.2f} nats = {v.bits_per_dim:.3f} bits/dim "
+            f"(recon {v.nll:.2f}, kl {sum(v.kl):.2f}) on {v.images} images"
+        )
+        values = {"val/nelbo": v.nelbo, "val/recon": v.nll, "val/kl": sum(v.kl), "val/bpd_elbo": v.bits_per_dim}
+        monitor.scalars(step, values | {f"val_active/layer_{i}": a for i, a in enumerate(v.active)})
+
+    @torch.no_grad()
+    def _draw(self, monitor: Monitor, step: int) -> None:
+        if self.pictures is None or self.run_dir is None or self.engine.rank:
+            return
+        model = self.engine.model
+        images = torch.cat(list(self._held_out(8, min(8, self.run.split.micro))))
+        with self._averaged_weights():
+            model.eval()
+            try:
+                for name, picture in self.pictures(model, images, self.run_dir / "samples", step).items():
+                    monitor.picture(step, name, picture)
+            finally:
+                model.train()
+
+    def _save(self, monitor: Monitor, step: int) -> None:
+        state = self.engine.state()  # every process takes part
+        if self.run_dir is None or self.engine.rank:
+            return
+        weights = {k[len("weight.") :]: v for k, v in state.items() if k.startswith("weight.")}
+        buffers = {k[len("buffer.") :]: v for k, v in state.items() if k.startswith("buffer.")}
+        if self.ema is not None:
+            weights |= {name: p.detach() for name, p in self.ema.module.named_parameters()}
+        path = checkpoint.save(self.run_dir, step, weights | buffers, state, self.profile.training.keep_last)
+        monitor.say(f"step {step}: saved {path}")
+
+    # -- stopping --
+
+    @contextlib.contextmanager
+    def _signals(self, monitor: Monitor) -> Iterator[None]:
+        """The first Ctrl-C (or SIGTERM) saves and stops after the step under way, the second one kills."""
+
+        def ask(number: int, frame: FrameType | None) -> None:
+            if self._stop_requested and number == signal.SIGINT:
+                raise KeyboardInterrupt
+            if not self._stop_requested:
+                monitor.say("stopping after this step, with a checkpoint; press Ctrl-C again to stop at once")
+            self._stop_requested = True
+
+        try:
+            before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        except ValueError:  # not in the main thread: whoever owns the signals decides
+            yield
+            return
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)

@@ -1,0 +1,114 @@
+"""What the tests of the deepspeed engine train, and the program that each of several processes runs.
+
+As a program: `zero_worker.py FOLDER` under a launcher's variables. It reads FOLDER/start.pt (an engine's state), trains
+from it with every plan of SHARED, and writes the losses of each rank and the state that rank 0 has afterwards.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nvae_lowmem.config import MemoryPlan, ModelConfig, Profile, TrainConfig
+from nvae_lowmem.model.nvae import NVAE
+from nvae_lowmem.training import distributed
+from nvae_lowmem.training.engine import TorchEngine
+from nvae_lowmem.training.objective import Objective
+from nvae_lowmem.training.step import BatchPlan, StepResult, training_step
+from nvae_lowmem.training.zero import ZeroEngine
+
+MODEL = ModelConfig(
+    image_size=16, bits=1, channels_encoder=4, channels_decoder=4, scales=2, groups=2, adaptive=True, latents=2,
+    cells_encoder=1, cells_decoder=1, preprocess_blocks=1, preprocess_cells=1, postprocess_blocks=1, postprocess_cells=1,
+    flows=1,
+)  # fmt: skip
+TOTAL, TOTAL_STEPS, LEARNING_RATE = 4, 40, 3e-3
+CPU = torch.device("cpu")
+PLANS: dict[str, dict[str, Any]] = {
+    "0": {"zero_stage": 0},
+    "1": {"zero_stage": 1},
+    "1, optimizer on host": {"zero_stage": 1, "offload_optimizer": True},
+    "2": {"zero_stage": 2},
+    "2, optimizer on host": {"zero_stage": 2, "offload_optimizer": True},
+    "3": {"zero_stage": 3},
+    "3, all on host": {"zero_stage": 3, "offload_optimizer": True, "offload_parameters": True},
+}
+SHARED = ("0", "2, optimizer on host", "3, all on host")
+
+
+def profile(plan: dict[str, Any] | None = None, **training: Any) -> Profile:
+    """A small run whose buckets are smaller than the model (29,000 parameters) and than its largest weights."""
+    return Profile(
+        model=MODEL,
+        training=TrainConfig(**{"total_batch": TOTAL, "regulariser": 1e-2, **training}),
+        plan=MemoryPlan(**{"micro_batch": TOTAL, "bucket_elements": 2000, **(plan or {})}),
+    )
+
+
+def make(
+    kind: Callable[..., Any], run: Profile, accumulation: int = 1, *, precision: str = "fp32", evaluating: bool = False
+) -> Any:
+    """An engine around a model with the same initial weights every time; evaluating: BatchNorm's running statistics."""
+    torch.manual_seed(0)
+    objective = Objective(NVAE(MODEL), run.training, precision)
+    return kind(objective.eval() if evaluating else objective.train(), run, CPU, accumulation)
+
+
+def images(step: int, slot: int, count: int) -> Tensor:
+    generator = torch.Generator().manual_seed(step)
+    return torch.bernoulli(torch.full((TOTAL, 1, 16, 16), 0.5), generator=generator)[slot : slot + count]
+
+
+def train(engine: Any, run: Profile, steps: range, accumulation: int = 1) -> list[StepResult]:
+    """Optimiser steps `steps` of a run of TOTAL_STEPS."""
+    split = BatchPlan(TOTAL, TOTAL // accumulation // engine.world_size, accumulation, engine.world_size)
+    return [training_step(engine, run, split, images, step, TOTAL_STEPS, LEARNING_RATE) for step in steps]
+
+
+def losses(results: list[StepResult]) -> Tensor:
+    return torch.stack([result.loss for result in results])
+
+
+def main(folder: Path) -> None:
+    start = torch.load(folder / "start.pt")
+    found: dict[str, Tensor] = {}
+    for name in SHARED:
+        run = profile(PLANS[name], kl_balance=False)
+        engine = make(ZeroEngine, run, evaluating=True)
+        engine.load_state(start)
+        found[name] = losses(train(engine, run, range(2, 5)))
+        state = engine.state()
+        if engine.rank == 0:
+            torch.save(state, folder / f"{name}.pt")
+        elif state:
+            raise AssertionError(f"rank {engine.rank} holds a state too")
+        engine.close()
+    torch.save(found, folder / f"losses_{engine.rank}.pt")
+    exchange(engine.rank)
+    distributed.barrier()
+    distributed.shutdown()
+
+
+def exchange(rank: int) -> None:
+    """BatchNorm's statistics and an object, between two processes."""
+    run = profile()
+    model = make(TorchEngine, run).model
+    layers = [layer for layer in model.layers() if layer.gamma is not None]
+    for index, layer in enumerate(layers):
+        layer.running_mean.fill_(index + 10 * rank)
+        layer.running_variance.fill_(1 + rank)
+    distributed.average_statistics(model)
+    for index, layer in enumerate(layers):
+        torch.testing.assert_close(layer.running_mean, torch.full_like(layer.running_mean, index + 5.0))
+        torch.testing.assert_close(layer.running_variance, torch.full_like(layer.running_variance, 1.5))
+    if distributed.broadcast_object(f"from rank {rank}") != "from rank 0":
+        raise AssertionError("rank 0's object did not arrive")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
