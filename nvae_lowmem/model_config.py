@@ -153,8 +153,8 @@ class ModelConfig:
             good = -(-self.network_size >> halvings) << halvings
             out.append(
                 f"model.image_size {self.image_size} + 2 x padding {self.padding} = {self.network_size} pixels cannot "
-                f"be halved {halvings} times (preprocess_blocks {self.preprocess_blocks} + scales {self.scales} - 1): use "
-                f"{good} pixels, a padding that gets there, or fewer scales"
+                f"be halved {halvings} times (preprocess_blocks {self.preprocess_blocks} + scales {self.scales} - 1): "
+                f"use {good} pixels, a padding that gets there, or fewer scales"
             )
         elif self.network_size >> halvings < 1:
             out.append(f"model: {halvings} halvings of {self.network_size} pixels leave nothing: use fewer scales")

@@ -77,7 +77,7 @@ def save(profile: Profile, path: str | os.PathLike[str], header: str = "") -> No
 
 def to_dict(profile: Profile) -> dict[str, Any]:
     """The Profile as plain tables of numbers, strings and lists."""
-    table = {"name": profile.name}
+    table: dict[str, Any] = {"name": profile.name}
     table |= {section: dataclasses.asdict(getattr(profile, section)) for section in _SECTIONS}
     return table | {"provenance": dict(profile.provenance)}
 

@@ -201,9 +201,8 @@ def test_weights_get_their_gradient_when_the_input_needs_none() -> None:
 
 
 def test_an_output_channel_masked_to_zero_has_finite_gradients() -> None:
-    mask = causal_mask(4, IN, 1, 1, True, False)  # strict 1x1: output channel 0 sees nothing at all
-    unit = scrambled(ConvUnit(IN, 4, 1, mask=mask))
-    assert not mask[0].any()
+    unit = make_unit("1x1", out_channels=4, mask=causal_mask(4, IN, 1, 1, True, False))  # strict: 0 sees nothing
+    assert not unit.mask[0].any()
     assert_same_values_and_gradients(unit, lambda x: plain_unit(unit, x), normals(2, IN, SIZE, SIZE))
 
 
@@ -286,8 +285,7 @@ def test_the_regularisers_gradient_is_that_of_finite_differences(name: str) -> N
 @every_unit
 def test_power_iteration_finds_the_spectral_norm_and_its_gradient(name: str) -> None:
     unit = make_unit(name, seed=5)
-    unit.regularisation.iterations = 500
-    x = normals(2, IN, SIZE, SIZE)
+    unit.regularisation.iterations, x = 500, normals(2, IN, SIZE, SIZE)
     unit(x)
     unit.regularisation.iterations = 0
     largest = torch.linalg.svdvals(plain_weight(unit).flatten(1))[0]
@@ -342,7 +340,7 @@ def saved_storages(module: nn.Module, *inputs: Any) -> dict[int, Tensor]:
 
 @pytest.mark.parametrize("recompute", [True, False])
 def test_cheap_bn_swish_saves_its_input_and_three_statistics_per_channel(recompute: bool) -> None:
-    unit = scrambled(new_unit("norm_swish"), dtype=torch.float32)
+    unit = make_unit("norm_swish").float()
     set_recompute(unit, recompute)
     x = normals(2, IN, 8, 8, dtype=torch.float32).requires_grad_()
     saved = saved_storages(unit, x)

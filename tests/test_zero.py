@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import importlib.util
 import os
-import signal
-import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
@@ -17,23 +11,24 @@ from unittest import mock
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("deepspeed")
 
-from zero_worker import CPU, PLANS, SHARED, TOTAL, losses, make, profile, train
+from zero_worker import CPU, PLANS, SHARED, TOTAL, finish, free_port, losses, make, profile, start, train
 
-from nvae_lowmem.config import ConfigError, MemoryPlan
-from nvae_lowmem.model.functional import recomputation
+from nvae_lowmem.config import ConfigError
+from nvae_lowmem.model.keep import apply_plan
 from nvae_lowmem.training import distributed
 from nvae_lowmem.training.engine import TorchEngine
 from nvae_lowmem.training.step import Update
 from nvae_lowmem.training.zero import LossScale, StuckOverflow, ZeroEngine, deepspeed_config
 
 # pytest puts its own warning filters in the place of those of `initialise`
-pytestmark = [pytest.mark.timeout(200), pytest.mark.filterwarnings("ignore:.*torch.distributed.*deprecated:FutureWarning")]
+pytestmark = [
+    pytest.mark.timeout(200),
+    pytest.mark.filterwarnings("ignore:.*torch.distributed.*deprecated:FutureWarning"),
+]
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 SCALED = ["1", "2, optimizer on host", "3, all on host"]  # stage 0 has no loss scale
 
 
@@ -52,7 +47,9 @@ def one_process() -> Iterator[None]:
 def assert_same_state(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
     assert found.keys() == expected.keys()
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=tolerance, atol=tolerance, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            found[name], value, rtol=tolerance, atol=tolerance, msg=lambda m, name=name: f"{name}: {m}"
+        )
 
 
 # --- the same training as the torch engine ----------------------------------------------------------------------------
@@ -91,16 +88,26 @@ def test_four_micro_batches_of_one_are_one_of_four(name: str) -> None:
     engine.close()
 
 
+@pytest.mark.parametrize("keep", ["cheap", "input", "host"])
 @pytest.mark.parametrize("name", ["2, optimizer on host", "3, all on host"])
-def test_checkpointed_blocks_train_alike(name: str) -> None:
-    run = profile(PLANS[name])
+def test_blocks_that_run_again_in_backward_train_alike(name: str, keep: str) -> None:
+    run = profile({**PLANS[name], "keep": keep})
     engine = make(ZeroEngine, run)
-    for block in engine.model.blocks.values():
-        block.forward = functools.partial(
-            checkpoint, block.forward, use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), recomputation())
-        )
+    apply_plan(engine.model, run.plan)
     found = losses(train(engine, run, range(4)))
     torch.testing.assert_close(found, torch_run()[0][:4], rtol=1e-6, atol=0.0)
+    engine.close()
+
+
+def test_stage_3_holds_few_weights_at_a_time() -> None:
+    run = profile(PLANS["3, all on host"])
+    engine = make(ZeroEngine, run)
+    parameters = list(engine.model.parameters())
+    held: list[int] = []
+    for block in engine.model.blocks.values():
+        block.register_forward_hook(lambda *_: held.append(sum(p.numel() for p in parameters)))
+    train(engine, run, range(3))  # from the second step on DeepSpeed knows what comes next and fetches ahead
+    assert 0 < max(held) < sum(p.ds_numel for p in parameters) / 3
     engine.close()
 
 
@@ -276,40 +283,12 @@ def test_gathered_weights_can_be_read_and_run_and_training_goes_on(name: str) ->
             for found, expected, again in zip(*maps, strict=True):
                 torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
                 assert torch.equal(found, again) or engine.model.training
-    if engine.stage == 3:
-        largest = max(engine.model.parameters(), key=lambda p: p.ds_numel)
-        assert largest.ds_numel > 0 and largest.numel() in (0, largest.ds_numel)
     found = losses(train(engine, run, range(2, 5)))
     torch.testing.assert_close(found, losses(train(reference, profile(), range(2, 5))), rtol=1e-6, atol=0.0)
     engine.close()
 
 
 # --- several processes ------------------------------------------------------------------------------------------------
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-def start(arguments: list[str], **environment: str) -> subprocess.Popen[str]:
-    """A Python process in a group of its own, so that it can be ended together with what it starts."""
-    env = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", **environment}
-    return subprocess.Popen(
-        [sys.executable, *arguments], env=env, text=True, start_new_session=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
-
-
-def finish(processes: list[subprocess.Popen[str]], seconds: float = 120) -> list[str]:
-    """Their output; none of them outlives this."""
-    try:
-        return [process.communicate(timeout=seconds)[0] for process in processes]
-    finally:
-        for process in processes:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
 
 
 def test_two_processes_are_one_with_the_same_total_batch(tmp_path: Path) -> None:
@@ -330,66 +309,6 @@ def test_two_processes_are_one_with_the_same_total_batch(tmp_path: Path) -> None
         assert not torch.equal(each[0][name], each[1][name]), "both processes saw the same images"
         torch.testing.assert_close((each[0][name] + each[1][name]) / 2, expected, rtol=1e-5, atol=0.0)
         assert_same_state(torch.load(tmp_path / f"{name}.pt"), reference.state(), 1e-5)
-
-
-INITIALISE = "import torch; from nvae_lowmem.training.distributed import initialise; initialise(torch.device('cpu'))"
-
-
-def test_a_busy_port_is_named_with_what_to_do() -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = str(taken.getsockname()[1])
-        process = start(["-c", INITIALISE], RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_PORT=port)
-        (output,) = finish([process])
-    assert process.returncode == 1
-    assert f"ConfigError: port {port} (MASTER_PORT)" in output and "--master_port" in output
-
-
-def test_half_a_launcher_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RANK", "1")
-    with pytest.raises(ConfigError, match="WORLD_SIZE, MASTER_ADDR, MASTER_PORT"):
-        distributed.initialise(CPU)
-
-
-# --- choosing an engine -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("plan", "launched", "engine", "reason"),
-    [
-        ({}, False, "torch", "no launcher"),
-        ({"offload_optimizer": True}, False, "torch", "no launcher"),
-        ({}, True, "deepspeed", "launcher started"),
-        ({"zero_stage": 3}, False, "deepspeed", "stage 3"),
-        ({"zero_stage": 3, "offload_parameters": True}, False, "deepspeed", "stage 3"),
-        ({"engine": "deepspeed"}, False, "deepspeed", "asks for it"),
-        ({"engine": "torch"}, True, "torch", "asks for it"),
-    ],
-)
-def test_the_engine_follows_plan_and_launcher(plan: dict[str, object], launched: bool, engine: str, reason: str) -> None:
-    found, text = distributed.choose_engine(MemoryPlan(**plan), launched, CPU)  # type: ignore[arg-type]
-    assert found == engine and reason in text and "cpu" in text
-
-
-def test_the_torch_engine_is_refused_for_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="2 were started"):
-        distributed.choose_engine(MemoryPlan(engine="torch"), True, CPU)
-
-
-def test_without_deepspeed_the_torch_engine_says_so_or_it_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    for plan, launched in ((MemoryPlan(), True), (MemoryPlan(engine="deepspeed"), False), (MemoryPlan(zero_stage=3), False)):
-        engine, reason = distributed.choose_engine(plan, launched, CPU)
-        assert engine == "torch" and "DeepSpeed is not installed" in reason and "pip install" in reason
-    with pytest.raises(ConfigError, match=r"offload_parameters.*pip install"):
-        distributed.choose_engine(MemoryPlan(zero_stage=3, offload_parameters=True), False, CPU)
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match=r"2 processes.*pip install"):
-        distributed.choose_engine(MemoryPlan(), True, CPU)
 
 
 # --- configuration ----------------------------------------------------------------------------------------------------

@@ -6,6 +6,11 @@ from it with every plan of SHARED, and writes the losses of each rank and the st
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
+import socket
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -24,10 +29,11 @@ from nvae_lowmem.training.zero import ZeroEngine
 
 MODEL = ModelConfig(
     image_size=16, bits=1, channels_encoder=4, channels_decoder=4, scales=2, groups=2, adaptive=True, latents=2,
-    cells_encoder=1, cells_decoder=1, preprocess_blocks=1, preprocess_cells=1, postprocess_blocks=1, postprocess_cells=1,
-    flows=1,
+    cells_encoder=1, cells_decoder=1, preprocess_blocks=1, preprocess_cells=1, postprocess_blocks=1,
+    postprocess_cells=1, flows=1,
 )  # fmt: skip
 TOTAL, TOTAL_STEPS, LEARNING_RATE = 4, 40, 3e-3
+REPOSITORY = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 PLANS: dict[str, dict[str, Any]] = {
     "0": {"zero_stage": 0},
@@ -72,6 +78,40 @@ def train(engine: Any, run: Profile, steps: range, accumulation: int = 1) -> lis
 
 def losses(results: list[StepResult]) -> Tensor:
     return torch.stack([result.loss for result in results])
+
+
+# --- processes --------------------------------------------------------------------------------------------------------
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def start(arguments: list[str], **environment: str) -> subprocess.Popen[str]:
+    """A Python process in a group of its own, so that it can be ended together with what it starts."""
+    env = {
+        **os.environ,
+        "PYTHONPATH": str(REPOSITORY),
+        "OMP_NUM_THREADS": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        **environment,
+    }
+    return subprocess.Popen(
+        [sys.executable, *arguments], env=env, text=True, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+def finish(processes: list[subprocess.Popen[str]], seconds: float = 120) -> list[str]:
+    """Their output; none of them outlives this."""
+    try:
+        return [process.communicate(timeout=seconds)[0] for process in processes]
+    finally:
+        for process in processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def main(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,8 +48,8 @@ def default_columns(image_pixels: int) -> int:
 
 
 def grid(images: Tensor, columns: int, padding: int = 2) -> np.ndarray:
-    """(B, C, S, S) in [0, 1], row by row -> (H, W, 3) uint8. Cells are at least 56 pixels wide, empty ones white."""
-    cells = to_uint8(images)
+    """(B, C, S, S) in [0, 1], at most `columns` in a row -> (H, W, 3) uint8. Cells are at least 56 pixels wide."""
+    cells, columns = to_uint8(images), min(columns, len(images))
     factor = _magnification(cells.shape[1])
     cells = cells.repeat(factor, axis=1).repeat(factor, axis=2)
     count, height, width, _ = cells.shape
@@ -64,18 +65,20 @@ def grid(images: Tensor, columns: int, padding: int = 2) -> np.ndarray:
 def labelled(picture: np.ndarray, caption: str) -> np.ndarray:
     """The picture (H, W, 3) with a line of text above it."""
     font = ImageFont.load_default(size=CAPTION_PIXELS)
-    bar = Image.new("RGB", (picture.shape[1], CAPTION_PIXELS + 2 * CAPTION_MARGIN_PIXELS), (BACKGROUND,) * 3)
+    width = max(picture.shape[1], math.ceil(font.getlength(caption)) + 2 * CAPTION_MARGIN_PIXELS)
+    bar = Image.new("RGB", (width, CAPTION_PIXELS + 2 * CAPTION_MARGIN_PIXELS), (BACKGROUND,) * 3)
     ImageDraw.Draw(bar).text((CAPTION_MARGIN_PIXELS, CAPTION_MARGIN_PIXELS // 2), caption, fill=(0, 0, 0), font=font)
-    return np.concatenate([np.asarray(bar), picture])
+    return stack([np.asarray(bar), picture])
 
 
 def stack(pictures: Sequence[np.ndarray]) -> np.ndarray:
     """Pictures (H_i, W_i, 3) one below the other, the narrower ones filled up with white."""
     width = max(picture.shape[1] for picture in pictures)
-    filled = [
-        np.pad(p, ((0, 0), (0, width - p.shape[1]), (0, 0)), constant_values=BACKGROUND) for p in pictures
-    ]  # fmt: skip
-    return np.concatenate(filled)
+    missing = [width - picture.shape[1] for picture in pictures]
+    sides = [((0, 0), (0, pixels), (0, 0)) for pixels in missing]
+    return np.concatenate(
+        [np.pad(p, side, constant_values=BACKGROUND) for p, side in zip(pictures, sides, strict=True)]
+    )
 
 
 def png_bytes(picture: np.ndarray) -> bytes:

@@ -1,7 +1,7 @@
 """BatchNorm statistics for sampling, re-estimated from prior samples at the sampling temperature.
 
-In training the decoder sees latents of the posterior; samples come from the prior, with a smaller sigma. The running
-statistics of training do not fit them, and samples get poor without this (arXiv 2007.03898, section 4).
+In training the decoder sees latents of the posterior; samples have theirs from the prior, at a temperature. The running
+statistics of training do not fit them, and without this samples are poor (arXiv 2007.03898).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from nvae_lowmem.model.nvae import NVAE
 
 GPU_PASSES = 300
 CPU_IMAGES, CPU_MIN_PASSES = 640, 20
-_STEP = -4  # of the noise: neither training (from 0 up) nor sampling draws the same
+NOISE_STEP = -4  # neither training (steps from 0 up) nor sampling draws this noise
 
 
 def default_passes(device: torch.device, micro_batch: int) -> int:
@@ -56,7 +56,7 @@ def recalibrate(
     if passes < 1:
         raise ConfigError(f"--passes {passes}: must be at least 1, a few hundred for good samples")
     temperatures = group_temperatures(temperature, model.config)
-    noise, images = SeededNoise(seed, step=_STEP), images_per_pass(micro_batch)
+    noise, images = SeededNoise(seed, step=NOISE_STEP), images_per_pass(micro_batch)
     layers = list(_decoder_norms(model).values())
     before = [(layer.training, layer.momentum) for layer in layers]
     try:

@@ -54,6 +54,32 @@ CELLS: dict[Architecture, tuple[Kind, Kind, Kind, Kind]] = {
 SIDES: tuple[Side, ...] = ("encoder", "preprocess", "decoder", "postprocess")
 
 
+def _residual_units(kind: Residual, in_channels: int, out_channels: int, resample: Resample) -> list[ConvUnit]:
+    first, second = kind.dilations
+    norm, activation, stride, up = kind.norm, kind.activation, 2 if resample == "down" else 1, resample == "up"
+    return [
+        ConvUnit(
+            in_channels, out_channels, 3, norm=norm, activation=activation, dilation=first, stride=stride, upsample=up
+        ),
+        ConvUnit(out_channels, out_channels, 3, norm=norm, activation=activation, dilation=second),
+    ]
+
+
+def _inverted_units(kind: Inverted, in_channels: int, out_channels: int, resample: Resample) -> list[ConvUnit]:
+    wide, stride = kind.expand * in_channels, 2 if resample == "down" else 1
+
+    def unit(i: int, o: int, kernel: int, activation: str, stride: int = 1, groups: int = 1) -> ConvUnit:
+        return ConvUnit(
+            i, o, kernel, norm=True, activation=activation, stride=stride, groups=groups, bias=False, weight_norm=False
+        )
+
+    return [
+        unit(in_channels, wide, 1, "none"),
+        unit(wide, wide, kind.kernel, "swish", stride, kind.groups or wide),
+        unit(wide, out_channels, 1, "swish"),
+    ]
+
+
 class Cell(nn.Module):
     """One residual cell, (B, C_in, H, W) -> (B, C_out, H', W'); down halves H and W, up doubles them."""
 
@@ -66,29 +92,10 @@ class Cell(nn.Module):
             self.skip = DownSkip(in_channels, out_channels)
         elif resample == "up":
             self.skip = UpSkip(in_channels, out_channels)
-        stride = 2 if resample == "down" else 1
         self.recompute = False  # set from outside: run the branch so that only convolution outputs stay
         self.upsample_first = resample == "up" and isinstance(kind, Inverted)
-        if isinstance(kind, Residual):
-            first, second = ({"norm": kind.norm, "activation": kind.activation, "dilation": d} for d in kind.dilations)
-            self.units = nn.ModuleList(
-                [
-                    ConvUnit(in_channels, out_channels, 3, stride=stride, upsample=resample == "up", **first),
-                    ConvUnit(out_channels, out_channels, 3, **second),
-                ]
-            )
-        else:
-            wide = kind.expand * in_channels
-            plain = {"norm": True, "bias": False, "weight_norm": False}
-            self.units = nn.ModuleList(
-                [
-                    ConvUnit(in_channels, wide, 1, **plain),
-                    ConvUnit(
-                        wide, wide, kind.kernel, stride=stride, activation="swish", groups=kind.groups or wide, **plain
-                    ),
-                    ConvUnit(wide, out_channels, 1, activation="swish", **plain),
-                ]
-            )
+        build = _residual_units if isinstance(kind, Residual) else _inverted_units
+        self.units = nn.ModuleList(build(kind, in_channels, out_channels, resample))  # type: ignore[arg-type]
         self.tail = ResidualTail(out_channels, norm=isinstance(kind, Inverted), squeeze_excitation=squeeze_excitation)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -23,8 +23,11 @@ from torch.utils.checkpoint import checkpoint
 
 from nvae_lowmem.config import ConfigError, Keep, MemoryPlan
 from nvae_lowmem.model.blocks import DecoderGroup, Head
+from nvae_lowmem.model.cells import Cell
+from nvae_lowmem.model.flows import FlowCell
 from nvae_lowmem.model.functional import recomputation
 from nvae_lowmem.model.host import host_memory
+from nvae_lowmem.model.layers import Normed
 from nvae_lowmem.model.nvae import NVAE
 
 
@@ -47,7 +50,7 @@ def apply_plan(model: NVAE, plan: MemoryPlan) -> None:
 
 def _set_recompute(block: nn.Module, recompute: bool) -> None:
     for module in block.modules():
-        if hasattr(module, "recompute"):
+        if isinstance(module, (Normed, Cell, FlowCell)):
             module.recompute = recompute
         if isinstance(module, DecoderGroup):
             module.run_latent = _again if recompute else _call

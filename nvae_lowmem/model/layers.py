@@ -21,6 +21,11 @@ BN_MOMENTUM = 0.05
 class Normed(nn.Module):
     """A module with an optional BatchNorm of its own: gamma, beta and running statistics, all (C,)."""
 
+    gamma: nn.Parameter | None
+    beta: nn.Parameter | None
+    running_mean: Tensor
+    running_variance: Tensor
+
     def __init__(self, norm_channels: int | None) -> None:
         super().__init__()
         self.momentum = BN_MOMENTUM
@@ -47,6 +52,11 @@ class ConvUnit(Normed):
     weight_norm: w = exp(log_norm) * weight / (||weight|| + 1e-5); mask multiplies the weight before that.
     u, v: the largest singular pair of the weight as it is used, moved by power iteration in training; sigma: u^T w v.
     """
+
+    mask: Tensor | None
+    u: Tensor
+    v: Tensor
+    sigma: Tensor
 
     def __init__(
         self,

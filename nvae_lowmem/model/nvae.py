@@ -72,7 +72,7 @@ class NVAE(nn.Module):
             for cell in range(c.preprocess_cells):
                 down = cell == c.preprocess_cells - 1
                 out = 2 * channels if down else channels
-                resample = "down" if down else "keep"
+                resample: Resample = "down" if down else "keep"
                 add(f"pre_{block}_{cell}", self._cell("preprocess", channels, out, resample))
                 channels = out
         if not c.vanilla:

@@ -100,15 +100,16 @@ def initialise(device: torch.device, local_rank: int | None = None) -> tuple[int
     missing = [name for name in LAUNCHER_VARIABLES if name not in os.environ]
     if launched() and missing:
         raise ConfigError(
-            f"RANK is set but not {', '.join(missing)}: start with `deepspeed` or torchrun, which set them all, or unset "
-            "RANK to run one process"
+            f"RANK is set but not {', '.join(missing)}: start with `deepspeed` or torchrun, which set them all, or "
+            "unset RANK to run one process"
         )
     local = int(os.environ["LOCAL_RANK"])
     if device.type == "cuda":
-        if local >= torch.cuda.device_count():
+        gpus = torch.cuda.device_count()
+        if local >= gpus:
             raise ConfigError(
-                f"process {local} of this machine has no GPU of its own, there are {torch.cuda.device_count()}: start at "
-                "most one process per GPU (deepspeed --num_gpus)"
+                f"process {local} of this machine has no GPU of its own, there are {gpus}: start at most one process "
+                "per GPU (deepspeed --num_gpus)"
             )
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
@@ -187,7 +188,8 @@ def shutdown() -> None:
 def barrier() -> None:
     """Waits until every process is here."""
     if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.barrier()
+        # NCCL would guess the GPU, and warn
+        dist.barrier(device_ids=[torch.cuda.current_device()] if dist.get_backend() == "nccl" else None)
 
 
 def broadcast_object(value: T) -> T:
@@ -207,9 +209,8 @@ def average_statistics(model: NVAE) -> None:
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return
-    running = [
-        t for layer in model.layers() if layer.gamma is not None for t in (layer.running_mean, layer.running_variance)
-    ]
+    statistics = [layer.running() for layer in model.layers()]
+    running = [t for used in statistics if used is not None for t in (used.mean, used.variance)]
     if not running:
         return
     flat = torch.cat(running)  # one exchange in place of two per layer

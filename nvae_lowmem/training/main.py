@@ -16,6 +16,7 @@ from nvae_lowmem.config import ConfigError, EngineName, Precision, Profile
 from nvae_lowmem.data.sources import Datasets, open_source
 from nvae_lowmem.model.nvae import NVAE
 from nvae_lowmem.training import checkpoint, distributed, runs
+from nvae_lowmem.training.allocation import keep_freed_memory
 from nvae_lowmem.training.ema import WeightEma
 from nvae_lowmem.training.engine import TorchEngine
 from nvae_lowmem.training.objective import Objective
@@ -111,6 +112,8 @@ def profile_of(command: TrainCommand) -> Profile:
 def _train(command: TrainCommand, pictures_for: Callable[[Profile], Pictures]) -> int:
     profile = profile_of(command)
     device = _device(command.device)
+    if device.type == "cpu":
+        keep_freed_memory()
     split_batch(profile, distributed.launched_processes())
     data = open_source(profile.data, profile.model)
     engine_name, why_engine = distributed.choose_engine(profile.plan, distributed.launched(), device)

@@ -64,6 +64,8 @@ class Objective(nn.Module):
     a half copy of every weight until the pass ends.
     """
 
+    alphas: Tensor
+
     def __init__(self, model: NVAE, training: TrainConfig, precision: str = "fp32") -> None:
         super().__init__()
         self.model = model

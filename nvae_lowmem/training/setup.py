@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from nvae_lowmem.config import ConfigError, Profile
+from nvae_lowmem.config import ConfigError, Precision, Profile
 from nvae_lowmem.training.optim import suggest_learning_rate
 from nvae_lowmem.training.step import BatchPlan
 
@@ -31,7 +31,7 @@ class RunPlan:
     reasons: tuple[str, ...]
 
 
-def choose_precision(wanted: str, device: torch.device) -> tuple[str, str]:
+def choose_precision(wanted: Precision, device: torch.device) -> tuple[Precision, str]:
     """fp32, bf16 or fp16 and why. Raises ConfigError for what the device cannot do."""
     if wanted == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise ConfigError(

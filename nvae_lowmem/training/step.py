@@ -128,4 +128,5 @@ def training_step(
     update = engine.update()
     end_step(engine.model)
     assert sums is not None
-    return StepResult(*(s / split.accumulation for s in sums), beta, weight, update)
+    loss, nll, kl, active, coefficients = (s / split.accumulation for s in sums)
+    return StepResult(loss, nll, kl, active, coefficients, beta, weight, update)

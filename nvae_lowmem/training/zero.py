@@ -1,11 +1,11 @@
-"""The DeepSpeed engine: ZeRO stages 0 to 3 over the processes of one run, optimiser and weights in host memory if wanted.
+"""The DeepSpeed engine: ZeRO stages 0 to 3 over the processes of one run; optimiser and weights on the host if wanted.
 
 DeepSpeed sees fp32 parameters and none of its precision sections: the objective opens autocast itself. Its fp16 and
 bf16 sections cast parameters under a BatchNorm whose statistics stay fp32, and its own scaler for fp16 autocast never
 moves again after an overflow and clips gradients that are still scaled. So the loss scale is kept here and handed to
 ZeRO, which unscales, checks for overflow and clips with it.
 
-Bytes per parameter on the device: stage 2 with offloaded optimiser 4, against 20 without it; see docs/engines.md.
+On one card only stage 2 or 3 with the optimiser on the host saves memory: without it ZeRO holds the weights twice.
 """
 
 from __future__ import annotations
@@ -66,9 +66,9 @@ class LossScale:
     def _advice(self) -> str:
         precision = "plan.precision = 'bf16' or 'fp32', " if self.dynamic else ""
         return (
-            f"{self._bad_in_a_row} steps in a row had a gradient that is not finite (loss scale {self.value:g}), so the "
-            f"weights no longer change: go back to an earlier checkpoint with {precision}a lower training.learning_rate "
-            "or training.clip_norm = 100"
+            f"{self._bad_in_a_row} steps in a row had a gradient that is not finite (loss scale {self.value:g}), so "
+            f"the weights no longer change: go back to an earlier checkpoint with {precision}a lower "
+            "training.learning_rate, or clipped gradients (training.clip_norm)"
         )
 
 
@@ -76,8 +76,8 @@ class ZeroEngine:
     """Engine on DeepSpeed, of one process or several; to be built, and every method called, in all of them.
 
     One optimiser step averages over `accumulation` micro-batches and all processes. `profile.plan` says the stage, what
-    is offloaded, the buckets. Raises ConfigError for fp16 or offloading at stage 0, where DeepSpeed knows neither a loss
-    scale nor partitions, and for what `initialise` refuses.
+    is offloaded, the buckets. Raises ConfigError for fp16 or offloading at stage 0, where DeepSpeed knows neither a
+    loss scale nor partitions, and for what `initialise` refuses.
     """
 
     def __init__(self, objective: Objective, profile: Profile, device: torch.device, accumulation: int) -> None:
@@ -85,12 +85,12 @@ class ZeroEngine:
         fp16 = objective.autocast_dtype is torch.float16
         if fp16 and plan.zero_stage == 0:
             raise ConfigError(
-                "plan.precision = 'fp16' needs a loss scale, which DeepSpeed has from stage 1 on, but plan.zero_stage = 0: "
-                "set plan.zero_stage = 1 or 2, or plan.engine = 'torch'"
+                "plan.precision = 'fp16' needs a loss scale, which DeepSpeed has from stage 1 on, but plan.zero_stage "
+                "= 0: set plan.zero_stage = 1 or 2, or plan.engine = 'torch'"
             )
         if plan.offload_optimizer and plan.zero_stage == 0:
             raise ConfigError(
-                "plan.offload_optimizer = true needs plan.zero_stage = 1, 2 or 3, not 0: set 2, the smallest on one card"
+                "plan.offload_optimizer = true needs plan.zero_stage = 1, 2 or 3, not 0: set 2 for the least memory"
             )
         self.rank, self.world_size, self.device = initialise(device)
         import deepspeed
@@ -104,7 +104,8 @@ class ZeroEngine:
             objective.parameters(), eps=training.adamax_eps, weight_decay=training.weight_decay
         )
         if self.stage == 3:
-            # a cell runs its units' parameters itself, past their forward and so past the hooks that gather them
+            # A cell runs its units' parameters itself, past their forward and its hooks: DeepSpeed is to gather all of
+            # a cell at once, not to find each parameter out as a stray one when it is touched.
             deepspeed.utils.set_z3_leaf_modules(objective, [Cell])
         self._engine: Any = deepspeed.initialize(
             model=objective,
@@ -208,7 +209,7 @@ def deepspeed_config(profile: Profile, accumulation: int) -> dict[str, Any]:
     """DeepSpeed's configuration for a profile. Whatever has a costly or changing default is written out.
 
     Defaults that do harm on a small card: buckets of 5e8 elements (2 GB each), overlapped communication (twice the
-    buckets), clipping to norm 1, page-locked buffers, and at stage 3 weights that are kept for reuse up to 1e9 elements.
+    buckets), clipping to norm 1, page-locked buffers, and at stage 3 weights kept for reuse up to 1e9 elements.
     """
     plan, training = profile.plan, profile.training
     host = {"device": "cpu", "pin_memory": plan.pin_memory}
@@ -225,10 +226,10 @@ def deepspeed_config(profile: Profile, accumulation: int) -> dict[str, Any]:
         zero["offload_optimizer"] = host
     if plan.zero_stage == 3:
         zero |= {
-            "stage3_prefetch_bucket_size": min(2_000_000, plan.bucket_elements),
+            "stage3_prefetch_bucket_size": plan.bucket_elements * 2 // 5,
             "stage3_max_live_parameters": 2 * plan.bucket_elements,
             "stage3_max_reuse_distance": plan.bucket_elements,
-            "stage3_param_persistence_threshold": 10_000,
+            "stage3_param_persistence_threshold": plan.bucket_elements // 500,  # smaller ones stay: 10,000 elements
         }
         if plan.offload_parameters:
             zero["offload_param"] = host

@@ -26,7 +26,7 @@ def portable_state(
     """
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-    out = {f"buffer.{name}": b.detach().cpu().clone() for name, b in persistent_buffers(model).items()}
+    out = {f"buffer.{name}": b.detach().to("cpu", copy=True) for name, b in persistent_buffers(model).items()}
     flats = _flat_partitions(zero, stage)
     stepped = any("step" in adamax.state[t] for t in flats) if flats else bool(adamax.state)
     for name, parameter in model.named_parameters():
@@ -36,7 +36,7 @@ def portable_state(
                 full[key] = safe_get_full_optimizer_state(parameter, key) if flats else adamax.state[parameter][key]
             full["step"] = adamax.state[flats[0] if flats else parameter]["step"]
         if keep:
-            out |= {f"{key}.{name}": value.detach().cpu().clone() for key, value in full.items()}
+            out |= {f"{key}.{name}": value.detach().to("cpu", copy=True) for key, value in full.items()}
     return out if keep else {}
 
 

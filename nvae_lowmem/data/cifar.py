@@ -1,0 +1,99 @@
+"""CIFAR-10's python batches: pickled dictionaries, read by an unpickler that can build arrays and nothing else."""
+
+from __future__ import annotations
+
+import io
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nvae_lowmem.config import ConfigError
+from nvae_lowmem.data.stores import ArrayStore
+
+_TRAIN = tuple(f"data_batch_{n}" for n in range(1, 6))
+_TEST = "test_batch"
+_PIXELS = 3 * 32 * 32
+_LARGEST_BYTES = 64 << 20  # a batch has 30 MiB
+
+
+def find_batches(folder: Path) -> Path | None:
+    """The folder itself or its sub-folder cifar-10-batches-py, whichever holds the batches."""
+    for place in (folder, folder / "cifar-10-batches-py"):
+        if any((place / name).is_file() for name in (*_TRAIN, _TEST)):
+            return place
+    return None
+
+
+def read_batches(folder: Path) -> tuple[ArrayStore | None, ArrayStore | None]:
+    """(training images, test images) of the batches that are there. Raises ConfigError for what cannot be read."""
+    trains = [_read(folder / name) for name in _TRAIN if (folder / name).is_file()]
+    test = _read(folder / _TEST) if (folder / _TEST).is_file() else None
+    where = f"CIFAR-10 batches in {str(folder)!r}"
+    count = f" ({len(trains)} of 5 files)" if len(trains) < len(_TRAIN) else ""
+    return (
+        ArrayStore(np.concatenate(trains), f"the training part of {where}{count}") if trains else None,
+        ArrayStore(test, f"the test part of {where}") if test is not None else None,
+    )
+
+
+def _read(path: Path) -> np.ndarray:
+    """(N, 3, 32, 32) uint8 of one batch."""
+    try:
+        if path.stat().st_size > _LARGEST_BYTES:
+            raise ConfigError(f"CIFAR-10 batch {str(path)!r} is larger than {_LARGEST_BYTES >> 20} MiB: it is none")
+        content = _ArrayUnpickler(io.BytesIO(path.read_bytes()), encoding="bytes").load()
+    except ConfigError:
+        raise
+    except _Forbidden as error:
+        raise ConfigError(
+            f"CIFAR-10 batch {str(path)!r} wants to run {error}, which no batch of images needs: it was not run; "
+            "do not use this file, download CIFAR-10 (python version) from its own site"
+        ) from None
+    except Exception as error:  # a damaged pickle raises nearly anything
+        raise ConfigError(f"CIFAR-10 batch {str(path)!r} cannot be read: {error!r}; download it again") from error
+    data = content.get(b"data", content.get("data")) if isinstance(content, dict) else None
+    if not (isinstance(data, np.ndarray) and data.dtype == np.uint8 and data.ndim == 2 and data.shape[1] == _PIXELS):
+        raise ConfigError(
+            f"CIFAR-10 batch {str(path)!r} has no uint8 array 'data' of (images, {_PIXELS}) in it: "
+            "download CIFAR-10 (python version) again"
+        )
+    return data.reshape(-1, 3, 32, 32)
+
+
+class _Forbidden(Exception):
+    """A pickle names something that is not needed to build arrays; the text is its name."""
+
+
+def _empty_array(kind: Any, shape: Any, code: Any) -> np.ndarray:
+    """What numpy's own reconstruction starts from; it has to be empty, or a few bytes of pickle would fill the memory."""
+    if kind is not np.ndarray or shape != (0,) or code not in (b"b", "b"):
+        raise _Forbidden("an array construction that numpy does not write")
+    return np.ndarray((0,), dtype=np.int8)
+
+
+def _latin_1(text: str, encoding: str = "latin1") -> bytes:
+    """bytes in pickles of protocol 2 by Python 3: a call of _codecs.encode(text, "latin1")."""
+    if encoding != "latin1" or not isinstance(text, str):
+        raise _Forbidden(f"_codecs.encode with {encoding!r}")
+    return text.encode("latin1")
+
+
+_ALLOWED: dict[tuple[str, str], Any] = {
+    ("numpy.core.multiarray", "_reconstruct"): _empty_array,
+    ("numpy._core.multiarray", "_reconstruct"): _empty_array,
+    ("numpy", "ndarray"): np.ndarray,
+    ("numpy", "dtype"): np.dtype,
+    ("_codecs", "encode"): _latin_1,
+}
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Plain values (numbers, text, bytes, lists, dictionaries) and numpy arrays; everything else is refused."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        try:
+            return _ALLOWED[module, name]
+        except KeyError:
+            raise _Forbidden(f"{module}.{name}") from None

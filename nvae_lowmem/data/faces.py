@@ -1,0 +1,168 @@
+"""The embedded set `faces`: cartoon faces, drawn once by two DiceBear styles, kept in the cache folder.
+
+Which face index i gives is fixed by i alone (for given versions of the drawing packages). No torch here: the worker
+processes that draw import this file.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import json
+import multiprocessing
+import os
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from nvae_lowmem.config import ConfigError
+from nvae_lowmem.data.cache import one_process_at_a_time, write_npz
+from nvae_lowmem.data.progress import Log, Progress
+
+# Part of the cache's file name: another drawing is another file.
+_VERSION = 1
+_CHUNK = 50
+_PROCESSES_FROM = 1000
+"""Fewer faces are drawn before worker processes would have started."""
+
+_BACKGROUNDS = "b6e3f4 c0aede ffd5dc d1f4d9 ffdfbf".split()
+# Scale and shift put both styles' eyes at the same height and give their heads one size. The lists leave out what
+# does not read as a face at 64 pixels: masks, hats down to the eyes, hearts for eyes, a tongue out.
+_STYLES: dict[str, dict[str, Any]] = {
+    "toon-head": {"translateY": 2, "hairProbability": 100, "beardProbability": 20, "rearHairProbability": 50},
+    "avataaars": {
+        "scale": 1.12,
+        "translateY": 11,
+        "accessoriesProbability": 10,
+        "accessoriesVariant": "prescription01 prescription02 round".split(),
+        "eyesVariant": "default happy side squint surprised wink".split(),
+        "mouthVariant": "default serious smile twinkle disbelief sad".split(),
+        "topVariant": (
+            "bigHair bob bun curly curvy dreads01 frizzle fro longButNotTooLong miaWallace shaggy shavedSides shortCurly "
+            "shortFlat shortRound shortWaved sides straight01 straight02 straightAndStrand theCaesar theCaesarAndSidePart"
+        ).split(),
+        "skinColor": "614335 d08b5b ae5d29 edb98a ffdbb4".split(),
+        "hairColor": "a55728 2c1b18 b58143 d6b370 724133 4a312c c93305 e8e1e1".split(),
+    },
+}
+CREDIT = "ToonHead by Johan Melin (CC BY 4.0) and Avataaars by Pablo Stanley (free for personal and commercial use)"
+
+
+def faces(count: int, size: int, folder: Path, log: Log) -> np.ndarray:
+    """(count, 3, size, size) uint8: from the cache in `folder`, else drawn and cached there.
+
+    A cache file that is damaged is drawn again; a folder that cannot be written is no error, only slower next time.
+    Raises ConfigError where the drawing packages are missing.
+    """
+    path = folder / f"faces-v{_VERSION}-{size}px-{count}.npz"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with one_process_at_a_time(path):
+            return _cached(path, count, size, log)
+    except OSError as error:
+        log(f"warning: faces cannot be kept in {str(folder)!r} ({error.strerror or error}); set data.cache_dir")
+        return draw_faces(count, size, log)
+
+
+def _cached(path: Path, count: int, size: int, log: Log) -> np.ndarray:
+    if path.exists():
+        pixels = _read(path, (count, 3, size, size))
+        if pixels is not None:
+            return pixels
+        log(f"{path} is damaged: drawing the faces again")
+    pixels = draw_faces(count, size, log)
+    write_npz(path, images=pixels)
+    return pixels
+
+
+def _read(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
+    try:
+        with np.load(path, allow_pickle=False) as content:
+            pixels = content["images"]
+    except Exception:  # a damaged ZIP raises nearly anything, and every reason ends in drawing again
+        return None
+    return pixels if pixels.shape == shape and pixels.dtype == np.uint8 else None
+
+
+def draw_faces(count: int, size: int, log: Log) -> np.ndarray:
+    """(count, 3, size, size) uint8, drawn on all cores. Raises ConfigError where the drawing packages are missing."""
+    _check_packages()
+    starts = range(0, count, _CHUNK)
+    log(f"drawing {count:,} faces of {size} x {size} pixels, once")
+    out = np.empty((count, 3, size, size), dtype=np.uint8)
+    progress = Progress("drawing faces", count, log)
+    done = 0
+    try:
+        for start, pixels in _chunks(starts, count, size):
+            out[start : start + len(pixels)] = pixels
+            done = start + len(pixels)
+            progress.advance(len(pixels))
+    except BrokenProcessPool:  # a main script without a __main__ guard cannot have workers: this process draws the rest
+        for start in range(done, count, _CHUNK):
+            pixels = draw_chunk(start, min(start + _CHUNK, count), size)
+            out[start : start + len(pixels)] = pixels
+            progress.advance(len(pixels))
+    return out
+
+
+def _chunks(starts: range, count: int, size: int) -> Iterator[tuple[int, np.ndarray]]:
+    """(first index, pixels) of every chunk, in order."""
+    stops = [min(start + _CHUNK, count) for start in starts]
+    cores = _cores()
+    if count < _PROCESSES_FROM or cores == 1:
+        yield from ((start, draw_chunk(start, stop, size)) for start, stop in zip(starts, stops, strict=True))
+        return
+    # spawn: a fork would copy the locks of a process that may have torch's or CUDA's threads running
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(cores, mp_context=context)
+    try:
+        yield from zip(starts, pool.map(draw_chunk, starts, stops, [size] * len(stops)), strict=True)
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def draw_chunk(start: int, stop: int, size: int) -> np.ndarray:
+    """(stop - start, 3, size, size) uint8 of the faces with these indices."""
+    return np.stack([_draw(index, size) for index in range(start, stop)])
+
+
+def _draw(index: int, size: int) -> np.ndarray:
+    from dicebear import Avatar
+    from resvg_py import svg_to_bytes
+
+    name = list(_STYLES)[index % len(_STYLES)]
+    svg = Avatar(_style(name), {"seed": f"face-{index}", "backgroundColor": _BACKGROUNDS, **_STYLES[name]}).to_string()
+    png = bytes(svg_to_bytes(svg_string=svg, width=size, height=size, skip_system_fonts=True))
+    with Image.open(io.BytesIO(png)) as picture:
+        return np.asarray(picture.convert("RGB")).transpose(2, 0, 1)
+
+
+@functools.cache
+def _style(name: str) -> Any:
+    from dicebear import Style
+
+    return Style(json.loads(resources.files("dicebear_styles").joinpath(f"{name}.json").read_text("utf-8")))
+
+
+def _check_packages() -> None:
+    try:
+        import dicebear  # noqa: F401
+        import dicebear_styles  # noqa: F401
+        import resvg_py  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(
+            f"data.source 'faces' needs packages that draw ({error.name} is missing): pip install 'nvae-lowmem[faces]', "
+            "or take data.source = 'mnist5k'"
+        ) from None

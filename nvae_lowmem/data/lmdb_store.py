@@ -1,0 +1,105 @@
+"""LMDBs as the published NVAE writes them: keys b"0", b"1", ...; a value is one square image as raw RGB bytes."""
+
+from __future__ import annotations
+
+import math
+import os
+import weakref
+from pathlib import Path
+
+import lmdb
+from PIL import Image
+
+from nvae_lowmem.config import ConfigError
+from nvae_lowmem.data.picture import MAX_FILE_BYTES, UnreadableImage
+
+_MAGIC, _MAGIC_OFFSET = (0xBEEFC0DE).to_bytes(4, "little"), 16
+_TRAIN, _TEST = "train.lmdb", ("validation.lmdb", "test.lmdb")
+
+# lmdb allows one open environment per file and process, but training and held-out images may be asked from the same.
+_open: weakref.WeakValueDictionary[str, lmdb.Environment] = weakref.WeakValueDictionary()
+
+
+def is_lmdb(path: Path) -> bool:
+    """Whether a path is an LMDB: a folder with data.mdb, or such a file."""
+    file = path / "data.mdb" if path.is_dir() else path
+    try:
+        with file.open("rb") as opened:
+            return opened.read(_MAGIC_OFFSET + 4)[_MAGIC_OFFSET:] == _MAGIC or file.name == "data.mdb"
+    except OSError:
+        return False
+
+
+def find_parts(folder: Path) -> tuple[Path | None, Path | None]:
+    """(train.lmdb, validation.lmdb) in a folder, as the published NVAE lays them out; None for what is missing."""
+    train = folder / _TRAIN
+    tests = [folder / name for name in _TEST if is_lmdb(folder / name)]
+    return (train if is_lmdb(train) else None), (tests[0] if tests else None)
+
+
+class LmdbStore:
+    """The images of one LMDB. Raises ConfigError where it cannot be opened or holds something else."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._environment = _environment(path)
+        self._count = int(self._environment.stat()["entries"])
+        first = self._value(0)
+        if first is None:
+            raise ConfigError(
+                f"LMDB {str(path)!r} has {self._count:,} entries, but none with the key '0': images are expected under "
+                "the keys '0', '1', '2' and so on"
+            )
+        if not _side(first):
+            raise ConfigError(
+                f"LMDB {str(path)!r}: the value of key '0' has {len(first):,} bytes, which is no square RGB image "
+                "(side x side x 3 raw bytes): write it anew, or give the images as a folder or ZIP"
+            )
+        self.description = f"LMDB {str(path)!r} with {self._count:,} images"
+
+    def __len__(self) -> int:
+        return self._count
+
+    def name(self, index: int) -> str:
+        return f"key '{index}' of LMDB {str(self._path)!r}"
+
+    def picture(self, index: int) -> Image.Image:
+        value = self._value(index)
+        if value is None:
+            raise UnreadableImage(f"{self.name(index)}: no such key")
+        side = _side(value)
+        if not side:
+            raise UnreadableImage(f"{self.name(index)}: {len(value):,} bytes are no square RGB image")
+        return Image.frombytes("RGB", (side, side), value)
+
+    def _value(self, index: int) -> bytes | None:
+        try:
+            with self._environment.begin() as transaction:
+                return transaction.get(str(index).encode())
+        except lmdb.Error as error:
+            raise ConfigError(f"LMDB {str(self._path)!r} is damaged: {error}; copy or write it again") from error
+
+
+def _side(value: bytes) -> int:
+    """Pixels per side of a square RGB image of so many bytes, 0 where there is none."""
+    side = math.isqrt(len(value) // 3)
+    return side if side * side * 3 == len(value) and len(value) <= MAX_FILE_BYTES else 0
+
+
+def _environment(path: Path) -> lmdb.Environment:
+    real = os.path.realpath(path)
+    if real in _open:
+        return _open[real]
+    try:
+        environment = lmdb.open(real, subdir=os.path.isdir(real), readonly=True, lock=False, readahead=False)
+    except (lmdb.Error, OSError) as error:
+        raise ConfigError(f"LMDB {str(path)!r} cannot be opened: {error}; copy or write it again") from error
+    file = os.path.join(real, "data.mdb") if os.path.isdir(real) else real
+    wanted_bytes = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
+    if os.path.getsize(file) < wanted_bytes:  # reading beyond the end of a mapped file would kill the process
+        environment.close()
+        raise ConfigError(
+            f"LMDB {str(path)!r} is cut off: {os.path.getsize(file):,} of {wanted_bytes:,} bytes; copy it again"
+        )
+    _open[real] = environment
+    return environment

@@ -1,0 +1,184 @@
+"""Images through the posterior and back, whole or from the first groups alone, and how good the result is.
+
+Legend: B images, C image channels, S pixels per side, S' = S + 2 padding pixels per side inside the network; groups are
+counted from the top (lowest resolution) down.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nvae_lowmem.config import ConfigError, ModelConfig
+from nvae_lowmem.generation import grids
+from nvae_lowmem.generation.images import numbers, text_table
+from nvae_lowmem.generation.sample import Progress, without_padding
+from nvae_lowmem.model.latents import FlowFunction, FromPosterior, FromPrior, Latent, Normal, SeededNoise, Source
+from nvae_lowmem.model.likelihoods import negative_log_likelihood
+from nvae_lowmem.model.nvae import NVAE
+
+# Noise is a function of (seed, step, ...): neither training (steps from 0 up) nor sampling draws these.
+POSTERIOR_STEP, PRIOR_STEP = -5, -6
+
+
+# --- sources ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RowNoise:
+    """Standard normal draws of a batch whose row i shows image number slots[i]: the same image, the same draws.
+
+    So they depend neither on how images are split into chunks, nor on how often one of them is in a batch.
+    """
+
+    seed: int
+    slots: tuple[int, ...]
+    step: int = POSTERIOR_STEP
+
+    def normal(self, group: int, shape: Sequence[int], device: torch.device) -> Tensor:
+        """eps (B, L, h, w) fp32 of the given group, B = len(slots)."""
+        assert shape[0] == len(self.slots), (shape, self.slots)
+        draws = {
+            slot: SeededNoise(self.seed, self.step, slot).normal(group, (1, *shape[1:]), device)
+            for slot in set(self.slots)
+        }
+        return torch.cat([draws[slot] for slot in self.slots])
+
+
+@dataclass(frozen=True)
+class FirstGroups:
+    """The first `count` groups from one source, the later ones from another."""
+
+    count: int
+    first: Source
+    later: Source
+
+    def latent(self, group: int, prior: Normal, posterior: Normal | None, flow: FlowFunction | None) -> Latent:
+        """The latent of group `group`."""
+        source = self.first if group < self.count else self.later
+        return source.latent(group, prior, posterior, flow)
+
+
+def parse_first_groups(text: str, config: ModelConfig) -> tuple[int, ...]:
+    """Numbers of groups to reconstruct from: "1,3,6", "none", or "auto" for one, a quarter and a half of the groups.
+
+    Raises ConfigError for numbers below 1 or above the model's number of groups.
+    """
+    total = config.total_groups
+    if text == "none":
+        return ()
+    if text == "auto":
+        return tuple(sorted({1, max(1, total // 4), max(1, total // 2)} - {total}))
+    counts = numbers(text, "--first-groups", int)
+    if not all(1 <= count <= total for count in counts):
+        raise ConfigError(f"--first-groups {text}: every number must be from 1 to {total}, the groups of this model")
+    return tuple(counts)
+
+
+# --- the pass ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reconstructions:
+    """Images as the model sees them; everything on the host."""
+
+    originals: Tensor
+    """(B, C, S, S) in [0, 1]."""
+    images: Tensor
+    """(B, C, S, S): the mean of p(x|z), z drawn from q(z|x)."""
+    from_first: Mapping[int, Tensor]
+    """k -> (B, C, S, S): z of the first k groups drawn from q, that of the later ones from the prior."""
+    nll: Tensor
+    """(B,) -log p(x|z), nats."""
+    kl: Tensor
+    """(B, groups), nats; the ELBO is -(nll + sum of kl)."""
+
+
+@torch.no_grad()
+def reconstruct(
+    model: NVAE,
+    images: Tensor,
+    seed: int,
+    micro_batch: int,
+    first_groups: Sequence[int] = (),
+    temperature: float = 0.3,
+    progress: Progress | None = None,
+) -> Reconstructions:
+    """Images (B, C, S', S') in [0, 1] through the model in evaluation mode, micro_batch of them at a time.
+
+    first_groups: for each of these numbers k also the images from the first k groups, the later ones drawn from the
+    prior at `temperature`. Image i has the noise of slot i, whatever the chunks.
+    """
+    assert not model.training, "images must not lean on each other: put the model into evaluation mode"
+    device = next(model.parameters()).device
+    parts: list[tuple[Tensor, ...]] = []
+    for first in range(0, len(images), micro_batch):
+        x = images[first : first + micro_batch].to(device)
+        slots = tuple(range(first, first + len(x)))
+        posterior = FromPosterior(RowNoise(seed, slots))
+        prior = FromPrior(RowNoise(seed, slots, PRIOR_STEP), temperature)
+        maps = model.encode(x)
+        parameters, latents = model.decode(posterior, maps)
+        nll = negative_log_likelihood(model.likelihood, parameters, without_padding(x, model.config))
+        kl = torch.stack([latent.kl.sum(1) for latent in latents if latent.kl is not None], dim=1)
+        pictures = [model.likelihood.mean(parameters)]
+        for count in first_groups:
+            parameters, _ = model.decode(FirstGroups(count, posterior, prior), maps)
+            pictures.append(model.likelihood.mean(parameters))
+        parts.append(tuple(value.cpu() for value in (nll, kl, *pictures)))
+        if progress is not None:
+            progress(min(first + micro_batch, len(images)), len(images))
+    nll, kl, whole, *partial = (torch.cat(values) for values in zip(*parts, strict=True))
+    originals = without_padding(images, model.config).cpu()
+    from_first = dict(zip(first_groups, partial, strict=True))
+    return Reconstructions(originals=originals, images=whole, from_first=from_first, nll=nll, kl=kl)
+
+
+# --- for people -------------------------------------------------------------------------------------------------------
+
+
+def error_table(result: Reconstructions, names: Sequence[str], bits: int) -> str:
+    """One line per image and their mean: MSE and L1 of values in [0, 1], the terms of the ELBO, MSE from k groups.
+
+    The ELBO is in bits per dimension, or in nats where images are binary, as the literature gives it.
+    """
+    kl, dims = result.kl.sum(1), result.originals[0].numel()
+    unit, scale = ("nats", 1.0) if bits == 1 else ("bits/dim", 1 / (dims * math.log(2)))
+    difference = result.images - result.originals
+    columns: dict[str, tuple[Tensor, int]] = {  # heading -> (one value per image, decimals)
+        "MSE": (difference.square().mean((1, 2, 3)), 5),
+        "L1": (difference.abs().mean((1, 2, 3)), 5),
+        "-log p(x|z) nats": (result.nll, 1),
+        "KL nats": (kl, 1),
+        f"-ELBO {unit}": ((result.nll + kl) * scale, 2 if bits == 1 else 3),
+    }
+    for count, images in result.from_first.items():
+        columns[f"MSE from {count}"] = ((images - result.originals).square().mean((1, 2, 3)), 5)
+    rows = [
+        [name, *(f"{float(values[i]):.{decimals}f}" for values, decimals in columns.values())]
+        for i, name in enumerate(names)
+    ]
+    means = [f"{float(values.double().mean()):.{decimals}f}" for values, decimals in columns.values()]
+    return text_table(["image", *columns], [*rows, ["mean", *means]])
+
+
+def picture_of(result: Reconstructions, groups: int, temperature: float) -> np.ndarray:
+    """Labelled rows, one below the other: originals, reconstructions, reconstructions from the first groups alone."""
+    columns = grids.default_columns(result.images.shape[-1])
+    rows = {"original": result.originals, f"reconstruction from all {groups} groups": result.images}
+    for count, images in result.from_first.items():
+        groups_text = "the first group" if count == 1 else f"the first {count} groups"
+        rows[f"{groups_text} of the image, the rest from the prior at temperature {temperature:g}"] = images
+    blocks = zip(*(images.split(columns) for images in rows.values()), strict=True)
+    return grids.stack(
+        [
+            grids.labelled(grids.grid(images, columns), caption)
+            for block in blocks
+            for caption, images in zip(rows, block, strict=True)
+        ]
+    )

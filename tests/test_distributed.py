@@ -1,0 +1,89 @@
+"""Which engine a run gets, and how its processes fail to meet; what they exchange: test_zero.py."""
+
+from __future__ import annotations
+
+import importlib.util
+import socket
+
+import pytest
+from zero_worker import CPU, finish, start
+
+from nvae_lowmem.config import ConfigError, MemoryPlan
+from nvae_lowmem.training import distributed
+
+NEEDS_DEEPSPEED = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+INITIALISE = "import torch; from nvae_lowmem.training.distributed import initialise; initialise(torch.device('cpu'))"
+
+
+@NEEDS_DEEPSPEED
+def test_a_busy_port_is_named_with_what_to_do() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        process = start(["-c", INITIALISE], RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_PORT=port)
+        (output,) = finish([process])
+    assert process.returncode == 1
+    assert f"ConfigError: port {port} (MASTER_PORT)" in output and "--master_port" in output
+
+
+def test_half_a_launcher_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in distributed.LAUNCHER_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(ConfigError, match="WORLD_SIZE, MASTER_ADDR, MASTER_PORT"):
+        distributed.initialise(CPU)
+
+
+# --- choosing an engine -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("plan", "launched", "engine", "reason"),
+    [
+        ({}, False, "torch", "no launcher"),
+        ({"offload_optimizer": True}, False, "torch", "no launcher"),
+        ({}, True, "deepspeed", "launcher started"),
+        ({"zero_stage": 3}, False, "deepspeed", "stage 3"),
+        ({"zero_stage": 3, "offload_parameters": True}, False, "deepspeed", "stage 3"),
+        ({"engine": "deepspeed"}, False, "deepspeed", "asks for it"),
+        ({"engine": "torch"}, True, "torch", "asks for it"),
+    ],
+)
+def test_the_engine_follows_plan_and_launcher(
+    plan: dict[str, object], launched: bool, engine: str, reason: str
+) -> None:
+    found, text = distributed.choose_engine(MemoryPlan(**plan), launched, CPU)  # type: ignore[arg-type]
+    assert found == engine and reason in text and "cpu" in text
+
+
+def test_the_torch_engine_is_refused_for_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="2 were started"):
+        distributed.choose_engine(MemoryPlan(engine="torch"), True, CPU)
+
+
+def test_without_deepspeed_the_torch_engine_says_so_or_it_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    for plan, launched in (
+        (MemoryPlan(), True),
+        (MemoryPlan(engine="deepspeed"), False),
+        (MemoryPlan(zero_stage=3), False),
+    ):
+        engine, reason = distributed.choose_engine(plan, launched, CPU)
+        assert engine == "torch" and "DeepSpeed is not installed" in reason and "pip install" in reason
+    with pytest.raises(ConfigError, match=r"offload_parameters.*pip install"):
+        distributed.choose_engine(MemoryPlan(zero_stage=3, offload_parameters=True), False, CPU)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match=r"2 processes.*pip install"):
+        distributed.choose_engine(MemoryPlan(), True, CPU)
+
+
+@NEEDS_DEEPSPEED
+def test_one_process_starts_without_a_launcher_and_ends_quietly() -> None:
+    process = start(["-c", INITIALISE + "; from nvae_lowmem.training.distributed import shutdown; shutdown()"])
+    (output,) = finish([process])
+    assert process.returncode == 0 and output == ""
