@@ -69,7 +69,9 @@ def _write(flag: str, path: Path, content: bytes) -> None:
     try:
         path.write_bytes(content)
     except OSError as error:
-        raise ConfigError(f"{flag} {path} cannot be written: {error.strerror}; name a file in a folder that is") from None
+        raise ConfigError(
+            f"{flag} {path} cannot be written: {error.strerror}; name a file in a folder that is"
+        ) from None
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ class _Forbidden(Exception):
 
 
 def _empty_array(kind: Any, shape: Any, code: Any) -> np.ndarray:
-    """What numpy's own reconstruction starts from; it has to be empty, or a few bytes of pickle would fill the memory."""
+    """What numpy's own reconstruction starts from; it must be empty, or a few bytes could fill the memory."""
     if kind is not np.ndarray or shape != (0,) or code not in (b"b", "b"):
         raise _Forbidden("an array construction that numpy does not write")
     return np.ndarray((0,), dtype=np.int8)

@@ -44,8 +44,9 @@ _STYLES: dict[str, dict[str, Any]] = {
         "eyesVariant": "default happy side squint surprised wink".split(),
         "mouthVariant": "default serious smile twinkle disbelief sad".split(),
         "topVariant": (
-            "bigHair bob bun curly curvy dreads01 frizzle fro longButNotTooLong miaWallace shaggy shavedSides shortCurly "
-            "shortFlat shortRound shortWaved sides straight01 straight02 straightAndStrand theCaesar theCaesarAndSidePart"
+            "bigHair bob bun curly curvy dreads01 frizzle fro longButNotTooLong miaWallace shaggy shavedSides "
+            "shortCurly shortFlat shortRound shortWaved sides straight01 straight02 straightAndStrand theCaesar "
+            "theCaesarAndSidePart"
         ).split(),
         "skinColor": "614335 d08b5b ae5d29 edb98a ffdbb4".split(),
         "hairColor": "a55728 2c1b18 b58143 d6b370 724133 4a312c c93305 e8e1e1".split(),
@@ -77,7 +78,10 @@ def _cached(path: Path, count: int, size: int, log: Log) -> np.ndarray:
             return pixels
         log(f"{path} is damaged: drawing the faces again")
     pixels = draw_faces(count, size, log)
-    write_npz(path, images=pixels)
+    try:
+        write_npz(path, images=pixels)
+    except OSError as error:
+        log(f"warning: the faces cannot be kept in {path} ({error.strerror or error}); set data.cache_dir")
     return pixels
 
 
@@ -163,6 +167,6 @@ def _check_packages() -> None:
         import resvg_py  # noqa: F401
     except ImportError as error:
         raise ConfigError(
-            f"data.source 'faces' needs packages that draw ({error.name} is missing): pip install 'nvae-lowmem[faces]', "
-            "or take data.source = 'mnist5k'"
+            f"data.source 'faces' needs packages that draw ({error.name} is missing): pip install "
+            "'nvae-lowmem[faces]', or take data.source = 'mnist5k'"
         ) from None

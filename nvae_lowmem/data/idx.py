@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import gzip
+import io
 import math
 import struct
 import zlib
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 
@@ -30,8 +30,8 @@ def is_idx(path: Path) -> bool:
 
 
 def find_parts(folder: Path) -> tuple[Path | None, Path | None]:
-    """(training images, test images) among the IDX files of a folder; (None, None) where there are none."""
-    files = sorted(p for p in folder.iterdir() if p.is_file() and "images" in p.name and is_idx(p))
+    """(training images, test images) among the IDX files of a folder, by name; (None, None) where there are none."""
+    files = sorted(p for p in folder.iterdir() if "images" in p.name and "idx" in p.name and p.is_file())
     tests = [p for p in files if "t10k" in p.name or "test" in p.name]
     trains = [p for p in files if p not in tests]
     return (trains[0] if trains else None), (tests[0] if tests else None)
@@ -39,23 +39,19 @@ def find_parts(folder: Path) -> tuple[Path | None, Path | None]:
 
 def read_images(path: Path) -> ArrayStore:
     """The images of one IDX file. Raises ConfigError saying what is wrong with it."""
-    opener = gzip.open if _is_gzip(path) else open
     try:
-        with opener(path, "rb") as file:
+        with gzip.open(path, "rb") if _is_gzip(path) else path.open("rb") as file:
             return ArrayStore(_pixels(file, path), f"IDX file {str(path)!r}")
     except (OSError, EOFError, zlib.error) as error:
         raise ConfigError(f"IDX file {str(path)!r} cannot be read: {error}; download or copy it again") from error
 
 
 def _is_gzip(path: Path) -> bool:
-    try:
-        with path.open("rb") as file:
-            return file.read(2) == b"\x1f\x8b"
-    except OSError as error:
-        raise ConfigError(f"IDX file {str(path)!r} cannot be read: {error.strerror or error}") from error
+    with path.open("rb") as file:
+        return file.read(2) == b"\x1f\x8b"
 
 
-def _pixels(file: IO[bytes], path: Path) -> np.ndarray:
+def _pixels(file: io.BufferedIOBase, path: Path) -> np.ndarray:
     """(N, 1, H, W) uint8."""
     header = file.read(16)
     magic = struct.unpack(">I", header[:4])[0] if len(header) >= 4 else None
@@ -71,13 +67,14 @@ def _pixels(file: IO[bytes], path: Path) -> np.ndarray:
     shape = f"{count:,} images of {height} x {width} pixels"
     if not 0 < wanted_bytes <= _LARGEST_BYTES:
         raise ConfigError(
-            f"IDX file {str(path)!r} says that it holds {shape}; from 1 byte to {_LARGEST_BYTES >> 30} GiB are accepted: "
-            "the file is damaged or not what it seems"
+            f"IDX file {str(path)!r} says that it holds {shape}; from 1 byte to {_LARGEST_BYTES >> 30} GiB are "
+            "accepted: the file is damaged or not what it seems"
         )
     data = file.read(wanted_bytes + 1)
     if len(data) != wanted_bytes:
         state = f"ends after {len(data):,} bytes" if len(data) < wanted_bytes else "goes on after them"
         raise ConfigError(
-            f"IDX file {str(path)!r} says that it holds {shape} = {wanted_bytes:,} bytes, but {state}: download it again"
+            f"IDX file {str(path)!r} says that it holds {shape} = {wanted_bytes:,} bytes, but {state}: "
+            "download it again"
         )
     return np.frombuffer(data, dtype=np.uint8).reshape(count, 1, height, width)

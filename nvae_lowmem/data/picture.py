@@ -69,9 +69,7 @@ def _refuse_bomb(size: tuple[int, int], name: str) -> None:
 
 
 def _bomb_message(name: str, what: str) -> str:
-    return (
-        f"image {name}: {what}; decoding it could fill the memory (a decompression bomb): make it smaller or take it out"
-    )
+    return f"image {name}: {what}; decoding it could fill the memory (decompression bomb): make it smaller or remove it"
 
 
 def _grey_or_rgb(picture: Image.Image) -> Image.Image:
@@ -145,14 +143,14 @@ class Preparation:
         """(left, top, right, bottom) of the square to cut."""
         if self.crop == "none" and width != height:
             raise ConfigError(
-                f"image {name} is {width} x {height} pixels (width x height), but data.crop = 'none' needs square images: "
-                "set data.crop = 'centre', or make the images square"
+                f"image {name} is {width} x {height} pixels (width x height), but data.crop = 'none' needs square "
+                "images: set data.crop = 'centre', or make the images square"
             )
         smaller = min(width, height)
         if self.crop_pixels > smaller:
             raise ConfigError(
                 f"image {name} is {width} x {height} pixels (width x height), too small to cut a square of "
-                f"data.crop_pixels = {self.crop_pixels}: set at most {smaller}, or 0 for the largest square of each image"
+                f"data.crop_pixels = {self.crop_pixels}: set at most {smaller}, or 0 for each image's largest square"
             )
         side = self.crop_pixels or smaller
         left, top = (width - side) // 2, (height - side) // 2

@@ -88,7 +88,9 @@ class ZipStore:
         try:
             self._zip = zipfile.ZipFile(path)
         except (OSError, zipfile.BadZipFile, NotImplementedError, ValueError) as error:
-            raise ConfigError(f"data source {str(path)!r} cannot be read as a ZIP file: {error}; pack it anew") from error
+            raise ConfigError(
+                f"data source {str(path)!r} cannot be read as a ZIP file: {error}; pack it anew"
+            ) from error
         members = sorted((m for m in self._zip.infolist() if not m.is_dir()), key=lambda m: m.filename)
         self._members = [m for m in members if is_image_name(m.filename)]
         if not self._members:
@@ -117,7 +119,7 @@ class ZipStore:
 def is_image_name(name: str) -> bool:
     """Whether a relative path ends like an image; hidden files and the Mac's own (__MACOSX) are none."""
     path = PurePosixPath(name.replace(os.sep, "/"))
-    hidden = any(part.startswith(".") and part != ".." or part == "__MACOSX" for part in path.parts)
+    hidden = any((part.startswith(".") and part != "..") or part == "__MACOSX" for part in path.parts)
     return not hidden and path.suffix.lower() in image_extensions()
 
 

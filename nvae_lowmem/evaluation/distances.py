@@ -86,7 +86,9 @@ class InceptionFeatures(nn.Module):
         super().__init__()
         file = Path(path)
         if not file.is_file():
-            raise ConfigError(f"--fid-weights {path}: there is no such file; without the flag, KID uses random features")
+            raise ConfigError(
+                f"--fid-weights {path}: there is no such file; without the flag, KID uses random features"
+            )
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", DeprecationWarning)  # the format in which these networks are handed on

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, Protocol
 
 import torch
 import tyro
@@ -27,7 +27,7 @@ from nvae_lowmem.evaluation.distances import (
     RandomConvFeatures,
     available,
 )
-from nvae_lowmem.evaluation.report import Evaluation, Mean, to_html, to_json, to_text
+from nvae_lowmem.evaluation.report import Evaluation, LikelihoodFigures, Mean, to_html, to_json, to_text
 from nvae_lowmem.model.nvae import NVAE
 from nvae_lowmem.training import checkpoint, runs
 from nvae_lowmem.training.setup import choose_precision
@@ -140,20 +140,27 @@ def _evaluate(command: EvaluateCommand, generation: Generation) -> None:
     )  # fmt: skip
     generation.check(request, profile.model)
     comparison, notes = _comparison(command, device)
-    out = _writable(Path(command.out) if command.out else run_dir / "evaluation")
+    out = Path(command.out) if command.out else run_dir / "evaluation"
+    report, figures = out / "report.html", _json_file(command, out)
+    _check_writable("--out", report)
+    if figures is not None:
+        _check_writable("--json", figures)
     say: Say = partial(print, file=sys.stderr if command.json == "-" else sys.stdout, flush=True)
 
     held_out = open_source(profile.data, profile.model, log=say).test
     images = min(command.images or len(held_out), len(held_out))
     if comparison is not None and images < MIN_IMAGES:
-        raise ConfigError(f"KID needs at least {MIN_IMAGES} held-out images, not {images}: use --samples 0, or more data")
+        raise ConfigError(
+            f"KID needs at least {MIN_IMAGES} held-out images, not {images}: use --samples 0, or more data"
+        )
     say(f"{where}: {images} held-out images, {precision} on {device}, up to {micro_batch} images or draws per pass")
     batches = evaluation_batches(held_out, profile.model, profile.data, micro_batch, profile.training.seed)
-    limits = Limits(images, command.iw_samples, micro_batch, precision, command.seed)
-    measured = measure(model, batches, limits, comparison, say)
-    pictures = {"held-out images": measured.originals, "their reconstructions": measured.reconstructions}
+    likelihood, pictures = measure_likelihood(
+        model, _first(batches, images, device), command.iw_samples, micro_batch, precision, command.seed,
+        Progress("likelihood", images * command.iw_samples, say), comparison,
+    )  # fmt: skip
     if command.samples:
-        # after the likelihood, which needs the BatchNorm statistics of training
+        # last of all: samples need other BatchNorm statistics than the posterior
         caption = f"samples at temperature {command.temperature}, {command.likelihood} of p(x|z)"
         pictures[caption] = _compare_samples(generation.samples(model, where, request), caption, comparison)
     found = Evaluation(
@@ -161,11 +168,172 @@ def _evaluate(command: EvaluateCommand, generation: Generation) -> None:
         checkpoint=str(where),
         model=profile.model,
         settings=_settings(command, precision, device, comparison),
-        draws=command.iw_samples,
+        likelihood=likelihood,
         distances=comparison.distances(command.seed) if comparison is not None else (),
         notes=notes,
-        pictures={caption: generation.grid_png(shown) for caption, shown in pictures.items()},
-        **measured.figures(),
+        pictures={caption: generation.grid_png(images) for caption, images in pictures.items()},
     )
-    say(to_text(found))
-    _write(found, out, command.json, say)
+    report.write_text(to_html(found), encoding="utf-8")
+    say(f"{to_text(found)}\nreport: {report}")
+    if figures is None:
+        print(to_json(found))
+    else:
+        figures.write_text(to_json(found) + "\n", encoding="utf-8")
+        say(f"figures: {figures}")
+
+
+# --- the work ---------------------------------------------------------------------------------------------------------
+
+
+def measure_likelihood(
+    model: NVAE,
+    batches: Iterable[Tensor],
+    draws: int,
+    micro_batch: int,
+    precision: str = "fp32",
+    seed: int = 0,
+    progress: Progress | None = None,
+    comparison: Comparison | None = None,
+) -> tuple[LikelihoodFigures, dict[str, Tensor]]:
+    """Both bounds, KL of groups and errors over `batches` of (b, C, padded, padded), and the first images as pictures.
+
+    The images also go to the comparison, as its real ones. Raises ConfigError for draws or micro_batch below 1, no
+    images, and weights that give no finite ELBO.
+    """
+    parts: list[ElboOfImages] = []
+    bounds: list[Tensor] = []
+    originals: list[Tensor] = []
+    seen = 0
+    for x in batches:
+        part = elbo_of_images(model, x, seed, precision, first_image=seen)
+        advance = progress.advance if progress is not None else None
+        bounds.append(importance_weighted_bound(model, x, draws, seed, micro_batch, precision, seen, advance))
+        images, shown = without_padding(model, x), max(0, SHOWN_IMAGES - seen)
+        if comparison is not None:
+            comparison.add_real(images)
+        # copies: views would keep all images
+        parts.append(part._replace(reconstructions=part.reconstructions[:shown].clone()))
+        originals.append(images[:shown].cpu().clone())
+        seen += len(x)
+    if not parts:
+        raise ConfigError("there are no held-out images to evaluate on")
+    figures = _figures(parts, torch.cat(bounds), draws)
+    reconstructions = torch.cat([part.reconstructions for part in parts])
+    return figures, {"held-out images": torch.cat(originals), "their reconstructions": reconstructions}
+
+
+def _figures(parts: Sequence[ElboOfImages], bounds: Tensor, draws: int) -> LikelihoodFigures:
+    nll, kl = torch.cat([part.nll for part in parts]), torch.cat([part.kl for part in parts])
+    nelbo = nll + kl.sum(1)
+    if not bool(nelbo.isfinite().all()):
+        raise ConfigError(
+            "the ELBO of some held-out images is not finite: training has diverged, or --precision is too low; "
+            "try --precision fp32"
+        )
+    channel_kl = torch.stack([part.channel_kl for part in parts]).sum(0) / len(nll)  # (G, L)
+    return LikelihoodFigures(
+        images=len(nll),
+        nelbo=Mean.of(nelbo),
+        bound=Mean.of(-bounds),
+        draws=draws,
+        nll=Mean.of(nll),
+        kl=Mean.of(kl.sum(1)),
+        squared_error=Mean.of(torch.cat([part.squared_error for part in parts])),
+        kl_of_groups=kl.mean(0).tolist(),
+        active_of_groups=(channel_kl > ACTIVE_NATS).sum(1).tolist(),
+        active_nats=ACTIVE_NATS,
+    )
+
+
+def _compare_samples(chunks: Iterable[Tensor], caption: str, comparison: Comparison | None) -> Tensor:
+    """Give the samples to the comparison, and return the first of them."""
+    shown: list[Tensor] = []
+    for images in chunks:
+        shown.append(images[: max(0, SHOWN_IMAGES - sum(map(len, shown)))])
+        if comparison is not None:
+            comparison.add(caption, images)
+    return torch.cat(shown)
+
+
+def _first(batches: Iterable[Tensor], count: int, device: torch.device) -> Iterator[Tensor]:
+    """The first `count` images of the batches."""
+    left = count
+    for x in batches:
+        yield x[:left].to(device)
+        left -= len(x)
+        if left <= 0:
+            return
+
+
+# --- what is asked for ------------------------------------------------------------------------------------------------
+
+
+def _check_numbers(command: EvaluateCommand) -> None:
+    for flag, value, lowest in (
+        ("--images", command.images, 0),
+        ("--iw-samples", command.iw_samples, 1),
+        ("--samples", command.samples, 0),
+        ("--micro-batch", command.micro_batch, 0),
+    ):
+        if value < lowest:
+            raise ConfigError(f"{flag} {value}: must be at least {lowest}")
+    if 0 < command.samples < MIN_IMAGES:
+        raise ConfigError(f"--samples {command.samples}: KID needs at least {MIN_IMAGES}; 0 leaves samples out")
+    if command.fid_weights and not command.samples:
+        raise ConfigError("--fid-weights compares samples with images, but --samples is 0: leave one of them out")
+
+
+def _comparison(command: EvaluateCommand, device: torch.device) -> tuple[Comparison | None, list[str]]:
+    """What compares samples with images, and notes on how far it can be trusted; None where it is left out."""
+    if not command.samples:
+        return None, []
+    if not available():
+        if command.fid_weights:
+            raise ConfigError(f"--fid-weights: {MISSING}")
+        return None, [MISSING]
+    if not command.fid_weights:
+        return Comparison(RandomConvFeatures(), device), []
+    network = InceptionFeatures(command.fid_weights)
+    notes = []
+    if command.samples <= network.num_features:
+        notes.append(
+            f"FID of {command.samples} samples on {network.num_features} features is far too high: the covariance "
+            "needs more samples than features, papers take 50,000; KID has no such bias"
+        )
+    return Comparison(network, device), notes
+
+
+def _settings(
+    command: EvaluateCommand, precision: str, device: torch.device, comparison: Comparison | None
+) -> dict[str, str | int]:
+    settings: dict[str, str | int] = {"seed": command.seed, "precision": precision, "device": device.type}
+    if comparison is not None:
+        settings["features"] = comparison.network.name
+    return settings | {"nvae-lowmem": __version__, "torch": torch.__version__}
+
+
+def _device(wanted: str) -> torch.device:
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: torch sees no CUDA GPU here; use --device cpu, or ask tools/doctor.py why")
+    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+# --- what is written --------------------------------------------------------------------------------------------------
+
+
+def _json_file(command: EvaluateCommand, out: Path) -> Path | None:
+    """Where the figures go; None: to stdout."""
+    return None if command.json == "-" else Path(command.json) if command.json else out / "evaluation.json"
+
+
+def _check_writable(flag: str, file: Path) -> None:
+    """Raise ConfigError before the long work rather than after it."""
+    probe = file.with_name(".writable")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(f"{flag} {file}: cannot write there: {error.strerror or error}; name another place") from None
+    if file.is_dir():
+        raise ConfigError(f"{flag} {file}: is a folder; name a file")

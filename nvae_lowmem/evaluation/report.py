@@ -20,7 +20,8 @@ from nvae_lowmem.evaluation.distances import Distance
 FORMAT = 1
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1040px; margin: 2em auto; padding: 0 1em; color: #222 }
-table { border-collapse: collapse } th, td { padding: .25em 1em .25em 0; text-align: left; border-bottom: 1px solid #ddd }
+table { border-collapse: collapse }
+th, td { padding: .25em 1em .25em 0; text-align: left; border-bottom: 1px solid #ddd }
 td.n { text-align: right; font-variant-numeric: tabular-nums } img { max-width: 100% } .note { color: #a33 }
 """
 
@@ -38,14 +39,9 @@ class Mean(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluation:
+class LikelihoodFigures:
     """Means over held-out images, in nats per image unless said otherwise; groups from the top (coarsest) down."""
 
-    run: str
-    checkpoint: str
-    model: ModelConfig
-    settings: Mapping[str, Any]
-    """Seed, precision, device, draws, versions: what the figures depend on."""
     images: int
     nelbo: Mean
     """-ELBO: nll + KL, one posterior sample per image."""
@@ -61,6 +57,18 @@ class Evaluation:
     active_of_groups: Sequence[int]
     """Latent channels whose mean KL is above `active_nats`."""
     active_nats: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """All that was found about one checkpoint."""
+
+    run: str
+    checkpoint: str
+    model: ModelConfig
+    settings: Mapping[str, Any]
+    """Seed, precision, device, versions: what the figures depend on."""
+    likelihood: LikelihoodFigures
     distances: Sequence[Distance] = ()
     notes: Sequence[str] = ()
     pictures: Mapping[str, bytes] = field(default_factory=dict)
@@ -82,22 +90,24 @@ def scale_of_groups(model: ModelConfig) -> list[int]:
 
 def to_json(found: Evaluation) -> str:
     """The figures, without the pictures. What cannot be known (the standard error of one image) is null."""
-    groups = zip(scale_of_groups(found.model), found.kl_of_groups, found.active_of_groups, strict=True)
+    groups = zip(
+        scale_of_groups(found.model), found.likelihood.kl_of_groups, found.likelihood.active_of_groups, strict=True
+    )
     table = {
         "format": FORMAT,
         "run": found.run,
         "checkpoint": found.checkpoint,
         "settings": dict(found.settings),
-        "images": found.images,
-        "negative_elbo": _both_units(found, found.nelbo),
-        "importance_weighted_bound": {"draws": found.draws} | _both_units(found, found.bound),
-        "reconstruction_nll": _both_units(found, found.nll),
-        "kl": _both_units(found, found.kl),
-        "reconstruction_mse": _number(found.squared_error),
+        "images": found.likelihood.images,
+        "negative_elbo": _both_units(found, found.likelihood.nelbo),
+        "importance_weighted_bound": {"draws": found.likelihood.draws} | _both_units(found, found.likelihood.bound),
+        "reconstruction_nll": _both_units(found, found.likelihood.nll),
+        "kl": _both_units(found, found.likelihood.kl),
+        "reconstruction_mse": _number(found.likelihood.squared_error),
         "groups": [{"size": s, "kl_nats": kl, "active_channels": active} for s, kl, active in groups],
-        "active_channels": sum(found.active_of_groups),
+        "active_channels": sum(found.likelihood.active_of_groups),
         "latent_channels": found.model.total_groups * found.model.latents,
-        "active_threshold_nats": found.active_nats,
+        "active_threshold_nats": found.likelihood.active_nats,
         "distances": [asdict(d) for d in found.distances],
         "notes": list(found.notes),
     }
@@ -135,14 +145,17 @@ def _rows(found: Evaluation) -> list[tuple[str, str]]:
         return f"{mean.value:.2f} ± {mean.standard_error:.2f} nats, {found.bits_per_dim(mean.value):.4f} bits/dim"
 
     channels = found.model.total_groups * found.model.latents
-    error = found.squared_error
+    error = found.likelihood.squared_error
     rows = [
-        ("-ELBO", nats(found.nelbo)),
-        (f"-log p(x), bound of {found.draws} draws", nats(found.bound)),
-        ("reconstruction term", nats(found.nll)),
-        ("KL", nats(found.kl)),
+        ("-ELBO", nats(found.likelihood.nelbo)),
+        (f"-log p(x), bound of {found.likelihood.draws} draws", nats(found.likelihood.bound)),
+        ("reconstruction term", nats(found.likelihood.nll)),
+        ("KL", nats(found.likelihood.kl)),
         ("reconstruction error", f"{error.value:.5f} ± {error.standard_error:.5f} (MSE, channel values in [0, 1])"),
-        ("active latent channels", f"{sum(found.active_of_groups)} of {channels} (KL above {found.active_nats:g} nats)"),
+        (
+            "active latent channels",
+            f"{sum(found.likelihood.active_of_groups)} of {channels} (KL above {found.likelihood.active_nats:g} nats)",
+        ),
     ]
     for d in found.distances:
         spread = "" if d.standard_deviation is None else f" ± {d.standard_deviation:.3g} over subsets"
@@ -160,8 +173,8 @@ def to_html(found: Evaluation) -> str:
     pictures = {"KL of each latent group, from the coarsest down": kl_plot(found)} | dict(found.pictures)
     body = [
         f"<h1>{html.escape(title)}</h1>",
-        f"<p>{html.escape(found.checkpoint)}; {found.images} held-out images; ± is the standard error over images; "
-        f"lower is better.<br>{html.escape(settings)}</p>",
+        f"<p>{html.escape(found.checkpoint)}; {found.likelihood.images} held-out images. ± is the standard error over "
+        f"images; of bounds, errors and distances, lower is better.<br>{html.escape(settings)}</p>",
         "<table>",
         *(f"<tr><th>{html.escape(k)}</th><td class=n>{html.escape(v)}</td></tr>" for k, v in _rows(found)),
         "</table>",
@@ -188,9 +201,11 @@ def kl_plot(found: Evaluation) -> bytes:
     axes = figure.add_subplot()
     for colour, size in enumerate(sorted(set(sizes))):
         members = [i for i, s in enumerate(sizes) if s == size]
-        bars = axes.bar(members, [found.kl_of_groups[i] for i in members], color=f"C{colour}", label=f"{size} x {size}")
+        bars = axes.bar(
+            members, [found.likelihood.kl_of_groups[i] for i in members], color=f"C{colour}", label=f"{size} x {size}"
+        )
         if len(sizes) <= 40:
-            axes.bar_label(bars, [str(found.active_of_groups[i]) for i in members], fontsize=8)
+            axes.bar_label(bars, [str(found.likelihood.active_of_groups[i]) for i in members], fontsize=8)
     axes.set(xlabel=f"latent group (above it: active channels of {found.model.latents})", ylabel="KL in nats per image")
     axes.legend(title="latents")
     out = io.BytesIO()

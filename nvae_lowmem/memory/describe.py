@@ -286,7 +286,7 @@ def _scale_table(scales: Sequence[Scale]) -> tuple[str, list[tuple[str, ...]]]:
 
 def _block_table(blocks: Sequence[Block], every_row: bool) -> tuple[str, list[tuple[str, ...]]]:
     planned = any(b.keep is not None for b in blocks)
-    rows = [("block", "", "kind", "cells", "input", "", "output", "z", "parameters", "all together", "keeps")]
+    rows = [("block", "", "kind", "cells", "input", "", "output", "z", "parameters", "together", "keeps")]
     for run in [[b] for b in blocks] if every_row else runs(blocks):
         b, several = run[0], len(run) > 1
         rows.append(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
+
 import torch
 from torch import Tensor, nn
 
@@ -25,9 +28,18 @@ class TorchEngine:
 
     rank, world_size = 0, 1
 
-    def __init__(self, objective: Objective, profile: Profile, device: torch.device, accumulation: int) -> None:
+    def __init__(
+        self,
+        objective: Objective,
+        profile: Profile,
+        device: torch.device,
+        accumulation: int,
+        make_optimizer: Callable[..., torch.optim.Adamax] = HostAdamax,
+    ) -> None:
+        """make_optimizer: another Adamax, for those who watch the step on a machine that only stands for the real one."""
         self.device = device
-        self.objective = objective.to(device)
+        there = all(t.device.type == device.type for t in objective.parameters())
+        self.objective = objective if there else objective.to(device)
         self._accumulation = accumulation
         self._clip_norm = profile.training.clip_norm
         parameters = [p for p in objective.parameters() if p.requires_grad]
@@ -41,11 +53,11 @@ class TorchEngine:
             self._scaler = torch.amp.GradScaler(updated[0].device.type, init_scale=INITIAL_LOSS_SCALE)
             self._scaler.scale(torch.zeros((), device=updated[0].device))  # makes the scale exist before the first step
         self._updated = updated
-        self.optimizer = HostAdamax(
+        self.optimizer = make_optimizer(
             updated, eps=profile.training.adamax_eps, weight_decay=profile.training.weight_decay
         )
         if self._masters is not None:
-            self._masters.attach(self.optimizer, accumulation, early=self._scaler is None and not self._clip_norm)
+            self._masters.attach(self.optimizer, early=self._scaler is None and not self._clip_norm)
 
     @property
     def model(self) -> NVAE:
@@ -93,6 +105,11 @@ class TorchEngine:
             self.optimizer.zero_grad(set_to_none=True)
         return Update(self._scaler is not None and self.loss_scale < scale, norm)
 
+    @contextlib.contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Inside, every parameter is whole; here they always are."""
+        yield
+
     def state(self) -> dict[str, Tensor]:
         """Weights, Adamax states, buffers and the loss scale, by name, on the host."""
         out = {f"buffer.{name}": b for name, b in persistent_buffers(self.model).items()}
@@ -117,7 +134,7 @@ class TorchEngine:
                 own["step"] = state[f"step.{name}"].clone()
                 for key in ("exp_avg", "exp_inf"):
                     own[key] = state[f"{key}.{name}"].to(held.device, copy=True)
-        if self._scaler is not None and "loss_scale" in state:
+        if self._scaler is not None and float(state.get("loss_scale", 1.0)) != 1.0:  # 1: saved by a run without fp16
             self._scaler.update(float(state["loss_scale"]))
 
 

@@ -13,6 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import Tensor
 
+from nvae_lowmem.model.host import host_memory
 from nvae_lowmem.training.host_adamax import HostAdamax
 
 
@@ -22,8 +23,9 @@ class HostMasters:
     def __init__(self, parameters: Sequence[Tensor], pin_memory: bool) -> None:
         pin = pin_memory and parameters[0].is_cuda
         self._parameters = list(parameters)
-        self.tensors = [torch.empty(p.shape, dtype=p.dtype, pin_memory=pin) for p in parameters]
-        self._gradients = [torch.empty(p.shape, dtype=p.dtype, pin_memory=pin) for p in parameters]
+        with host_memory():
+            self.tensors = [torch.empty(p.shape, dtype=p.dtype, pin_memory=pin) for p in parameters]
+            self._gradients = [torch.empty(p.shape, dtype=p.dtype, pin_memory=pin) for p in parameters]
         self.last_micro_batch = True
         self.early = False
         self._filled = [False] * len(self.tensors)
@@ -33,9 +35,9 @@ class HostMasters:
             master.copy_(p.detach())
             master.requires_grad_()
 
-    def attach(self, optimizer: HostAdamax, accumulation: int, early: bool) -> None:
+    def attach(self, optimizer: torch.optim.Adamax, early: bool) -> None:
         """Put the hooks on the parameters. early: update each one as soon as its gradient is complete."""
-        self._optimizer, self.early = optimizer, early
+        self._optimizer, self.early = optimizer, early and isinstance(optimizer, HostAdamax)
         # beside a GPU the host is idle during backward; without one it would only take cores from the backward pass
         if early and self._parameters[0].is_cuda:
             self._worker = ThreadPoolExecutor(1, thread_name_prefix="host-adamax")
@@ -55,9 +57,13 @@ class HostMasters:
         if self.early and self.last_micro_batch:
             self.tensors[index].grad = held
             if self._worker is not None:
-                self._pending.append(self._worker.submit(self._optimizer.step_parameter, self.tensors[index]))
+                self._pending.append(self._worker.submit(self._step, index))
             else:
-                self._optimizer.step_parameter(self.tensors[index])
+                self._step(index)
+
+    def _step(self, index: int) -> None:
+        assert isinstance(self._optimizer, HostAdamax)
+        self._optimizer.step_parameter(self.tensors[index])
 
     def collect(self) -> None:
         """All gradients of this step on the masters; waits for updates under way."""

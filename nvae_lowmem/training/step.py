@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -54,6 +55,10 @@ class Engine(Protocol):
 
     def update(self) -> Update:
         """Unscale, clip, one optimiser step, gradients gone."""
+        ...
+
+    def gathered(self) -> AbstractContextManager[None]:
+        """A context in which every parameter is whole; all processes enter it together."""
         ...
 
     def state(self) -> dict[str, Tensor]:

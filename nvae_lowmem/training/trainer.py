@@ -18,6 +18,7 @@ from nvae_lowmem.data.sources import Datasets
 from nvae_lowmem.model.nvae import NVAE
 from nvae_lowmem.model.regularizers import regularisation_values
 from nvae_lowmem.training import checkpoint
+from nvae_lowmem.training.distributed import average_statistics
 from nvae_lowmem.training.ema import WeightEma
 from nvae_lowmem.training.monitor import Monitor, device_memory, is_early
 from nvae_lowmem.training.optim import learning_rate
@@ -80,7 +81,8 @@ class Trainer:
                 step += 1
                 self._check(result, step)
                 if self.ema is not None:
-                    self.ema.update(self.engine.model, step)
+                    with self.engine.gathered():
+                        self.ema.update(self.engine.model, step)
                 self._report(monitor, result, step, rate, time.monotonic() - began)
                 last = step == total
                 if last or step % evaluate_every == 0:
@@ -138,7 +140,8 @@ class Trainer:
         monitor.progress(step, line, early)
         if not early:
             return
-        spectral, batch_norm = (float(v) for v in regularisation_values(self.engine.model))
+        with self.engine.gathered():
+            spectral, batch_norm = (float(v) for v in regularisation_values(self.engine.model))
         values = {
             "train/nelbo_iter": float(r.nll + r.kl.sum()),
             "train/recon_iter": float(r.nll),
@@ -170,14 +173,11 @@ class Trainer:
 
     @contextlib.contextmanager
     def _averaged_weights(self) -> Iterator[None]:
-        """Inside, the model has its averaged weights (not under ZeRO stage 3, where no process has them whole)."""
-        partitioned = (
-            self.profile.plan.zero_stage == 3 and self.engine.world_size > 0 and hasattr(self.engine, "gathered")
-        )
-        if self.ema is None or partitioned:
-            yield
-        else:
-            with self.ema.applied_to(self.engine.model):
+        """Inside, the model is whole and has its averaged weights; BatchNorm's statistics are those of all processes."""
+        with self.engine.gathered():
+            if self.engine.world_size > 1:
+                average_statistics(self.engine.model)
+            with self.ema.applied_to(self.engine.model) if self.ema is not None else contextlib.nullcontext():
                 yield
 
     def _evaluate(self, monitor: Monitor, step: int) -> None:
@@ -199,15 +199,16 @@ class Trainer:
 
     @torch.no_grad()
     def _draw(self, monitor: Monitor, step: int) -> None:
-        if self.pictures is None or self.run_dir is None or self.engine.rank:
+        if self.pictures is None or self.run_dir is None:
             return
         model = self.engine.model
         images = torch.cat(list(self._held_out(8, min(8, self.run.split.micro))))
         with self._averaged_weights():
             model.eval()
             try:
-                for name, picture in self.pictures(model, images, self.run_dir / "samples", step).items():
-                    monitor.picture(step, name, picture)
+                if self.engine.rank == 0:
+                    for name, picture in self.pictures(model, images, self.run_dir / "samples", step).items():
+                        monitor.picture(step, name, picture)
             finally:
                 model.train()
 

@@ -1,0 +1,176 @@
+"""From what a user names as data to training and held-out images, and a sentence that says what was found."""
+
+from __future__ import annotations
+
+import warnings
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from nvae_lowmem.config import ConfigError, DataConfig, ModelConfig, raise_problems, unknown_name
+from nvae_lowmem.data import cifar, idx, lmdb_store
+from nvae_lowmem.data.cache import cache_folder
+from nvae_lowmem.data.dataset import Dataset, check_colours, load
+from nvae_lowmem.data.digits import mnist5k
+from nvae_lowmem.data.faces import CREDIT, faces
+from nvae_lowmem.data.picture import Preparation
+from nvae_lowmem.data.progress import Log
+from nvae_lowmem.data.randomness import Stream, keys
+from nvae_lowmem.data.stores import ArrayStore, FolderStore, Store, ZipStore, is_image_name
+
+EMBEDDED = ("mnist5k", "faces")
+_FORMS = "a folder of images, a ZIP, an LMDB, MNIST IDX files, CIFAR-10 python batches, or mnist5k or faces"
+# The split is a property of the data, not of a run: another training seed must not move images between the parts.
+_SPLIT_SEED = 0
+
+
+class Datasets(NamedTuple):
+    """Training images, held-out images, and what was found, in words."""
+
+    train: Dataset
+    test: Dataset
+    description: str
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What a source has: its own two parts, or one whole that is still to be split."""
+
+    whole: Store
+    test: Store | None = None
+
+
+def open_source(config: DataConfig, model: ModelConfig, *, log: Log = print) -> Datasets:
+    """Find, check and prepare the images that a profile names; both parts have at least one image.
+
+    Raises ConfigError, one paragraph, for whatever is wrong with the source or does not fit the model.
+    """
+    raise_problems(config.problems(), "data")
+    prepare = Preparation.of(config, model)
+    with warnings.catch_warnings():
+        # pillow warns at the number of pixels that we refuse with a message
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        found = _find(config.source, "data.source", config, model, log)
+        if config.test_source:
+            other = _find(config.test_source, "data.test_source", config, model, log)
+            found = _Found(found.whole, other.test or other.whole)
+        return _prepared(found, config, prepare, log)
+
+
+def _prepared(found: _Found, config: DataConfig, prepare: Preparation, log: Log) -> Datasets:
+    check_colours(found.whole, prepare.channels, "data.source")
+    if found.test is None:
+        test, skipped, train_numbers = _held_out(found.whole, config.test_fraction, prepare, log)
+        share = f"a fixed share of {config.test_fraction:.3g}"
+    else:
+        check_colours(found.test, prepare.channels, "data.test_source" if config.test_source else "data.source")
+        test, skipped = load(found.test, np.arange(len(found.test)), prepare, log)
+        train_numbers, share = np.arange(len(found.whole)), found.test.description
+    train, train_skipped = load(found.whole, train_numbers[: config.max_images or None], prepare, log)
+    skipped = train_skipped + skipped
+    _report_skipped(skipped, log)
+    _check_not_empty(train, test, found, skipped)
+    text = f"{found.whole.description}: {len(train):,} for training; held out: {len(test):,} ({share})"
+    return Datasets(train, test, text + (f"; {len(skipped):,} unreadable images skipped" if skipped else ""))
+
+
+def _held_out(store: Store, fraction: float, prepare: Preparation, log: Log) -> tuple[Dataset, list[str], np.ndarray]:
+    """(held-out images, what was skipped, numbers of the training images in order).
+
+    A hash of its number decides for each image, so that a set that grows keeps its images where they were. At least
+    one is held out and at least one is not; when none of the share can be read, the share grows until one can.
+    """
+    uniform = keys(_SPLIT_SEED, Stream.SPLIT, np.arange(len(store))) / 2.0**64
+    ranked = np.argsort(uniform, kind="stable")
+    most = len(ranked) - 1
+    count = min(max(1, int((uniform < fraction).sum())), most)
+    test, skipped = load(store, np.sort(ranked[:count]), prepare, log)
+    while not len(test) and count < most:
+        tried, count = count, min(2 * count, most)
+        test, more = load(store, np.sort(ranked[tried:count]), prepare, log)
+        skipped += more
+    return test, skipped, np.sort(ranked[count:])
+
+
+def _report_skipped(skipped: list[str], log: Log) -> None:
+    if skipped:
+        more = f" and {len(skipped) - 5:,} more" if len(skipped) > 5 else ""
+        log(f"warning: {len(skipped):,} images cannot be read and are skipped: {'; '.join(skipped[:5])}{more}")
+
+
+def _check_not_empty(train: Dataset, test: Dataset, found: _Found, skipped: list[str]) -> None:
+    if len(train) and len(test):
+        return
+    why = f" ({len(skipped):,} cannot be read, for example {skipped[0]})" if skipped else ""
+    which = "training" if not len(train) else "held-out"
+    store = found.test if found.test is not None and len(train) else found.whole
+    hint = "" if found.test else ": at least two readable images are needed, one of them is held out"
+    raise ConfigError(f"{store.description}: no {which} image is left{why}{hint}")
+
+
+def _find(name: str, key: str, config: DataConfig, model: ModelConfig, log: Log) -> _Found:
+    """What a name or path stands for. Raises ConfigError naming `key` where it is nothing known."""
+    if name == "mnist5k":
+        train, test = mnist5k()
+        return _Found(ArrayStore(train, "5,000 MNIST digits (mnist5k)"), ArrayStore(test, "its own test part"))
+    if name == "faces":
+        pixels = faces(config.faces_count, model.image_size, cache_folder(config.cache_dir), log)
+        return _Found(ArrayStore(pixels, f"{len(pixels):,} drawn faces ({CREDIT})"))
+    path = Path(name).expanduser()
+    try:
+        if path.is_dir():
+            return _find_in_folder(path, key)
+        if path.exists():
+            return _find_in_file(path, key)
+    except OSError as error:
+        raise ConfigError(f"{key} {name!r} cannot be opened: {error.strerror or error}") from error
+    raise ConfigError(_nothing_there(name, key))
+
+
+def _nothing_there(name: str, key: str) -> str:
+    if "/" not in name and "\\" not in name and "." not in name:
+        unknown = unknown_name("embedded set", name, EMBEDDED)
+        return f"{key} {name!r}: there is no such file or folder here, and it is an {unknown}. Give {_FORMS} (--data)"
+    return f"{key} {name!r} does not exist: give {_FORMS} (--data)"
+
+
+def _find_in_folder(folder: Path, key: str) -> _Found:
+    if lmdb_store.is_lmdb(folder):
+        return _Found(lmdb_store.LmdbStore(folder))
+    train, test = lmdb_store.find_parts(folder)
+    if train:
+        return _Found(lmdb_store.LmdbStore(train), lmdb_store.LmdbStore(test) if test else None)
+    train, test = idx.find_parts(folder)
+    if train or test:
+        return _two_parts(idx.read_images(train) if train else None, idx.read_images(test) if test else None)
+    batches = cifar.find_batches(folder)
+    if batches:
+        return _two_parts(*cifar.read_batches(batches))
+    return _Found(FolderStore(folder))
+
+
+def _two_parts(train: Store | None, test: Store | None) -> _Found:
+    """Both parts, or the only one there is as a whole."""
+    if train is None:
+        assert test is not None
+        return _Found(test)
+    return _Found(train, test)
+
+
+def _find_in_file(path: Path, key: str) -> _Found:
+    if lmdb_store.is_lmdb(path):
+        return _Found(lmdb_store.LmdbStore(path))
+    if idx.is_idx(path):
+        return _Found(idx.read_images(path))
+    if path.suffix.lower() == ".zip" or zipfile.is_zipfile(path):
+        return _Found(ZipStore(path))
+    if is_image_name(path.name):
+        raise ConfigError(f"{key} {str(path)!r} is one image: name the folder that it is in")
+    if path.name.endswith((".tar", ".tgz", ".tar.gz", ".tar.xz", ".tar.bz2", ".7z", ".rar")):
+        raise ConfigError(f"{key} {str(path)!r} is an archive that cannot be read in place: unpack it, name the folder")
+    path.open("rb").close()  # a file that may not be read gets the system's reason
+    raise ConfigError(f"{key} {str(path)!r} is not a kind of file that holds images: give {_FORMS}")
