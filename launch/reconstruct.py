@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a c
 from nvae_lowmem.config import ConfigError
 from nvae_lowmem.generation import grids
 from nvae_lowmem.generation import images as pictures
-from nvae_lowmem.generation.reconstruct import error_table, parse_first_groups, picture_of, reconstruct
+from nvae_lowmem.generation.reconstruct import Posterior, error_table, parse_first_groups, picture_of, reconstruct
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,7 @@ class ReconstructCommand:
       python launch/reconstruct.py photo.jpg --box 40,10,148,148 --run celeba64-4g
     """
 
-    images: tyro.conf.Positional[tuple[str, ...]] = ()
+    images: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="IMAGE ...")] = ()
     """Image files, treated as the run's data were; none: held-out images of the run's data."""
     run: str = "latest"
     """Run folder by path, number or name; latest: the newest one in --runs-dir."""
@@ -46,6 +46,8 @@ class ReconstructCommand:
     quarter and a half of them."""
     temperature: float = 0.3
     """What the prior's sigma is multiplied by in the groups that are not the image's."""
+    posterior: Posterior = "sample"
+    """z of an image: a draw from q(z|x), as in training, or each group's mean, smoother and without a likelihood."""
     seed: int = 0
     """Seed of the draws from posterior and prior."""
     out: str = ""
@@ -69,9 +71,9 @@ def _reconstruct(command: ReconstructCommand) -> None:
     first_groups = parse_first_groups(command.first_groups, run.model.config)
     out = pictures.output_folder(command.out, run)
     images, names = pictures.given_or_held_out(run, command.images, command.box, command.count)
-    progress = pictures.progress_bar("reconstructing")
     result = reconstruct(
-        run.model, images, command.seed, run.micro_batch, first_groups, command.temperature, progress
+        run.model, images, command.seed, run.micro_batch, command.posterior, first_groups, command.temperature,
+        pictures.progress_bar("reconstructing"),
     )  # fmt: skip
     print(error_table(result, names, run.model.config.bits))
     picture = picture_of(result, run.model.config.total_groups, command.temperature)

@@ -24,14 +24,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Describe the model of a recipe or a profile; returns the exit status."""
     arguments = _parser().parse_args(argv)
     try:
-        picture = _picture_path(arguments.picture) if arguments.picture else None
+        picture = _output("--picture", arguments.picture, PICTURE_SUFFIXES)
+        table = _output("--json", arguments.json if arguments.json != "-" else None)
         description = describe(_profile(arguments))
         if picture is not None:
             from nvae_lowmem.memory.describe_picture import draw  # matplotlib, only where it is needed
 
-            _write("--picture", picture, draw(description, picture.suffix[1:]))
-        if arguments.json and arguments.json != "-":
-            _write("--json", Path(arguments.json), as_json(description).encode() + b"\n")
+            _write("--picture", picture, draw(description, picture.suffix[1:].lower()))
+        if table is not None:
+            _write("--json", table, as_json(description).encode() + b"\n")
     except ConfigError as error:
         print(f"describe: {error}", file=sys.stderr)
         return 2
@@ -58,10 +59,15 @@ def _profile(arguments: argparse.Namespace) -> Profile:
     return override(profile, arguments.set)
 
 
-def _picture_path(name: str) -> Path:
+def _output(flag: str, name: str | None, suffixes: Sequence[str] = ()) -> Path | None:
+    """The file to write, checked before the work begins."""
+    if name is None:
+        return None
     path = Path(name)
-    if path.suffix not in PICTURE_SUFFIXES:
-        raise ConfigError(f"--picture {name}: the name must end in {' or '.join(PICTURE_SUFFIXES)}")
+    if suffixes and path.suffix.lower() not in suffixes:
+        raise ConfigError(f"{flag} {name}: the name must end in {' or '.join(suffixes)}")
+    if not path.parent.is_dir():
+        raise ConfigError(f"{flag} {name}: there is no folder {path.parent}; make it, or name another")
     return path
 
 

@@ -98,7 +98,7 @@ def draw_faces(count: int, size: int, log: Log) -> np.ndarray:
     """(count, 3, size, size) uint8, drawn on all cores. Raises ConfigError where the drawing packages are missing."""
     _check_packages()
     starts = range(0, count, _CHUNK)
-    log(f"drawing {count:,} faces of {size} x {size} pixels, once")
+    log(f"drawing {count:,} faces of {size} x {size} pixels, once: {CREDIT}")
     out = np.empty((count, 3, size, size), dtype=np.uint8)
     progress = Progress("drawing faces", count, log)
     done = 0

@@ -16,7 +16,7 @@ from nvae_lowmem.data import cifar, idx, lmdb_store
 from nvae_lowmem.data.cache import cache_folder
 from nvae_lowmem.data.dataset import Dataset, check_colours, load
 from nvae_lowmem.data.digits import mnist5k
-from nvae_lowmem.data.faces import CREDIT, faces
+from nvae_lowmem.data.faces import faces
 from nvae_lowmem.data.picture import Preparation
 from nvae_lowmem.data.progress import Log
 from nvae_lowmem.data.randomness import Stream, keys
@@ -81,13 +81,12 @@ def _prepared(found: _Found, config: DataConfig, prepare: Preparation, log: Log)
 def _held_out(store: Store, fraction: float, prepare: Preparation, log: Log) -> tuple[Dataset, list[str], np.ndarray]:
     """(held-out images, what was skipped, numbers of the training images in order).
 
-    A hash of its number decides for each image, so that a set that grows keeps its images where they were. At least
-    one is held out and at least one is not; when none of the share can be read, the share grows until one can.
+    The images whose numbers have the smallest hashes are held out, so the same ones on every machine and in every run.
+    At least one is held out and at least one is not; when none of the share can be read, it grows until one can.
     """
-    uniform = keys(_SPLIT_SEED, Stream.SPLIT, np.arange(len(store))) / 2.0**64
-    ranked = np.argsort(uniform, kind="stable")
+    ranked = np.argsort(keys(_SPLIT_SEED, Stream.SPLIT, np.arange(len(store))), kind="stable")
     most = len(ranked) - 1
-    count = min(max(1, int((uniform < fraction).sum())), most)
+    count = min(max(1, round(fraction * len(store))), most)
     test, skipped = load(store, np.sort(ranked[:count]), prepare, log)
     while not len(test) and count < most:
         tried, count = count, min(2 * count, most)
@@ -119,7 +118,7 @@ def _find(name: str, key: str, config: DataConfig, model: ModelConfig, log: Log)
         return _Found(ArrayStore(train, "5,000 MNIST digits (mnist5k)"), ArrayStore(test, "its own test part"))
     if name == "faces":
         pixels = faces(config.faces_count, model.image_size, cache_folder(config.cache_dir), log)
-        return _Found(ArrayStore(pixels, f"{len(pixels):,} drawn faces ({CREDIT})"))
+        return _Found(ArrayStore(pixels, f"{len(pixels):,} drawn cartoon faces"))
     path = Path(name).expanduser()
     try:
         if path.is_dir():

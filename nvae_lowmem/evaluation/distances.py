@@ -177,11 +177,13 @@ class Comparison:
             if len(rows) < MIN_IMAGES:
                 raise ConfigError(f"KID needs at least {MIN_IMAGES} images of each kind, but {name}: {len(rows)}")
         pairs = [(name, real, rows) for name, rows in others.items()]
+        # shuffled: images often come sorted, and every other one of them may be of another kind
+        order = torch.randperm(len(real), generator=torch.Generator().manual_seed(seed))
         is_inception = isinstance(self.network, InceptionFeatures)
         kid_name = "KID" if is_inception else f"KID({self.network.name})"
         out = [
             Distance(kid_name, name, *kid(a, b, seed), (len(a), len(b)))
-            for name, a, b in [*pairs, (OTHER_HALF, real[0::2], real[1::2])]
+            for name, a, b in [*pairs, (OTHER_HALF, real[order[0::2]], real[order[1::2]])]
         ]
         if is_inception:
             out += [Distance("FID", name, fid(a, b), None, (len(a), len(b))) for name, a, b in pairs]

@@ -328,6 +328,8 @@ def _json_file(command: EvaluateCommand, out: Path) -> Path | None:
 
 def _check_writable(flag: str, file: Path) -> None:
     """Raise ConfigError before the long work rather than after it."""
+    if file.is_dir():
+        raise ConfigError(f"{flag} {file}: is a folder; name a file")
     probe = file.with_name(".writable")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -335,5 +337,3 @@ def _check_writable(flag: str, file: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise ConfigError(f"{flag} {file}: cannot write there: {error.strerror or error}; name another place") from None
-    if file.is_dir():
-        raise ConfigError(f"{flag} {file}: is a folder; name a file")

@@ -8,24 +8,30 @@ Legend: P points (blends of one pair), groups counted from the top (lowest resol
 
 from __future__ import annotations
 
+import io
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from nvae_lowmem.config import ConfigError, ModelConfig
 from nvae_lowmem.generation import grids
 from nvae_lowmem.generation.images import numbers
-from nvae_lowmem.generation.reconstruct import RowNoise, reconstruct
+from nvae_lowmem.generation.reconstruct import Posterior, posterior_noise, reconstruct
 from nvae_lowmem.generation.sample import Progress
-from nvae_lowmem.model.latents import FlowFunction, FromPosterior, Given, Latent, Noise, NoNoise, Normal
+from nvae_lowmem.model.latents import FlowFunction, FromPosterior, Given, Latent, Noise, Normal
 from nvae_lowmem.model.nvae import NVAE
 
 Mode = Literal["linear", "scales", "simple"]
-A_SLOT, B_SLOT = 0, 1
+A_SLOT, B_SLOT = 0, 1  # of the noise, as `reconstruct` numbers them
+STRIP_COLUMNS = 16
+ANIMATIONS = {".gif": "GIF", ".webp": "WEBP", ".png": "PNG"}
 
 
 # --- mixing -----------------------------------------------------------------------------------------------------------
@@ -43,10 +49,9 @@ def spherical(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
     A straight line would lead through the middle of the sphere near which all normal draws of many dimensions lie.
     sin((1-t) w) / sin(w) a + sin(t w) / sin(w) b, w the angle between a and b; straight where that angle vanishes.
     """
-    dot, norms = (a * b).sum((1, 2, 3), keepdim=True), a.norm(dim=(1, 2, 3), keepdim=True) * b.norm(
-        dim=(1, 2, 3), keepdim=True
-    )
-    angle = torch.acos((dot / norms.clamp(min=1e-12)).clamp(-1, 1))
+    dot = (a * b).sum((1, 2, 3), keepdim=True)
+    length_a, length_b = (torch.linalg.vector_norm(eps, dim=(1, 2, 3), keepdim=True) for eps in (a, b))
+    angle = torch.acos((dot / (length_a * length_b).clamp(min=1e-12)).clamp(-1, 1))
     sine = angle.sin()
     straight = sine < 1e-4
     divisor = torch.where(straight, torch.ones_like(sine), sine)
@@ -118,40 +123,57 @@ def parse_split(text: str, config: ModelConfig) -> int:
     return sum(from_top[: int(count_text)]) if kind == "scale" else int(count_text)
 
 
-def strip_weights(end: Tensor, steps: int) -> Tensor:
-    """(steps, groups): from A (all 0) in equal steps to the weights `end` (groups,); one step: only these."""
-    _at_least_one("--steps", steps)
-    shares = torch.linspace(0, 1, steps)[:, None] if steps > 1 else torch.ones(1, 1)
-    return shares * end
+def path_weights(config: ModelConfig, mode: Mode, weights: str, split: str, steps: int) -> Tensor:
+    """(P, groups): the points of a strip, or of an animation, from A to B.
 
-
-def matrix_weights(steps: int, split: int, groups: int) -> Tensor:
-    """(steps * steps, groups): row by row a larger weight of the first `split` groups, within a row of the others."""
-    if steps < 2:
-        raise ConfigError(f"--matrix {steps}: must be at least 2 (or 0 for no matrix)")
-    shares = torch.linspace(0, 1, steps)
-    coarse = shares.repeat_interleave(steps)[:, None].expand(-1, split)
-    fine = shares.repeat(steps)[:, None].expand(-1, groups - split)
-    return torch.cat([coarse, fine], dim=1)
-
-
-def scale_weights(splits: Sequence[int], groups: int) -> Tensor:
-    """(len(splits), groups): the first groups, as many as the split says, from A, the others from B."""
+    linear, simple: `steps` equal steps from A to the blend at `weights`; one step: only that blend.
+    scales: B's groups follow A's at `split`; without a split, every one of at most `steps` even splits.
+    Raises ConfigError for what does not fit the model or the mode.
+    """
+    if steps < 1:
+        raise ConfigError(f"--steps {steps}: must be at least 1")
+    if mode != "scales":
+        shares = torch.linspace(0, 1, steps)[:, None] if steps > 1 else torch.ones(1, 1)
+        return shares * parse_weights(weights, config)
+    if weights != "1":
+        raise ConfigError(f"--weights {weights}: --mode scales takes whole groups of either image: use --split instead")
+    groups = config.total_groups
+    splits = [parse_split(split, config)] if split else _even_splits(steps, groups)
     return torch.stack([(torch.arange(groups) >= split).float() for split in splits])
 
 
-def even_splits(steps: int, groups: int) -> list[int]:
+def matrix_weights(config: ModelConfig, mode: Mode, split: str, steps: int) -> Tensor:
+    """(steps * steps, groups): row by row more of B in the coarse groups, within a row more of B in the fine ones.
+
+    Raises ConfigError for fewer than two steps, and for mode scales, which has no weights.
+    """
+    if steps < 2:
+        raise ConfigError(f"--matrix {steps}: must be at least 2, or 0 for no matrix")
+    if mode == "scales":
+        raise ConfigError("--matrix needs weights between 0 and 1, which --mode scales has not: use linear or simple")
+    coarse_groups, shares = parse_split(split, config), torch.linspace(0, 1, steps)
+    coarse = shares.repeat_interleave(steps)[:, None].expand(-1, coarse_groups)
+    fine = shares.repeat(steps)[:, None].expand(-1, config.total_groups - coarse_groups)
+    return torch.cat([coarse, fine], dim=1)
+
+
+def animation_weights(config: ModelConfig, mode: Mode, weights: str, frames: int, path: str) -> Tensor | None:
+    """(F, groups): the points of an animation, one way; None without a path. Raises ConfigError, also for the path."""
+    if not path:
+        return None
+    if frames < 2:
+        raise ConfigError(f"--frames {frames}: an animation needs at least 2")
+    _animation_format(path)
+    if not Path(path).resolve().parent.is_dir():
+        raise ConfigError(f"--animation {path}: there is no such folder; make it first, or name another one")
+    return path_weights(config, mode, weights, "", frames)
+
+
+def _even_splits(steps: int, groups: int) -> list[int]:
     """From all groups of A to none, in at most so many even steps."""
-    _at_least_one("--steps", steps)
     if steps == 1:
         return [groups // 2]
-    cuts = (round(groups * (steps - 1 - i) / (steps - 1)) for i in range(steps))
-    return sorted(set(cuts), reverse=True)
-
-
-def _at_least_one(flag: str, value: int) -> None:
-    if value < 1:
-        raise ConfigError(f"{flag} {value}: must be at least 1")
+    return sorted({round(groups * i / (steps - 1)) for i in range(steps)}, reverse=True)
 
 
 # --- the pass ---------------------------------------------------------------------------------------------------------
@@ -163,28 +185,85 @@ def blend_images(
     pair: Tensor,
     weights: Tensor,
     mode: Mode = "linear",
-    posterior: Literal["sample", "mean"] = "sample",
+    posterior: Posterior = "sample",
     seed: int = 0,
     micro_batch: int = 16,
     progress: Progress | None = None,
 ) -> Tensor:
     """Blends of the images A and B, `pair` (2, C, S', S'), at weights (P, groups): (P, C, S, S) in [0, 1] on the host.
 
-    posterior: z with the noise of `reconstruct`, or the posteriors' means. mode simple: the latents of two independent
-    passes, mixed linearly, whatever the groups above became; any other mode: groups merged from the top down.
+    Mode simple mixes the latents of two independent passes, whatever the groups above became; linear and scales merge
+    the groups from the top down (their weights differ, not their passes). Points with all weights 0, or all 1, are the
+    images that `reconstruct` makes of the pair.
     """
-    assert pair.shape[0] == 2 and not model.training, (pair.shape, model.training)
-    ends = _ends(model, pair, posterior, seed, micro_batch)
-    # Kernels round differently at other batch sizes. So where a blend is A or B, it is taken from the reconstruction's
-    # own pass: the ends of a strip are the reconstructions to the last bit.
-    pure = {i: int(row[0]) for i, row in enumerate(weights) if bool((row == 0).all() or (row == 1).all())}
-    open_points = [i for i in range(len(weights)) if i not in pure]
-    out = torch.stack([ends[pure.get(i, 0)] for i in range(len(weights))])
-    run = _Simple(model, pair, posterior, seed) if mode == "simple" else _Merged(model, pair, posterior, seed)
-    chunk = max(1, micro_batch // run.rows_per_point)
-    for first in range(0, len(open_points), chunk):
-        points = open_points[first : first + chunk]
-        out[points] = model.likelihood.mean(run.parameters(weights[points])).cpu()
+    assert len(pair) == 2 and not model.training, (pair.shape, model.training)
+    # Kernels round differently at other batch sizes: taken from the reconstructions' own pass, the ends of a strip
+    # are the reconstructions to the last bit.
+    ends = reconstruct(model, pair, seed, micro_batch, posterior).images
+    out = torch.stack([ends[1 if bool((row == 1).all()) else 0] for row in weights])
+    between = [i for i, row in enumerate(weights) if not bool((row == 0).all() or (row == 1).all())]
+    maps = model.encode(pair.to(next(model.parameters()).device))
+    make, images_per_point = (_simple, 1) if mode == "simple" else (_merged, 2)
+    points_per_pass = max(1, micro_batch // images_per_point)
+    for first in range(0, len(between), points_per_pass):
+        points = between[first : first + points_per_pass]
+        out[points] = model.likelihood.mean(make(model, maps, weights[points], posterior, seed)).cpu()
         if progress is not None:
-            progress(first + len(points), len(open_points))
+            progress(first + len(points), len(between))
     return out
+
+
+def _merged(model: NVAE, maps: list[Tensor], weights: Tensor, posterior: Posterior, seed: int) -> Tensor:
+    """The likelihood's parameters (P, ...) of blends merged group by group."""
+    points = len(weights)
+    noise = posterior_noise(posterior, seed, [A_SLOT] * points + [B_SLOT] * points)
+    rows = [encoded.repeat_interleave(points, dim=0) for encoded in maps]
+    parameters, _ = model.decode(Blend(weights.T, noise), rows)
+    return parameters[:points]  # both rows of a pair have the same state
+
+
+def _simple(model: NVAE, maps: list[Tensor], weights: Tensor, posterior: Posterior, seed: int) -> Tensor:
+    """The likelihood's parameters (P, ...) of z = (1 - w) z_A + w z_B in every group, z of two independent passes."""
+    noise = posterior_noise(posterior, seed, [A_SLOT, B_SLOT])
+    _, latents = model.decode(FromPosterior(noise), maps, keep_z=True)
+    mixed = [
+        torch.lerp(latent.z[:1], latent.z[1:], weight.to(latent.z.device).view(-1, 1, 1, 1))
+        for latent, weight in zip(latents, weights.T, strict=True)
+        if latent.z is not None
+    ]
+    return model.decode(Given(mixed), batch=len(weights))[0]
+
+
+# --- for people -------------------------------------------------------------------------------------------------------
+
+
+def strip_picture(originals: Tensor, blends: Tensor, names: Sequence[str]) -> np.ndarray:
+    """The two images (2, C, S, S) above their blends (P, C, S, S), at most sixteen in a row."""
+    above = grids.labelled(grids.grid(originals, 2), f"{names[0]} and {names[1]}")
+    return grids.stack([above, grids.labelled(grids.grid(blends, STRIP_COLUMNS), "their blends")])
+
+
+def matrix_picture(blends: Tensor, names: Sequence[str]) -> np.ndarray:
+    """The blends (n * n, C, S, S) of `matrix_weights` as a labelled square."""
+    caption = f"down: coarse groups {names[0]} -> {names[1]}; right: fine groups {names[0]} -> {names[1]}"
+    return grids.labelled(grids.grid(blends, math.isqrt(len(blends))), caption)
+
+
+def save_animation(images: Tensor, path: Path, frame_seconds: float = 1 / 12) -> Path:
+    """Images (F, C, S, S) there and back again, endlessly, as a GIF, WebP or animated PNG by the ending of `path`."""
+    there_and_back = [*images, *images[1:-1].flip(0)]
+    first, *others = (Image.fromarray(grids.grid(image[None], 1, padding=0)) for image in there_and_back)
+    kind, milliseconds = _animation_format(str(path)), max(1, round(1000 * frame_seconds))
+    options = {"lossless": True} if kind == "WEBP" else {}
+    buffer = io.BytesIO()
+    first.save(buffer, kind, save_all=True, append_images=others, duration=milliseconds, loop=0, **options)
+    path.write_bytes(buffer.getvalue())
+    return path
+
+
+def _animation_format(path: str) -> str:
+    """Pillow's name of the format that a file name asks for. Raises ConfigError for endings that cannot move."""
+    kind = ANIMATIONS.get(Path(path).suffix.lower())
+    if kind is None:
+        raise ConfigError(f"--animation {path}: must end in one of {', '.join(ANIMATIONS)}")
+    return kind

@@ -65,7 +65,8 @@ def open_run(run: str, runs_dir: str, device: DeviceChoice = "auto", micro_batch
     folder = runs.find_run(run, runs_dir)
     profile, model, saved = checkpoint.load_run(folder, where)
     images_per_pass = micro_batch or profile.plan.micro_batch or DEFAULT_MICRO_BATCH
-    print(f"{saved}: {model.config.total_groups} latent groups, on {where}, {images_per_pass} images per pass", flush=True)
+    groups = model.config.total_groups
+    print(f"{saved}: {groups} latent groups, on {where}, {images_per_pass} images per pass", flush=True)
     return OpenRun(folder=folder, profile=profile, model=model, device=where, micro_batch=images_per_pass)
 
 
@@ -88,7 +89,7 @@ def parse_box(text: str) -> Box:
         x = y = width = height = -1
     if min(x, y) < 0 or width < 1 or width != height:
         raise ConfigError(
-            f"--box {text}: must be x,y,w,h in pixels, the left upper corner and two equal sides, for example 40,10,148,148"
+            f"--box {text}: must be x,y,w,h in pixels: the upper left corner and two equal sides, as in 40,10,148,148"
         )
     return Box(x, y, width)
 
@@ -137,30 +138,44 @@ def _cut(picture: Image.Image, box: Box, path: str) -> Image.Image:
     return picture.crop((box.left, box.top, right, bottom))
 
 
-def held_out_batches(run: OpenRun, count: int) -> Iterator[Tensor]:
+def held_out_batches(run: OpenRun, count: int, progress: Progress | None = None) -> Iterator[Tensor]:
     """The first `count` held-out images of the run's data, (b, C, S', S') each, on the run's device; 0: all of them.
 
-    Raises ConfigError when the data cannot be opened, before the first batch is asked for.
+    Raises ConfigError when the data cannot be opened, at once and not with the first batch.
     """
-    if count < 0:
-        raise ConfigError(f"--count {count}: must be at least 1, or 0 for all held-out images")
     profile = run.profile
     held_out = open_source(profile.data, profile.model).test
     wanted = min(count, len(held_out)) if count else len(held_out)
-    batches = evaluation_batches(held_out, profile.model, profile.data, run.micro_batch, profile.training.seed)
-    starts = range(0, wanted, run.micro_batch)
-    return (x[: wanted - start].to(run.device) for start, x in zip(starts, batches, strict=False))
+
+    def batches() -> Iterator[Tensor]:
+        done = 0
+        for x in evaluation_batches(held_out, profile.model, profile.data, run.micro_batch, profile.training.seed):
+            if done >= wanted:
+                return
+            x = x[: wanted - done].to(run.device)
+            yield x
+            done += len(x)
+            if progress is not None:
+                progress(done, wanted)
+
+    return batches()
 
 
 def given_or_held_out(run: OpenRun, paths: Sequence[str], boxes: Sequence[str], count: int) -> tuple[Tensor, list[str]]:
-    """Images (B, C, S', S') and their names: the given files, or without any the first `count` held-out images."""
+    """Images (B, C, S', S') and their names: the given files, or without any the first `count` held-out images.
+
+    Raises ConfigError: images that cannot be used, data that cannot be opened or hold nothing out, a count below 1.
+    """
     if paths:
         return load_images(paths, run.profile, boxes).to(run.device), [Path(path).name for path in paths]
     if count < 1:
         raise ConfigError(f"--count {count}: must be at least 1")
     if boxes:
         raise ConfigError("--box belongs to image files, and none is given")
-    images = torch.cat(list(held_out_batches(run, count)))
+    batches = list(held_out_batches(run, count))
+    if not batches:
+        raise ConfigError("the run's data hold no images out: name image files")
+    images = torch.cat(batches)
     return images, [f"held-out {number}" for number in range(len(images))]
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -18,12 +19,25 @@ from nvae_lowmem.config import ConfigError, ModelConfig
 from nvae_lowmem.generation import grids
 from nvae_lowmem.generation.images import numbers, text_table
 from nvae_lowmem.generation.sample import Progress, without_padding
-from nvae_lowmem.model.latents import FlowFunction, FromPosterior, FromPrior, Latent, Normal, SeededNoise, Source
+from nvae_lowmem.model.latents import (
+    FlowFunction,
+    FromPosterior,
+    FromPrior,
+    Latent,
+    Noise,
+    NoNoise,
+    Normal,
+    SeededNoise,
+    Source,
+)
 from nvae_lowmem.model.likelihoods import negative_log_likelihood
 from nvae_lowmem.model.nvae import NVAE
 
 # Noise is a function of (seed, step, ...): neither training (steps from 0 up) nor sampling draws these.
 POSTERIOR_STEP, PRIOR_STEP = -5, -6
+
+Posterior = Literal["sample", "mean"]
+"""Which z an image has: a draw from q(z|x), or the mean of every group's q given the groups above it."""
 
 
 # --- sources ----------------------------------------------------------------------------------------------------------
@@ -48,6 +62,11 @@ class RowNoise:
             for slot in set(self.slots)
         }
         return torch.cat([draws[slot] for slot in self.slots])
+
+
+def posterior_noise(posterior: Posterior, seed: int, slots: Sequence[int]) -> Noise:
+    """The noise of a batch whose row i shows image number slots[i]."""
+    return NoNoise() if posterior == "mean" else RowNoise(seed, tuple(slots))
 
 
 @dataclass(frozen=True)
@@ -90,13 +109,15 @@ class Reconstructions:
     originals: Tensor
     """(B, C, S, S) in [0, 1]."""
     images: Tensor
-    """(B, C, S, S): the mean of p(x|z), z drawn from q(z|x)."""
+    """(B, C, S, S): the mean of p(x|z), z from q(z|x)."""
     from_first: Mapping[int, Tensor]
-    """k -> (B, C, S, S): z of the first k groups drawn from q, that of the later ones from the prior."""
+    """k -> (B, C, S, S): z of the first k groups from q, that of the later ones from the prior."""
     nll: Tensor
     """(B,) -log p(x|z), nats."""
     kl: Tensor
-    """(B, groups), nats; the ELBO is -(nll + sum of kl)."""
+    """(B, groups), nats."""
+    posterior: Posterior
+    """The ELBO is -(nll + sum of kl) where z was drawn; at the posterior's mean the two bound nothing."""
 
 
 @torch.no_grad()
@@ -105,6 +126,7 @@ def reconstruct(
     images: Tensor,
     seed: int,
     micro_batch: int,
+    posterior: Posterior = "sample",
     first_groups: Sequence[int] = (),
     temperature: float = 0.3,
     progress: Progress | None = None,
@@ -120,15 +142,15 @@ def reconstruct(
     for first in range(0, len(images), micro_batch):
         x = images[first : first + micro_batch].to(device)
         slots = tuple(range(first, first + len(x)))
-        posterior = FromPosterior(RowNoise(seed, slots))
-        prior = FromPrior(RowNoise(seed, slots, PRIOR_STEP), temperature)
+        from_image = FromPosterior(posterior_noise(posterior, seed, slots))
+        from_prior = FromPrior(RowNoise(seed, slots, PRIOR_STEP), temperature)
         maps = model.encode(x)
-        parameters, latents = model.decode(posterior, maps)
+        parameters, latents = model.decode(from_image, maps)
         nll = negative_log_likelihood(model.likelihood, parameters, without_padding(x, model.config))
         kl = torch.stack([latent.kl.sum(1) for latent in latents if latent.kl is not None], dim=1)
         pictures = [model.likelihood.mean(parameters)]
         for count in first_groups:
-            parameters, _ = model.decode(FirstGroups(count, posterior, prior), maps)
+            parameters, _ = model.decode(FirstGroups(count, from_image, from_prior), maps)
             pictures.append(model.likelihood.mean(parameters))
         parts.append(tuple(value.cpu() for value in (nll, kl, *pictures)))
         if progress is not None:
@@ -136,7 +158,9 @@ def reconstruct(
     nll, kl, whole, *partial = (torch.cat(values) for values in zip(*parts, strict=True))
     originals = without_padding(images, model.config).cpu()
     from_first = dict(zip(first_groups, partial, strict=True))
-    return Reconstructions(originals=originals, images=whole, from_first=from_first, nll=nll, kl=kl)
+    return Reconstructions(
+        originals=originals, images=whole, from_first=from_first, nll=nll, kl=kl, posterior=posterior
+    )
 
 
 # --- for people -------------------------------------------------------------------------------------------------------
@@ -147,24 +171,29 @@ def error_table(result: Reconstructions, names: Sequence[str], bits: int) -> str
 
     The ELBO is in bits per dimension, or in nats where images are binary, as the literature gives it.
     """
-    kl, dims = result.kl.sum(1), result.originals[0].numel()
-    unit, scale = ("nats", 1.0) if bits == 1 else ("bits/dim", 1 / (dims * math.log(2)))
-    difference = result.images - result.originals
     columns: dict[str, tuple[Tensor, int]] = {  # heading -> (one value per image, decimals)
-        "MSE": (difference.square().mean((1, 2, 3)), 5),
-        "L1": (difference.abs().mean((1, 2, 3)), 5),
-        "-log p(x|z) nats": (result.nll, 1),
-        "KL nats": (kl, 1),
-        f"-ELBO {unit}": ((result.nll + kl) * scale, 2 if bits == 1 else 3),
+        "MSE": (_mean_square(result.images - result.originals), 5),
+        "L1": ((result.images - result.originals).abs().mean((1, 2, 3)), 5),
     }
+    if result.posterior == "sample":
+        kl, dims = result.kl.sum(1), result.originals[0].numel()
+        columns |= {"-log p(x|z) nats": (result.nll, 1), "KL nats": (kl, 1)}
+        if bits == 1:
+            columns["-ELBO nats"] = (result.nll + kl, 2)
+        else:
+            columns["-ELBO bits/dim"] = ((result.nll + kl) / (dims * math.log(2)), 3)
     for count, images in result.from_first.items():
-        columns[f"MSE from {count}"] = ((images - result.originals).square().mean((1, 2, 3)), 5)
+        columns[f"MSE from {count}"] = (_mean_square(images - result.originals), 5)
+    per_image = torch.stack([values.double() for values, _ in columns.values()], dim=1)  # (B, columns)
     rows = [
-        [name, *(f"{float(values[i]):.{decimals}f}" for values, decimals in columns.values())]
-        for i, name in enumerate(names)
+        [name, *(f"{value:.{decimals}f}" for value, (_, decimals) in zip(values, columns.values(), strict=True))]
+        for name, values in zip([*names, "mean"], [*per_image.tolist(), per_image.mean(0).tolist()], strict=True)
     ]
-    means = [f"{float(values.double().mean()):.{decimals}f}" for values, decimals in columns.values()]
-    return text_table(["image", *columns], [*rows, ["mean", *means]])
+    return text_table(["image", *columns], rows)
+
+
+def _mean_square(difference: Tensor) -> Tensor:
+    return difference.square().mean((1, 2, 3))
 
 
 def picture_of(result: Reconstructions, groups: int, temperature: float) -> np.ndarray:

@@ -48,7 +48,7 @@ class Block:
     cell: str
     """What one of its cells computes, unit by unit; empty without cells."""
     input: Shape | None
-    """None for the learned constant, which reads nothing."""
+    """None for the learned constant, and for the group of a plain VAE: nothing comes before them."""
     output: Shape
     latent: Shape | None
     """The z that a decoder group adds."""
@@ -91,6 +91,7 @@ class Description:
     groups_per_scale: tuple[int, ...]
     latents_per_group: int
     flows: int
+    residual_posterior: bool
     latent_dims: int
     scales: tuple[Scale, ...]
     blocks: tuple[Block, ...]
@@ -141,6 +142,7 @@ def describe(profile: Profile) -> Description:
         groups_per_scale=c.scale_groups,
         latents_per_group=c.latents,
         flows=c.flows,
+        residual_posterior=c.residual_posterior,
         latent_dims=c.latent_dims,
         scales=_scales(blocks),
         blocks=blocks,
@@ -159,7 +161,7 @@ def _shapes(model: NVAE, mode: FakeTensorMode) -> dict[str, tuple[Shape | None, 
     def record(name: str, block: nn.Module, *args: Any) -> Any:
         out = run_block(name, block, *args)
         state = out[0] if isinstance(out, tuple) else out
-        shapes[name] = _chw(args[0]), _chw(state)
+        shapes[name] = _chw(args[0]) if args[0].shape[1] else None, _chw(state)
         return out
 
     model.run_block = record
@@ -277,7 +279,7 @@ def as_text(description: Description, every_row: bool = False) -> str:
 
 
 def _scale_table(scales: Sequence[Scale]) -> tuple[str, list[tuple[str, ...]]]:
-    rows = [("scale", "groups", "z of a group", "latent dims", "encoder", "decoder")]
+    rows: list[tuple[str, ...]] = [("scale", "groups", "z of a group", "latent dims", "encoder", "decoder")]
     for s in scales:
         latent = (str(s.groups), shape_text(s.latent), f"{s.latent_dims:,}") if s.latent else ("-", "-", "-")
         rows.append((f"{s.size} x {s.size}", *latent, f"{s.encoder_parameters:,}", f"{s.decoder_parameters:,}"))
@@ -286,7 +288,9 @@ def _scale_table(scales: Sequence[Scale]) -> tuple[str, list[tuple[str, ...]]]:
 
 def _block_table(blocks: Sequence[Block], every_row: bool) -> tuple[str, list[tuple[str, ...]]]:
     planned = any(b.keep is not None for b in blocks)
-    rows = [("block", "", "kind", "cells", "input", "", "output", "z", "parameters", "together", "keeps")]
+    rows: list[tuple[str, ...]] = [
+        ("block", "", "kind", "cells", "input", "", "output", "z", "parameters", "together", "keeps")
+    ]
     for run in [[b] for b in blocks] if every_row else runs(blocks):
         b, several = run[0], len(run) > 1
         rows.append(

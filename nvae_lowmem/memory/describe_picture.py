@@ -7,10 +7,8 @@ top-down on the right, and every latent group is a rung between them. All coordi
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Literal
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -19,6 +17,7 @@ from matplotlib.patches import Circle, FancyBboxPatch, Rectangle
 
 from nvae_lowmem.config import KEEPS, Keep
 from nvae_lowmem.memory.describe import Block, Description, Scale, Shape, shape_text
+from nvae_lowmem.memory.describe_layout import Band, Layout, lay_out
 
 # Okabe-Ito: told apart with any colour vision
 KEEP_COLOURS: dict[Keep, str] = {"all": "#56B4E9", "cheap": "#3DBE95", "input": "#F0B541", "host": "#D994BC"}
@@ -31,6 +30,7 @@ KEEP_MEANINGS: dict[Keep, str] = {
 _ROLES = {"groups": "group of a tower", "cell": "single cell", "other": "convolution or constant"}
 _ROLE_COLOURS = {"groups": "#BFD9F2", "cell": "#F7DDB0", "other": "#E3DDEE"}
 _PLAIN, _LINE, _FAINT, _LATENT = "#FFFFFF", "#404040", "#8A8A8A", "#FBE3E8"
+_OUTLINE: dict[str, Any] = {"edgecolor": _LINE, "linewidth": 0.6, "zorder": 3}
 _BANDS = ("#F3F4F6", "#FAFAFA")
 
 _WIDTH, _MARGIN, _HEADER = 13.7, 0.25, 1.05
@@ -38,78 +38,17 @@ _ENCODER_X, _SUM_X, _LATENT_X, _DECODER_X = 3.2, 4.52, 5.12, 6.75  # centres of 
 _BOX_WIDTH, _PANEL_X, _PANEL_WIDTH = 1.8, 8.35, 5.1
 _PART_WIDTH, _PART_HEIGHT = 1.44, 0.36
 _PANEL_HEIGHT = 7.2
-_BAND_MIN, _ROW_MIN, _ROW_MAX = 0.74, 0.29, 0.46  # a band's label needs four lines
-_RADIUS = 0.105
+_RADIUS, _Z_RADIUS = 0.105, 0.17
+# the parts of a group in the panel: columns, then rows
+_LEFT, _MIDDLE, _RIGHT = (_PANEL_X + share * _PANEL_WIDTH for share in (0.17, 0.5, 0.83))
+_STATE_Y, _CELLS_Y, _SUM_Y, _POSTERIOR_Y, _FLOW_Y, _LATENT_Y, _END_Y = (
+    _HEADER + y for y in (0.13, 0.55, 1.15, 1.75, 2.35, 2.88, 3.33)
+)
 
 
-@dataclass(frozen=True)
-class Band:
-    """The strip of one resolution."""
-
-    size: int
-    top: float
-    bottom: float
-
-
-@dataclass
-class Layout:
-    """Where everything is: the centre line of every block, the strips, and the ladder's lower end."""
-
-    row: float
-    """Height of one row."""
-    y: dict[str, float] = field(default_factory=dict)
-    bands: list[Band] = field(default_factory=list)
-    bottom: float = 0.0
-
-
-def lay_out(blocks: Sequence[Block]) -> Layout:
-    """Rows for all blocks: groups of one rung side by side, cells that change the resolution on the edge of two bands."""
-    sizes = sorted({b.size for b in blocks})
-    rows = sum(len(_rungs(blocks, s)) + max(map(len, _others(blocks, s))) + 1 for s in sizes)
-    layout = Layout(row=min(_ROW_MAX, max(_ROW_MIN, _PANEL_HEIGHT / rows)))
-    y = _HEADER
-    for index, size in enumerate(sizes):
-        top = y
-        y += layout.row * (0.75 if index else 0.25)  # the edge runs through the middle of a row
-        for rung in _rungs(blocks, size):
-            for name in rung:
-                layout.y[name] = y + layout.row / 2
-            y += layout.row
-        columns = _others(blocks, size)
-        y += layout.row * max(map(len, columns))
-        for column in columns:
-            for place, block in enumerate(reversed(column)):
-                layout.y[block.name] = y - layout.row * (place + 0.5)
-        last = index == len(sizes) - 1
-        y = max(y + layout.row * (0.25 if last else 0.75), top + _BAND_MIN)
-        layout.bands.append(Band(size, top, y))
-        layout.y |= {b.name: y for b in blocks if _sizes(b) == {size, 2 * size}}
-    layout.bottom = y
-    return layout
-
-
-def _sizes(block: Block) -> set[int]:
-    return {shape[1] for shape in (block.input, block.output) if shape is not None}
-
-
-def _rungs(blocks: Sequence[Block], size: int) -> list[tuple[str, ...]]:
-    """The rows of a band that tie the towers together: (top, start), then (encoder group, decoder group) top-down."""
-    here = [b.name for b in blocks if _sizes(b) == {size}]
-    ends = tuple(name for name in ("top", "start") if name in here)
-    pairs = [(name.replace("dec_", "enc_"), name) for name in here if name.startswith("dec_")]
-    return ([ends] if ends else []) + [tuple(n for n in pair if n in here) for pair in pairs]
-
-
-def _others(blocks: Sequence[Block], size: int) -> tuple[list[Block], list[Block]]:
-    """What else keeps this resolution, of the encoder and of the decoder, each from the top down."""
-    rungs = {name for rung in _rungs(blocks, size) for name in rung}
-    rest = [b for b in blocks if _sizes(b) == {size} and b.name not in rungs]
-    return [b for b in reversed(rest) if b.tower == "encoder"], [b for b in rest if b.tower == "decoder"]
-
-
-def draw(description: Description, file_format: Literal["svg", "png"]) -> bytes:
-    """The picture as the bytes of a file. In SVG every block's box has the id "block-" + its name."""
-    layout = lay_out(description.blocks)
+def draw(description: Description, file_format: str) -> bytes:
+    """The picture as the bytes of an svg or png file. In SVG every block's box has the id "block-" + its name."""
+    layout = lay_out(description.blocks, _HEADER, _PANEL_HEIGHT)
     height = max(layout.bottom + 0.75, _HEADER + _PANEL_HEIGHT + _MARGIN)
     # the same description gives the same bytes; text stays text, so that it can be searched
     with matplotlib.rc_context({"svg.hashsalt": "nvae", "svg.fonttype": "none", "font.family": "DejaVu Sans"}):
@@ -131,33 +70,30 @@ def draw(description: Description, file_format: Literal["svg", "png"]) -> bytes:
 # ---- strokes ---------------------------------------------------------------------------------------------------------
 
 
-def _text(axes: Axes, x: float, y: float, text: str, size: float = 7, **style: object) -> None:
+def _text(axes: Axes, x: float, y: float, text: str, size: float = 7, **style: Any) -> None:
     axes.text(x, y, text, **{"fontsize": size, "va": "center", "ha": "left", "color": "#202020", **style})
 
 
 def _box(axes: Axes, x: float, y: float, width: float, height: float, colour: str, gid: str = "") -> None:
     """A rounded box around its centre."""
-    patch = FancyBboxPatch(
-        (x - width / 2, y - height / 2),
-        width,
-        height,
-        boxstyle="round,pad=0,rounding_size=0.05",
-        facecolor=colour,
-        edgecolor=_LINE,
-        linewidth=0.6,
-        zorder=3,
-    )
+    corner, style = (x - width / 2, y - height / 2), "round,pad=0,rounding_size=0.05"
+    patch = FancyBboxPatch(corner, width, height, boxstyle=style, facecolor=colour, **_OUTLINE)
     patch.set_gid(gid or None)
     axes.add_patch(patch)
 
 
 def _node(axes: Axes, x: float, y: float, text: str, colour: str = _PLAIN, radius: float = _RADIUS) -> None:
-    axes.add_patch(Circle((x, y), radius, facecolor=colour, edgecolor=_LINE, linewidth=0.6, zorder=3))
+    axes.add_patch(Circle((x, y), radius, facecolor=colour, **_OUTLINE))
     _text(axes, x, y, text, 5.5 if len(text) > 1 else 8, ha="center", zorder=4)
 
 
-def _arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], **style: object) -> None:
-    look = {"arrowstyle": "-|>,head_length=0.28,head_width=0.13", "linewidth": 0.7, "color": _LINE, "shrinkA": 0}
+def _arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], **style: Any) -> None:
+    look: dict[str, Any] = {
+        "arrowstyle": "-|>,head_length=0.28,head_width=0.13",
+        "linewidth": 0.7,
+        "color": _LINE,
+        "shrinkA": 0,
+    }
     axes.annotate("", xy=end, xytext=start, arrowprops=look | {"shrinkB": 0} | style, zorder=2)
 
 
@@ -172,7 +108,7 @@ def _plural(count: int, noun: str) -> str:
     return f"{count} {noun}{'s' * (count != 1)}"
 
 
-def _times(shape: Shape) -> str:
+def _times(shape: Shape | None) -> str:
     return shape_text(shape).replace("x", "×")
 
 
@@ -181,12 +117,12 @@ def _times(shape: Shape) -> str:
 
 def _header(axes: Axes, d: Description) -> None:
     _text(axes, _MARGIN, 0.3, d.name, 15, weight="bold")
-    groups = " + ".join(map(str, d.groups_per_scale))
+    groups, count = " + ".join(map(str, d.groups_per_scale)), _plural(sum(d.groups_per_scale), "latent group")
     _text(
         axes,
         _MARGIN,
         0.58,
-        f"{d.parameters:,} parameters   ·   {sum(d.groups_per_scale)} latent groups ({groups}, highest resolution first)"
+        f"{d.parameters:,} parameters   ·   {count} ({groups}, highest resolution first)"
         f"   ·   {d.latent_dims:,} latent dimensions   ·   {d.architecture}",
         8.5,
     )
@@ -253,7 +189,7 @@ def _block_box(axes: Axes, block: Block, y: float, height: float) -> None:
     x = _ENCODER_X if block.tower == "encoder" else _DECODER_X
     _box(axes, x, y, _BOX_WIDTH, height, _colour(block, block.keep is not None), f"block-{block.name}")
     _text(axes, x - _BOX_WIDTH / 2 + 0.08, y, block.name, 7, zorder=4)
-    _text(axes, x + _BOX_WIDTH / 2 - 0.08, y, _count(block.parameters), 6, ha="right", color="#505050", zorder=4)
+    _text(axes, x + _BOX_WIDTH / 2 - 0.08, y, _count(block.parameters), 6, ha="right", color="#303030", zorder=4)
     side = 0.075
     for i in range(min(block.cells, 4)):  # one small square per cell
         corner = (x + 0.02 + i * (side + 0.035), y - side / 2)
@@ -290,51 +226,72 @@ def _rung(axes: Axes, layout: Layout, name: str, index: int, first: bool) -> Non
 def _group_panel(axes: Axes, d: Description) -> float:
     """One decoder group from inside, with the parameters of its parts. Returns where the panel ends."""
     group = next(b for b in reversed(d.blocks) if b.latent is not None)  # the one that has every part, if any has
-    assert group.latent is not None and group.input is not None
-    parts, later = group.parts, "prior" in group.parts
-    z, doubled = _times(group.latent), _times((2 * group.latent[0], *group.latent[1:]))
-    left, middle, right = (_PANEL_X + share * _PANEL_WIDTH for share in (0.17, 0.5, 0.83))
-    top = _HEADER - 0.17
-    _text(axes, _PANEL_X, top, f"inside a decoder group: {group.name}", 9, weight="bold")
-    y_state, y_cells, y_sum, y_conv, y_flow, y_z, y_end = (top + dy for dy in (0.3, 0.72, 1.32, 1.92, 2.52, 3.05, 3.5))
+    _text(axes, _PANEL_X, _HEADER - 0.17, f"inside a decoder group: {group.name}", 9, weight="bold")
+    _group_spine(axes, group)
+    if "prior" in group.parts:
+        _group_prior(axes, d, group)
+    else:  # the first group: a standard normal prior, and the encoder's map as it is
+        _arrow(axes, (_LEFT, _STATE_Y + 0.08), (_LEFT, _POSTERIOR_Y - _PART_HEIGHT / 2))
+    _group_posterior(axes, d, group)
+    return _END_Y
 
-    _text(axes, right, y_state, f"state {_times(group.input)}", 7, ha="center")
-    spine = y_state + 0.08
-    if group.cells:
-        _part(axes, right, y_cells, _plural(group.cells, "cell"), "", parts["cells"])
-        _arrow(axes, (right, spine), (right, y_cells - _PART_HEIGHT / 2))
-        spine = y_cells + _PART_HEIGHT / 2
-    _arrow(axes, (right, spine), (right, y_z - _PART_HEIGHT / 2))
-    _text(axes, left, y_state, "encoder map", 7, ha="center")
-    if later:
-        _arrow(axes, (left, y_state + 0.08), (left, y_sum - _RADIUS))
-        _node(axes, left, y_sum, "+")
-        _arrow(axes, (left, y_sum + _RADIUS), (left, y_conv - _PART_HEIGHT / 2))
-        _part(axes, middle, y_sum, "encoder combiner", "1×1", parts["encoder_combiner"])
-        _arrow(axes, (right, y_sum), (middle + _PART_WIDTH / 2, y_sum))
-        _arrow(axes, (middle - _PART_WIDTH / 2, y_sum), (left + _RADIUS, y_sum))
-        _part(axes, middle, y_conv, "prior", f"1×1 → {doubled}", parts["prior"])
-        _arrow(axes, (right, y_conv), (middle + _PART_WIDTH / 2, y_conv))
-        _arrow(axes, (middle - _PART_WIDTH / 2, y_conv), (left + _PART_WIDTH / 2, y_conv), color=_FAINT)
-        _arrow(axes, (middle, y_conv + _PART_HEIGHT / 2), (middle, y_z - 1.6 * _RADIUS), linestyle="dashed")
-        _text(axes, middle + 0.06, (y_conv + y_z) / 2, "p(z|…)", 6.5, color="#505050")
-    else:
-        _arrow(axes, (left, y_state + 0.08), (left, y_conv - _PART_HEIGHT / 2))
-    _part(axes, left, y_conv, "posterior", f"3×3 → {doubled}", parts["posterior"])
-    from_y = y_conv + _PART_HEIGHT / 2
-    if "flow" in parts:
-        _part(axes, left, y_flow, f"{2 * d.flows} flow cells", "autoregressive", parts["flow"])
-        _arrow(axes, (left, from_y), (left, y_flow - _PART_HEIGHT / 2))
-        from_y = y_flow + _PART_HEIGHT / 2
-    _arrow(axes, (left, from_y), (middle - 1.6 * _RADIUS, y_z), connectionstyle="angle,angleA=90,angleB=0,rad=4")
-    _text(axes, left + 0.06, from_y + 0.1, "q(z|…, x)", 6.5, color="#505050")
-    _node(axes, middle, y_z, "z", _LATENT, 1.6 * _RADIUS)
-    _text(axes, middle, y_z + 0.28, z, 6.5, ha="center", color="#505050")
-    _arrow(axes, (middle + 1.6 * _RADIUS, y_z), (right - _PART_WIDTH / 2, y_z))
-    _part(axes, right, y_z, "combiner", "1×1 of [state, z]", parts["combiner"])
-    _arrow(axes, (right, y_z + _PART_HEIGHT / 2), (right, y_end - 0.08))
-    _text(axes, right, y_end, f"state {_times(group.output)}", 7, ha="center")
-    return y_end
+
+def _group_spine(axes: Axes, group: Block) -> None:
+    """The decoder's state: through the cells, then merged with z."""
+    half = _PART_HEIGHT / 2
+    if group.input is not None:
+        _text(axes, _RIGHT, _STATE_Y, f"state {_times(group.input)}", 7, ha="center")
+        y = _STATE_Y + 0.08
+        if group.cells:
+            _part(axes, _RIGHT, _CELLS_Y, _plural(group.cells, "cell"), "", group.parts["cells"])
+            _arrow(axes, (_RIGHT, y), (_RIGHT, _CELLS_Y - half))
+            y = _CELLS_Y + half
+        _arrow(axes, (_RIGHT, y), (_RIGHT, _LATENT_Y - half))
+    merged = "1×1 of [state, z]" if group.input is not None else "1×1 of z"
+    _part(axes, _RIGHT, _LATENT_Y, "combiner", merged, group.parts["combiner"])
+    _arrow(axes, (_RIGHT, _LATENT_Y + half), (_RIGHT, _END_Y - 0.08))
+    _text(axes, _RIGHT, _END_Y, f"state {_times(group.output)}", 7, ha="center")
+
+
+def _group_prior(axes: Axes, d: Description, group: Block) -> None:
+    """What the state gives: the prior, and its share of what the posterior reads."""
+    half = _PART_WIDTH / 2
+    _node(axes, _LEFT, _SUM_Y, "+")
+    _arrow(axes, (_LEFT, _STATE_Y + 0.08), (_LEFT, _SUM_Y - _RADIUS))
+    _arrow(axes, (_LEFT, _SUM_Y + _RADIUS), (_LEFT, _POSTERIOR_Y - _PART_HEIGHT / 2))
+    _part(axes, _MIDDLE, _SUM_Y, "encoder combiner", "1×1", group.parts["encoder_combiner"])
+    _arrow(axes, (_RIGHT, _SUM_Y), (_MIDDLE + half, _SUM_Y))
+    _arrow(axes, (_MIDDLE - half, _SUM_Y), (_LEFT + _RADIUS, _SUM_Y))
+    _part(axes, _MIDDLE, _POSTERIOR_Y, "prior", f"1×1 → {_normal_shape(group)}", group.parts["prior"])
+    _arrow(axes, (_RIGHT, _POSTERIOR_Y), (_MIDDLE + half, _POSTERIOR_Y))
+    if d.residual_posterior:  # q is given relative to p
+        _arrow(axes, (_MIDDLE - half, _POSTERIOR_Y), (_LEFT + half, _POSTERIOR_Y), color=_FAINT)
+    bottom = _POSTERIOR_Y + _PART_HEIGHT / 2
+    _arrow(axes, (_MIDDLE, bottom), (_MIDDLE, _LATENT_Y - _Z_RADIUS), linestyle="dashed")
+    _text(axes, _MIDDLE + 0.06, (bottom + _LATENT_Y) / 2, "p(z|…)", 6.5, color="#505050")
+
+
+def _group_posterior(axes: Axes, d: Description, group: Block) -> None:
+    """From the encoder's map to z."""
+    _text(axes, _LEFT, _STATE_Y, "encoder map", 7, ha="center")
+    _part(axes, _LEFT, _POSTERIOR_Y, "posterior", f"3×3 → {_normal_shape(group)}", group.parts["posterior"])
+    y = _POSTERIOR_Y + _PART_HEIGHT / 2
+    if "flow" in group.parts:
+        _part(axes, _LEFT, _FLOW_Y, f"{2 * d.flows} flow cells", "autoregressive", group.parts["flow"])
+        _arrow(axes, (_LEFT, y), (_LEFT, _FLOW_Y - _PART_HEIGHT / 2))
+        y = _FLOW_Y + _PART_HEIGHT / 2
+    _arrow(axes, (_LEFT, y), (_MIDDLE - _Z_RADIUS, _LATENT_Y), connectionstyle="angle,angleA=90,angleB=0,rad=4")
+    _text(axes, _LEFT + 0.06, y + 0.1, "q(z|…, x)", 6.5, color="#505050")
+    _node(axes, _MIDDLE, _LATENT_Y, "z", _LATENT, _Z_RADIUS)
+    _text(axes, _MIDDLE, _LATENT_Y + 0.28, _times(group.latent), 6.5, ha="center", color="#505050")
+    _arrow(axes, (_MIDDLE + _Z_RADIUS, _LATENT_Y), (_RIGHT - _PART_WIDTH / 2, _LATENT_Y))
+
+
+def _normal_shape(group: Block) -> str:
+    """mu and log sigma: twice the channels of z."""
+    assert group.latent is not None
+    channels, *size = group.latent
+    return _times((2 * channels, size[0], size[1]))
 
 
 def _part(axes: Axes, x: float, y: float, name: str, detail: str, parameters: int) -> None:

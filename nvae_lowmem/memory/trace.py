@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from nvae_lowmem.config import Profile
+from nvae_lowmem.model.functional import as_on_card
 from nvae_lowmem.model.host import in_host_memory
 from nvae_lowmem.model.keep import apply_plan
 from nvae_lowmem.model.nvae import NVAE
@@ -222,7 +223,9 @@ class WatchedEngine(TorchEngine):
             return super().update()
 
 
-def trace_training(profile: Profile, micro_batch: int, accumulation: int = 1, steps: int = 3, fake: bool = True) -> Trace:
+def trace_training(
+    profile: Profile, micro_batch: int, accumulation: int = 1, steps: int = 3, fake: bool = True
+) -> Trace:
     """Trace `steps` optimiser steps of the profile's model and plan at `micro_batch`; precision must be decided.
 
     With `fake` nothing is computed and nothing of the model's size is allocated; without it the same step really runs
@@ -235,7 +238,7 @@ def trace_training(profile: Profile, micro_batch: int, accumulation: int = 1, st
         plan=replace(profile.plan, micro_batch=micro_batch),
         training=replace(profile.training, total_batch=total),
     )
-    with FakeTensorMode() if fake else contextlib.nullcontext(), _quiet_gc():
+    with FakeTensorMode() if fake else contextlib.nullcontext(), _quiet_gc(), as_on_card():
         with watcher:
             model = NVAE(profile.model).train()
             apply_plan(model, profile.plan)

@@ -185,3 +185,39 @@ def power_iteration(w: Tensor, u: Tensor, v: Tensor, iterations: int) -> Tensor:
 
 def _unit_vector(x: Tensor) -> Tensor:
     return x / torch.linalg.vector_norm(x).clamp_min(1e-12)
+
+
+# --- depthwise convolutions on the CPU --------------------------------------------------------------------------------
+
+_as_on_card = False
+
+
+@contextlib.contextmanager
+def as_on_card() -> Iterator[None]:
+    """Inside, the CPU takes no short cuts of its own: it stands for the card while a step is traced."""
+    global _as_on_card
+    before, _as_on_card = _as_on_card, True
+    try:
+        yield
+    finally:
+        _as_on_card = before
+
+
+def weight_gradient_by_groups(a: Tensor, w: Tensor, stride: int, dilation: int) -> bool:
+    """Whether `depthwise_weight_gradient` is the faster way: real depthwise convolutions on the CPU, stride 1."""
+    depthwise = w.shape[1] == 1 and w.shape[0] == a.shape[1] and w.shape[2] > 1
+    return depthwise and stride == dilation == 1 and a.device.type == "cpu" and not _as_on_card
+
+
+def depthwise_weight_gradient(g: Tensor, a: Tensor, padding: int) -> Tensor:
+    """Gradient (C, 1, k, k) of a depthwise convolution's weight from g and its input a, both (B, C, H, W).
+
+    gw[c] = sum over images of the correlation of a[b, c] with g[b, c]: itself a convolution with B*C groups, whose
+    kernels are the gradients. oneDNN's own depthwise weight gradient is about ten times slower (benchmarks/depthwise.py).
+    """
+    batch, channels, height, width = a.shape
+    images = a.transpose(0, 1).reshape(1, channels * batch, height, width)
+    kernels = g.transpose(0, 1).reshape(channels * batch, 1, *g.shape[2:])
+    p = [padding, padding]
+    per_image = aten.convolution(images, kernels, None, [1, 1], p, [1, 1], False, [0, 0], channels * batch)
+    return per_image.view(channels, batch, *per_image.shape[2:]).sum(1).unsqueeze_(1)

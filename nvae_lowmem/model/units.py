@@ -21,8 +21,10 @@ from nvae_lowmem.model.functional import (
     batch_norm,
     batch_norm_backward,
     batch_norm_with,
+    depthwise_weight_gradient,
     used_weight,
     used_weight_backward,
+    weight_gradient_by_groups,
 )
 
 
@@ -106,7 +108,11 @@ def _unit_backward(
     w = used_weight(p.weight, p.log_norm, spec.mask).to(a.dtype)
     sizes = [p.weight.shape[0]] if p.bias is not None else None
     wanted = [needs_input_gradient or p.gamma is not None, True, p.bias is not None]
+    by_groups = weight_gradient_by_groups(a, w, spec.stride, spec.dilation)
+    wanted[1] = not by_groups
     ga, gw, gb = aten.convolution_backward(g, a, w, sizes, [s, s], [q, q], [d, d], False, [0, 0], spec.groups, wanted)
+    if by_groups:
+        gw = depthwise_weight_gradient(g, a, spec.padding)
     del a, w
     gw = gw.to(p.weight.dtype)
     if spec.regularisation.coefficient:

@@ -1,0 +1,104 @@
+"""Show what each latent group of a trained model controls: python launch/traverse.py --run latest [IMAGE]."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a checkout that is not installed, too
+
+from nvae_lowmem.config import ConfigError
+from nvae_lowmem.generation import grids, traverse
+from nvae_lowmem.generation import images as pictures
+from nvae_lowmem.generation.reconstruct import Posterior
+
+
+@dataclass(frozen=True, kw_only=True)
+class TraverseCommand:
+    """Move one latent group of an image at a time: a picture of what each controls, and a table of which ones live.
+
+    Examples:
+      python launch/traverse.py --run latest
+      python launch/traverse.py face.png --run 3 --groups 1,2,5 --sigmas 2 --steps 9
+      python launch/traverse.py face.png --groups 3 --channels 6
+    """
+
+    image: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="IMAGE")] = ()
+    """One image file, treated as the run's data were; none: the first held-out image of the run's data."""
+    run: str = "latest"
+    """Run folder by path, number or name; latest: the newest one in --runs-dir."""
+    runs_dir: str = "runs"
+    """Where the numbered run folders are."""
+    box: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """x,y,w,h in pixels of the square to take from the image."""
+    groups: str = ""
+    """Groups to move, counted from the lowest resolution: 1,3,6; empty: all, of more than twelve as many, spread."""
+    channels: int = 0
+    """A row for each of so many of a group's most active channels; 0: a row per group, all channels moved together."""
+    sigmas: float = 2.0
+    """How far to move, in standard deviations of the prior, either way."""
+    steps: int = 7
+    """Pictures per row."""
+    count: int = 256
+    """Held-out images that KL and active channels are measured on; 0: all."""
+    posterior: Posterior = "sample"
+    """z of the image: a draw from q(z|x), or each group's mean, smoother."""
+    seed: int = 0
+    """Seed of the draws."""
+    out: str = ""
+    """Folder for the picture; empty: samples/ in the run's folder."""
+    micro_batch: int = 0
+    """Images per forward pass; 0: that of the run's memory plan, or 16 if it has none."""
+    device: pictures.DeviceChoice = "auto"
+    """auto: the GPU where there is one."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, traverse, write, and return the exit code: 0 done, 2 bad input, 5 out of memory."""
+    command = tyro.cli(TraverseCommand, args=argv, prog="traverse.py")
+    return pictures.exit_code("traverse.py", lambda: _traverse(command))
+
+
+def _traverse(command: TraverseCommand) -> None:
+    if len(command.image) > 1:
+        raise ConfigError(f"{len(command.image)} images are given: a traversal is around one")
+    if command.count < 0:
+        raise ConfigError(f"--count {command.count}: must be at least 1, or 0 for all held-out images")
+    run = pictures.open_run(command.run, command.runs_dir, command.device, command.micro_batch)
+    config = run.model.config
+    groups, channels = traverse.parse_groups(command.groups, config), traverse.check_channels(command.channels, config)
+    sigmas = traverse.sigma_steps(command.sigmas, command.steps)
+    image, (name,) = pictures.given_or_held_out(run, command.image, command.box, 1)
+    out = pictures.output_folder(command.out, run)
+
+    kl = _activity(run, image, command.count)
+    rows = traverse.rows_of(groups, channels, kl, config)
+    moves = [traverse.Move(row.group, row.channels, sigma) for row in rows for sigma in [0.0, *sigmas]]
+    bar, size = pictures.progress_bar("traversing"), run.micro_batch
+    images = traverse.traverse(run.model, image, moves, command.posterior, command.seed, size, bar)
+    picture = traverse.traversal_picture(rows, images, command.sigmas, name)
+    print(grids.save_png(picture, out / f"traverse-{Path(name).stem}.png"))
+
+
+def _activity(run: pictures.OpenRun, image: Tensor, count: int) -> Tensor:
+    """KL per group and channel, (groups, L), also shown to the user."""
+    try:
+        batches = pictures.held_out_batches(run, count, pictures.progress_bar("measuring KL"))
+    except ConfigError as error:
+        print(f"KL is that of the given image, the data of this run cannot be opened: {error}", file=sys.stderr)
+        batches = iter([image])
+    kl, images = traverse.channel_kl(run.model, batches, run.profile.training.seed)
+    print(f"over {images} images:\n{traverse.activity_table(kl, run.model.config)}", flush=True)
+    for warning in traverse.collapse_warnings(kl, run.model.config):
+        print(warning, file=sys.stderr)
+    return kl
+
+
+if __name__ == "__main__":
+    sys.exit(main())
