@@ -26,7 +26,7 @@ class BlendCommand:
     Examples:
       python launch/blend.py a.png b.png --run latest --steps 9
       python launch/blend.py a.png b.png --weights 0,1,1 --matrix 5
-      python launch/blend.py a.png b.png --mode scales --split scale:1
+      python launch/blend.py a.png b.png --mode scales
       python launch/blend.py a.png b.png --animation morph.gif
     """
 
@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _blend(command: BlendCommand) -> None:
     run = pictures.open_run(command.run, command.runs_dir, command.device, command.micro_batch)
-    config, mode = run.model.config, command.mode
+    config, mode, names = run.model.config, command.mode, [Path(path).stem for path in command.images]
     strip = blend.path_weights(config, mode, command.weights, command.split, command.steps)
     matrix = blend.matrix_weights(config, mode, command.split, command.matrix) if command.matrix else None
     frames = blend.animation_weights(config, mode, command.weights, command.frames, command.animation)
@@ -85,10 +85,9 @@ def _blend(command: BlendCommand) -> None:
         bar, size = pictures.progress_bar(what), run.micro_batch
         return blend.blend_images(run.model, pair, weights, mode, command.posterior, command.seed, size, bar)
 
-    names = [Path(path).stem for path in command.images]
     path = out / f"blend-{mode}-{names[0]}-{names[1]}.png"
     picture = blend.strip_picture(without_padding(pair, config), blended("strip", strip), names)
-    print(grids.save_png(picture, path), flush=True)
+    print(grids.save_png(picture, path))
     if matrix is not None:
         picture = blend.matrix_picture(blended("matrix", matrix), names)
         print(grids.save_png(picture, path.with_name(f"{path.stem}-matrix.png")), flush=True)

@@ -25,7 +25,7 @@ class TraverseCommand:
 
     Examples:
       python launch/traverse.py --run latest
-      python launch/traverse.py face.png --run 3 --groups 1,2,5 --sigmas 2 --steps 9
+      python launch/traverse.py face.png --run 3 --groups 1,2,5 --sigmas 3
       python launch/traverse.py face.png --groups 3 --channels 6
     """
 
@@ -38,7 +38,7 @@ class TraverseCommand:
     box: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """x,y,w,h in pixels of the square to take from the image."""
     groups: str = ""
-    """Groups to move, counted from the lowest resolution: 1,3,6; empty: all, of more than twelve as many, spread."""
+    """Groups to move, counted from the lowest resolution: 1,3,6; empty: all, or twelve of them evenly spread."""
     channels: int = 0
     """A row for each of so many of a group's most active channels; 0: a row per group, all channels moved together."""
     sigmas: float = 2.0
@@ -48,7 +48,7 @@ class TraverseCommand:
     count: int = 256
     """Held-out images that KL and active channels are measured on; 0: all."""
     posterior: Posterior = "sample"
-    """z of the image: a draw from q(z|x), or each group's mean, smoother."""
+    """z of the image: a draw from q(z|x), or each group's mean."""
     seed: int = 0
     """Seed of the draws."""
     out: str = ""
@@ -66,24 +66,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _traverse(command: TraverseCommand) -> None:
-    if len(command.image) > 1:
-        raise ConfigError(f"{len(command.image)} images are given: a traversal is around one")
-    if command.count < 0:
-        raise ConfigError(f"--count {command.count}: must be at least 1, or 0 for all held-out images")
+    traverse.check_counts(len(command.image), command.count)
     run = pictures.open_run(command.run, command.runs_dir, command.device, command.micro_batch)
     config = run.model.config
     groups, channels = traverse.parse_groups(command.groups, config), traverse.check_channels(command.channels, config)
     sigmas = traverse.sigma_steps(command.sigmas, command.steps)
     image, (name,) = pictures.given_or_held_out(run, command.image, command.box, 1)
     out = pictures.output_folder(command.out, run)
-
     kl = _activity(run, image, command.count)
     rows = traverse.rows_of(groups, channels, kl, config)
-    moves = [traverse.Move(row.group, row.channels, sigma) for row in rows for sigma in [0.0, *sigmas]]
+    moves = traverse.moves_of(rows, sigmas)
     bar, size = pictures.progress_bar("traversing"), run.micro_batch
     images = traverse.traverse(run.model, image, moves, command.posterior, command.seed, size, bar)
-    picture = traverse.traversal_picture(rows, images, command.sigmas, name)
-    print(grids.save_png(picture, out / f"traverse-{Path(name).stem}.png"))
+    picture = traverse.traversal_picture(rows, images, f"{name}: from {-command.sigmas:g} to {command.sigmas:g} sigmas")
+    print(grids.save_png(picture, out / f"traverse-{Path(name).stem.replace(' ', '-')}.png"))
 
 
 def _activity(run: pictures.OpenRun, image: Tensor, count: int) -> Tensor:
@@ -94,7 +90,7 @@ def _activity(run: pictures.OpenRun, image: Tensor, count: int) -> Tensor:
         print(f"KL is that of the given image, the data of this run cannot be opened: {error}", file=sys.stderr)
         batches = iter([image])
     kl, images = traverse.channel_kl(run.model, batches, run.profile.training.seed)
-    print(f"over {images} images:\n{traverse.activity_table(kl, run.model.config)}", flush=True)
+    print(f"over {images} image{'s' * (images != 1)}:\n{traverse.activity_table(kl, run.model.config)}", flush=True)
     for warning in traverse.collapse_warnings(kl, run.model.config):
         print(warning, file=sys.stderr)
     return kl

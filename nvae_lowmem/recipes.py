@@ -9,7 +9,7 @@ from nvae_lowmem.config import ConfigError, DataConfig, ModelConfig, Profile, Tr
 # The published recipes (arXiv 2007.03898, table 6), one row each; `batch` is the published batch per GPU.
 # fmt: off
 _RECIPES: dict[str, tuple] = {
-    # name     size pad channels bits | ch scales groups adaptive min | blocks cells flows | batch gpus epochs warm lambda lr
+    # name     size pad ch bits | width scales groups adaptive min | blocks cells flows | batch gpus epochs warm lambdas
     "mnist":       (28,  2,  1,   1,     32, 2,  10, True,  1,   2, 3,  0,   200,  2, 400, 5, 0.0, 1e-2, 1e-2),
     "cifar10":     (32,  0,  3,   8,    128, 1,  30, False, 1,   1, 2,  1,    32,  8, 400, 5, 0.0, 1e-2, 1e-2),
     "celeba64":    (64,  0,  3,   8,     64, 3,  20, True,  1,   1, 2,  1,    16,  8,  90, 5, 0.0, 1e-1, 1e-2),

@@ -10,6 +10,7 @@ import zipfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -41,11 +42,13 @@ def write_folder(folder: Path, count: int = 10, ending: str = ".png") -> np.ndar
     return pixels
 
 
-def opened(source: Path | str, model: ModelConfig = RGB, log: Callable[[str], object] = silent, **config) -> Datasets:
+def opened(
+    source: Path | str, model: ModelConfig = RGB, log: Callable[[str], object] = silent, **config: Any
+) -> Datasets:
     return open_source(DataConfig(source=str(source), **config), model, log=log)
 
 
-def message(source: Path | str, model: ModelConfig = RGB, **config) -> str:
+def message(source: Path | str, model: ModelConfig = RGB, **config: Any) -> str:
     """The one paragraph that a mistake is answered with."""
     with pytest.raises(ConfigError) as caught:
         opened(source, model, **config)
@@ -66,12 +69,12 @@ def ordered(pixels: np.ndarray) -> np.ndarray:
     return planes[np.lexsort(planes.reshape(len(planes), -1).T)]
 
 
-def first(folder: Path, model: ModelConfig, **config) -> np.ndarray:
+def first(folder: Path, model: ModelConfig, **config: Any) -> np.ndarray:
     """(C, S, S): the first image of a folder, given also as the training part's first one."""
     return opened(folder, model, test_source=str(folder), **config).train.images([0])[0].numpy()
 
 
-def single(tmp_path: Path, picture: Image.Image, name: str, model: ModelConfig, **config) -> np.ndarray:
+def single(tmp_path: Path, picture: Image.Image, name: str, model: ModelConfig, **config: Any) -> np.ndarray:
     picture.save(tmp_path / name)
     return first(tmp_path, model, **config)
 
@@ -155,40 +158,62 @@ def test_resizing_is_antialiased(tmp_path: Path) -> None:
     assert abs(image[0, :, 1:-1].astype(int) - 127).max() <= 3
 
 
-def _exif_rotated(path: Path, pixels: np.ndarray) -> None:
-    exif = Image.Exif()
-    exif[0x0112] = 3  # turned by 180 degrees
-    Image.fromarray(pixels).save(path, exif=exif)
-
-
 def test_exif_orientation_is_obeyed(tmp_path: Path) -> None:
     pixels = colours(1)[0]
-    _exif_rotated(tmp_path / "a.png", pixels)
+    exif = Image.Exif()
+    exif[0x0112] = 3  # turned by 180 degrees
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
     np.testing.assert_array_equal(first(tmp_path, RGB), pixels[::-1, ::-1].transpose(2, 0, 1))
 
 
-def test_every_kind_of_picture_becomes_plain_pixels(tmp_path: Path) -> None:
-    flat = Image.new("RGB", (8, 8), (10, 200, 30))
-    shown = np.broadcast_to(np.array([10, 200, 30], dtype=np.uint8)[:, None, None], (3, 8, 8))
-    half = Image.new("RGBA", (8, 8), (10, 200, 30, 0))
-    frames = [Image.new("RGB", (8, 8), colour) for colour in ((10, 200, 30), (0, 0, 0))]
-    for name, picture, expected, slack in (
-        ("rgb.png", flat, shown, 0),
-        ("palette.png", flat.quantize(4), shown, 0),
-        ("cmyk.jpg", flat.convert("CMYK"), shown, 6),
-        ("rgb.jpg", flat, shown, 6),
-        ("clear.png", half, np.full((3, 8, 8), 255), 0),
-    ):
-        image = single(tmp_path / name.replace(".", "_"), picture, name, RGB) if _made(tmp_path, name) else None
-        assert image is not None and abs(image.astype(int) - expected.astype(int)).max() <= slack, name
-    (tmp_path / "gif").mkdir()
-    frames[0].save(tmp_path / "gif" / "moving.gif", save_all=True, append_images=frames[1:])
-    np.testing.assert_array_equal(first(tmp_path / "gif", RGB), shown)
+GREEN = Image.new("RGB", (8, 8), (10, 200, 30))
 
 
-def _made(tmp_path: Path, name: str) -> bool:
-    (tmp_path / name.replace(".", "_")).mkdir()
-    return True
+@pytest.mark.parametrize(
+    ("name", "picture", "expected", "slack"),
+    [
+        ("rgb.png", GREEN, (10, 200, 30), 0),
+        ("rgb.webp", GREEN, (10, 200, 30), 12),
+        ("rgb.jpg", GREEN, (10, 200, 30), 6),
+        ("cmyk.jpg", GREEN.convert("CMYK"), (10, 200, 30), 6),
+        ("palette.png", GREEN.quantize(4), (10, 200, 30), 0),
+        ("opaque.png", GREEN.convert("RGBA"), (10, 200, 30), 0),
+        ("clear.png", Image.new("RGBA", (8, 8), (10, 200, 30, 0)), (255, 255, 255), 0),
+        ("half.png", Image.new("RGBA", (8, 8), (0, 0, 0, 128)), (127, 127, 127), 1),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_every_kind_of_colour_picture_becomes_rgb_on_white(
+    tmp_path: Path, name: str, picture: Image.Image, expected: tuple[int, int, int], slack: int
+) -> None:
+    image = single(tmp_path, picture, name, RGB)
+    assert abs(image.astype(int) - np.array(expected)[:, None, None]).max() <= slack
+
+
+def test_of_an_animation_the_first_frame_is_taken(tmp_path: Path) -> None:
+    GREEN.save(tmp_path / "moving.gif", save_all=True, append_images=[Image.new("RGB", (8, 8))])
+    image = first(tmp_path, RGB)
+    np.testing.assert_array_equal(image, np.broadcast_to(np.array([10, 200, 30])[:, None, None], (3, 8, 8)))
+
+
+@pytest.mark.parametrize(
+    "picture",
+    [
+        Image.new("L", (8, 8), 90),
+        Image.new("LA", (8, 8), (90, 255)),
+        Image.new("L", (8, 8), 90).quantize(4),
+        Image.new("RGB", (8, 8), (90, 90, 90)),
+    ],
+    ids=lambda picture: picture.mode,
+)
+def test_every_kind_of_grey_picture_becomes_one_channel(tmp_path: Path, picture: Image.Image) -> None:
+    np.testing.assert_array_equal(single(tmp_path, picture, "a.png", GREY), np.full((1, 8, 8), 90))
+
+
+def test_black_and_white_pictures_become_0_and_255(tmp_path: Path) -> None:
+    pixels = colours(1)[0, :, :, 0] > 127
+    image = single(tmp_path, Image.fromarray(pixels), "a.png", GREY)
+    np.testing.assert_array_equal(image[0], pixels * 255)
 
 
 def test_sixteen_bit_pictures_keep_their_upper_eight_bits(tmp_path: Path) -> None:
@@ -261,6 +286,31 @@ def test_a_set_is_refused_only_when_too_little_is_left(tmp_path: Path, survivors
     else:
         data = opened(tmp_path)
         assert (len(data.train), len(data.test)) == (1, 1)
+
+
+def test_damaged_and_locked_members_of_a_zip(tmp_path: Path) -> None:
+    write_folder(tmp_path / "f", 5)
+    with zipfile.ZipFile(tmp_path / "set.zip", "w") as packed:
+        for path in sorted((tmp_path / "f").iterdir()):
+            packed.write(path, path.name)
+    content = bytearray((tmp_path / "set.zip").read_bytes())
+    content[content.index(b"IHDR") + 30] ^= 0xFF  # inside the first member: its check sum no longer fits
+    (tmp_path / "damaged.zip").write_bytes(content)
+    data = opened(tmp_path / "damaged.zip")
+    assert "1 unreadable" in data.description and len(data.train) + len(data.test) == 4
+    for member in range(5):  # bit 0 of a member's flags says that it is encrypted
+        place = [i for i in range(len(content)) if content.startswith(b"PK\x01\x02", i)][member]
+        content[place + 8] |= 1
+    (tmp_path / "locked.zip").write_bytes(content)
+    assert "without a password" in message(tmp_path / "locked.zip")
+
+
+def test_files_that_are_far_too_large_are_not_read(tmp_path: Path) -> None:
+    write_folder(tmp_path, 5)
+    with (tmp_path / "huge.png").open("wb") as file:
+        file.truncate(1 << 40)  # takes no disk space
+    data = opened(tmp_path)
+    assert "1 unreadable" in data.description and len(data.train) + len(data.test) == 5
 
 
 def test_missing_and_useless_sources_say_what_is_there(tmp_path: Path) -> None:

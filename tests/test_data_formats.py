@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import os
 import pickle
@@ -26,7 +27,7 @@ GREY = ModelConfig(image_channels=1, image_size=28)
 RGB32 = ModelConfig(image_channels=3, image_size=32)
 
 
-def opened(source: Path, model: ModelConfig, **config) -> Datasets:
+def opened(source: Path, model: ModelConfig, **config: Any) -> Datasets:
     return open_source(DataConfig(source=str(source), **config), model, log=lambda _: None)
 
 
@@ -129,13 +130,14 @@ class _Runs:
         return self._call
 
 
+_RECONSTRUCT: Any = np.zeros(0).__reduce__()[0]
 HOSTILE = {
     "posix.system": lambda where: _Runs(os.system, f"touch {where}"),
     "builtins.exec": lambda where: _Runs(exec, f"open({str(where)!r}, 'w')"),
     "builtins.getattr": lambda where: _Runs(getattr, np.ndarray, "tofile"),
     "os.mkdir": lambda where: _Runs(os.mkdir, str(where)),
-    "array construction": lambda where: _Runs(np.zeros(0).__reduce__()[0], np.ndarray, (1 << 40,), b"b"),
-    "_codecs.encode": lambda where: _Runs(__import__("codecs").encode, "x", "rot13"),
+    "array construction": lambda where: _Runs(_RECONSTRUCT, np.ndarray, (1 << 40,), b"b"),
+    "_codecs.encode": lambda where: _Runs(codecs.encode, "x", "rot13"),
 }
 
 

@@ -80,11 +80,10 @@ def test_steps_per_epoch_is_at_least_one() -> None:
 )
 def test_any_split_into_slices_gives_the_same_images(step: int, cuts: list[int], bits: int) -> None:
     model = ModelConfig(image_size=6, padding=1, bits=bits)
-    make = lambda: Batches(textured(9), model, DataConfig(flip=True), 12, 3)  # noqa: E731
-    whole = make().batch(step, slice(0, 12))
-    bounds = [0, *cuts, 12]
-    parts = [make().batch(step, slice(a, b)) for a, b in zip(bounds, bounds[1:], strict=False)]
-    assert torch.equal(torch.cat(parts), whole)
+    whole, shared = (Batches(textured(9), model, DataConfig(flip=True), 12, 3) for _ in range(2))
+    starts, stops = [0, *cuts], [*cuts, 12]
+    parts = [shared.batch(step, slice(a, b)) for a, b in zip(starts, stops, strict=True)]
+    assert torch.equal(torch.cat(parts), whole.batch(step, slice(0, 12)))
 
 
 def test_steps_can_be_asked_in_any_order() -> None:

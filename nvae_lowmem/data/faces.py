@@ -11,6 +11,7 @@ import io
 import json
 import multiprocessing
 import os
+import signal
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -44,7 +45,7 @@ _STYLES: dict[str, dict[str, Any]] = {
         "eyesVariant": "default happy side squint surprised wink".split(),
         "mouthVariant": "default serious smile twinkle disbelief sad".split(),
         "topVariant": (
-            "bigHair bob bun curly curvy dreads01 frizzle fro longButNotTooLong miaWallace shaggy shavedSides "
+            "bigHair bob bun curly curvy dreads01 frizzle longButNotTooLong miaWallace shaggy shavedSides "
             "shortCurly shortFlat shortRound shortWaved sides straight01 straight02 straightAndStrand theCaesar "
             "theCaesarAndSidePart"
         ).split(),
@@ -124,7 +125,10 @@ def _chunks(starts: range, count: int, size: int) -> Iterator[tuple[int, np.ndar
         return
     # spawn: a fork would copy the locks of a process that may have torch's or CUDA's threads running
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(cores, mp_context=context)
+    # Ctrl-C reaches the workers too; this process answers it for all of them
+    pool = ProcessPoolExecutor(
+        cores, mp_context=context, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)
+    )
     try:
         yield from zip(starts, pool.map(draw_chunk, starts, stops, [size] * len(stops)), strict=True)
     finally:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -125,7 +125,7 @@ class _Failed:
 
 def prefetched(
     batches: Batches, step: int, last_step: int, slices: Sequence[slice], *, depth: int = 2, pin_memory: bool = False
-) -> Iterator[Tensor]:
+) -> Generator[Tensor, None, None]:
     """The micro-batches `slices` of the steps step, step + 1, ..., last_step - 1, one after the other.
 
     A thread prepares up to `depth` of them ahead. It ends when the iterator is exhausted, closed or dropped; what goes
@@ -136,7 +136,7 @@ def prefetched(
         raise ValueError(f"{depth=} must be at least 1")
     ready: queue.Queue[Tensor | _Failed | None] = queue.Queue(depth)
     stop = threading.Event()
-    pin = pin_memory and torch.cuda.is_available()
+    device = torch.cuda.current_device() if pin_memory and torch.cuda.is_available() else None
 
     def put(item: Tensor | _Failed | None) -> None:
         while not stop.is_set():
@@ -147,12 +147,15 @@ def prefetched(
 
     def prepare() -> None:
         try:
+            if device is not None:
+                # a new thread would use GPU 0, where every process of a node would then open a second context
+                torch.cuda.set_device(device)
             for s in range(step, last_step):
                 for sample_slice in slices:
                     if stop.is_set():
                         return
                     x = batches.batch(s, sample_slice)
-                    put(x.pin_memory() if pin else x)
+                    put(x if device is None else x.pin_memory())
             put(None)
         except BaseException as error:
             put(_Failed(error))

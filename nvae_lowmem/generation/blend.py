@@ -39,8 +39,10 @@ ANIMATIONS = {".gif": "GIF", ".webp": "WEBP", ".png": "PNG"}
 
 def mix_normals(a: Normal, b: Normal, weight: Tensor) -> Normal:
     """The normal between two: means linearly, sigmas geometrically; exactly a at weight 0 and exactly b at weight 1."""
-    # a product of powers, not the exponential of mixed logarithms, which would not give sigma back to the last bit
-    return Normal(torch.lerp(a.mu, b.mu, weight), a.sigma.pow(1 - weight) * b.sigma.pow(weight))
+    between = torch.lerp(a.sigma.log(), b.sigma.log(), weight).exp()
+    # a logarithm and its exponential do not give a number back to the last bit
+    sigma = torch.where(weight == 0, a.sigma, torch.where(weight == 1, b.sigma, between))
+    return Normal(torch.lerp(a.mu, b.mu, weight), sigma)
 
 
 def spherical(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
@@ -139,7 +141,7 @@ def path_weights(config: ModelConfig, mode: Mode, weights: str, split: str, step
         raise ConfigError(f"--weights {weights}: --mode scales takes whole groups of either image: use --split instead")
     groups = config.total_groups
     splits = [parse_split(split, config)] if split else _even_splits(steps, groups)
-    return torch.stack([(torch.arange(groups) >= split).float() for split in splits])
+    return torch.stack([(torch.arange(groups) >= first).float() for first in splits])
 
 
 def matrix_weights(config: ModelConfig, mode: Mode, split: str, steps: int) -> Tensor:

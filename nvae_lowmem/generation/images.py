@@ -8,23 +8,22 @@ from __future__ import annotations
 import itertools
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeVar
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from nvae_lowmem.config import ConfigError, Profile
 from nvae_lowmem.data.picture import MAX_FILE_BYTES, Preparation, UnreadableImage, decode
-from nvae_lowmem.data.pipeline import evaluation_batches
+from nvae_lowmem.data.pipeline import evaluation_batches, to_network
 from nvae_lowmem.data.sources import open_source
 from nvae_lowmem.generation.sample import Progress
-from nvae_lowmem.model.likelihoods import quantise
 from nvae_lowmem.model.nvae import NVAE
 from nvae_lowmem.training import checkpoint, runs
 
@@ -113,15 +112,16 @@ def load_images(paths: Sequence[str], profile: Profile, boxes: Sequence[str] = (
         else:
             pixels = replace(prepare, crop="centre", crop_pixels=0)(_cut(picture, parse_box(box), path), path)
         images.append(torch.tensor(pixels))
-    model = profile.model
-    return F.pad(quantise(torch.stack(images).float() / 255, model.bits), [model.padding] * 4)
+    return to_network(torch.stack(images), profile.model, None)
 
 
 def _read(path: str) -> Image.Image:
     try:
         if os.path.getsize(path) > MAX_FILE_BYTES:
             raise ConfigError(f"image {path}: larger than {MAX_FILE_BYTES >> 20} MiB; make it smaller")
-        return decode(Path(path).read_bytes(), path)
+        with warnings.catch_warnings():  # pillow warns at the number of pixels that `decode` refuses with a message
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            return decode(Path(path).read_bytes(), path)
     except OSError as error:
         raise ConfigError(f"image {path}: cannot be read: {error.strerror or error}") from None
     except UnreadableImage as error:
@@ -164,7 +164,7 @@ def held_out_batches(run: OpenRun, count: int, progress: Progress | None = None)
 def given_or_held_out(run: OpenRun, paths: Sequence[str], boxes: Sequence[str], count: int) -> tuple[Tensor, list[str]]:
     """Images (B, C, S', S') and their names: the given files, or without any the first `count` held-out images.
 
-    Raises ConfigError: images that cannot be used, data that cannot be opened or hold nothing out, a count below 1.
+    Raises ConfigError: images that cannot be used, data that cannot be opened, a count below 1.
     """
     if paths:
         return load_images(paths, run.profile, boxes).to(run.device), [Path(path).name for path in paths]
@@ -172,10 +172,7 @@ def given_or_held_out(run: OpenRun, paths: Sequence[str], boxes: Sequence[str], 
         raise ConfigError(f"--count {count}: must be at least 1")
     if boxes:
         raise ConfigError("--box belongs to image files, and none is given")
-    batches = list(held_out_batches(run, count))
-    if not batches:
-        raise ConfigError("the run's data hold no images out: name image files")
-    images = torch.cat(batches)
+    images = torch.cat(list(held_out_batches(run, count)))
     return images, [f"held-out {number}" for number in range(len(images))]
 
 

@@ -21,7 +21,7 @@ from nvae_lowmem.generation import grids
 from nvae_lowmem.generation.images import numbers, text_table
 from nvae_lowmem.generation.reconstruct import Posterior, posterior_noise
 from nvae_lowmem.generation.sample import Progress
-from nvae_lowmem.model.latents import FlowFunction, FromPosterior, Latent, Normal, SeededNoise
+from nvae_lowmem.model.latents import FlowFunction, FromPosterior, Latent, Normal, SeededNoise, Source
 from nvae_lowmem.model.nvae import NVAE
 from nvae_lowmem.training.validation import ACTIVE_NATS
 
@@ -47,7 +47,7 @@ class Move(NamedTuple):
 class Recorded:
     """z from another source; r = (z - mu_p) / sigma_p of every group is appended to `relative`."""
 
-    source: FromPosterior
+    source: Source
     relative: list[Tensor] = field(default_factory=list)
 
     def latent(self, group: int, prior: Normal, posterior: Normal | None, flow: FlowFunction | None) -> Latent:
@@ -103,17 +103,13 @@ def traverse(
 
 @torch.no_grad()
 def channel_kl(model: NVAE, batches: Iterable[Tensor], seed: int) -> tuple[Tensor, int]:
-    """(mean KL per group and latent channel (groups, L), nats; number of images) over batches (b, C, S', S') each.
-
-    Raises ConfigError without any image.
-    """
+    """(mean KL per group and latent channel (groups, L), nats; number of images) over batches (b, C, S', S') each."""
     total, images = torch.zeros(model.config.total_groups, model.config.latents, dtype=torch.float64), 0
     for x in batches:
         _, latents = model.top_down(FromPosterior(SeededNoise(seed, ACTIVITY_STEP, images)), model.encode(x))
         total += torch.stack([latent.kl.double().sum(0).cpu() for latent in latents if latent.kl is not None])
         images += len(x)
-    if not images:
-        raise ConfigError("the run's data have no held-out images: set data.test_fraction or data.test_source")
+    assert images, "there is no mean over no images"
     return total / images, images
 
 
@@ -177,6 +173,14 @@ def parse_groups(text: str, config: ModelConfig) -> list[int]:
     return [group - 1 for group in groups]
 
 
+def check_counts(images: int, held_out: int) -> None:
+    """Raise ConfigError for more than one image, and for fewer than no held-out images."""
+    if images > 1:
+        raise ConfigError(f"{images} images are given: a traversal is around one")
+    if held_out < 0:
+        raise ConfigError(f"--count {held_out}: must be at least 1, or 0 for all held-out images")
+
+
 def check_channels(count: int, config: ModelConfig) -> int:
     """The count itself. Raises ConfigError unless it is from 0 to the latent channels of a group."""
     if not 0 <= count <= config.latents:
@@ -210,19 +214,25 @@ def rows_of(groups: Sequence[int], channels: int, kl: Tensor, config: ModelConfi
     return rows
 
 
-def traversal_picture(rows: Sequence[Row], images: Tensor, unmoved: Tensor) -> np.ndarray:
-    """Rows of the images (rows * steps, C, S, S), each with a map of where it differs from `unmoved` (1, C, S, S).
+def moves_of(rows: Sequence[Row], sigmas: Sequence[float]) -> list[Move]:
+    """The moves of the whole picture: first none, then row by row."""
+    return [Move(0, None, 0.0), *(Move(row.group, row.channels, sigma) for row in rows for sigma in sigmas)]
 
-    A map shows the largest difference of a pixel in its row, averaged over colours, and is as bright as it can be; the
-    caption says how much that is.
+
+def traversal_picture(rows: Sequence[Row], images: Tensor, caption: str) -> np.ndarray:
+    """The picture of the images (1 + rows * steps, C, S, S) of `moves_of`: unmoved, moved, and where they differ.
+
+    A row ends in a map of every pixel's largest difference in that row, averaged over colours and as bright as it can
+    be; the row's caption says how much the brightest is.
     """
-    parts = []
-    for row, moved in zip(rows, images.chunk(len(rows)), strict=True):
-        difference = (moved - unmoved).abs().mean(1).amax(0)  # (S, S)
+    unmoved, moved = images[:1], images[1:]
+    parts = [grids.labelled(grids.grid(unmoved, 1), caption)]
+    for row, pictures in zip(rows, moved.chunk(len(rows)), strict=True):
+        difference = (pictures - unmoved).abs().mean(1).amax(0)  # (S, S)
         largest = float(difference.max())
         heat = heat_colours(difference / largest if largest else difference)
-        colours = torch.cat([_rgb(moved), heat[None]])
-        parts.append(grids.labelled(grids.grid(colours, len(colours)), f"{row.caption}; differs by up to {largest:.2f}"))
+        cells = torch.cat([_rgb(pictures), heat[None]])
+        parts.append(grids.labelled(grids.grid(cells, len(cells)), f"{row.caption}; differs by up to {largest:.2f}"))
     return grids.stack(parts)
 
 

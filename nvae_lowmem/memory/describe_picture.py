@@ -122,8 +122,8 @@ def _header(axes: Axes, d: Description) -> None:
         axes,
         _MARGIN,
         0.58,
-        f"{d.parameters:,} parameters   ·   {count} ({groups}, highest resolution first)"
-        f"   ·   {d.latent_dims:,} latent dimensions   ·   {d.architecture}",
+        f"{d.parameters:,} parameters · {count} ({groups}, highest resolution first)"
+        f" · {d.latent_dims:,} latent dimensions · {d.architecture}",
         8.5,
     )
     for x, heading in (
@@ -153,7 +153,7 @@ def _ladder(axes: Axes, d: Description, layout: Layout) -> None:
     y = layout.bottom
     padded = f", {d.padding} pixels of padding" if d.padding else ""
     for x, text, start, end in (
-        (_ENCODER_X, f"x   {_times(d.image)}{padded}", y + 0.22, layout.y["stem"] + height / 2),
+        (_ENCODER_X, f"x: {_times(d.image)}{padded}", y + 0.22, layout.y["stem"] + height / 2),
         (_DECODER_X, "p(x|z)", layout.y["head"] + height / 2, y + 0.22),
     ):
         _arrow(axes, (x, start), (x, end))
@@ -296,7 +296,7 @@ def _normal_shape(group: Block) -> str:
 
 def _part(axes: Axes, x: float, y: float, name: str, detail: str, parameters: int) -> None:
     _box(axes, x, y, _PART_WIDTH, _PART_HEIGHT, _PLAIN)
-    _text(axes, x, y - (0.075 if detail else 0), f"{name}   {_count(parameters)}", 7, ha="center", zorder=4)
+    _text(axes, x, y - (0.075 if detail else 0), f"{name} · {_count(parameters)}", 7, ha="center", zorder=4)
     _text(axes, x, y + 0.085, detail, 6, ha="center", color="#505050", zorder=4)
 
 
@@ -309,7 +309,7 @@ def _cells_panel(axes: Axes, d: Description, top: float) -> float:
         if found:
             block = max(found, key=lambda b: b.size)
             y += 0.24
-            _text(axes, _PANEL_X, y, f"{block.kind.removesuffix(' group').removesuffix(' cell')}  ({block.name})", 7)
+            _text(axes, _PANEL_X, y, f"{block.kind.removesuffix(' group').removesuffix(' cell')} ({block.name})", 7)
             y += 0.15
             _text(axes, _PANEL_X + 0.1, y, block.cell.replace("->", "→").replace("x", "×"), 6.2, color="#505050")
     return y
@@ -322,7 +322,7 @@ def _legend(axes: Axes, d: Description, top: float) -> None:
     _text(axes, _PANEL_X, y, title, 9, weight="bold")
     if planned:
         entries = [
-            (KEEP_COLOURS[k], f"{k}:  {KEEP_MEANINGS[k]}  ({_plural(planned.count(k), 'block')})")
+            (KEEP_COLOURS[k], f"{k}: {KEEP_MEANINGS[k]} ({_plural(planned.count(k), 'block')})")
             for k in KEEPS
             if k in planned
         ]

@@ -60,7 +60,7 @@ class Trace:
     marks: dict[str, int] = field(default_factory=dict)  # name of a moment -> number of events before it
 
     def live_bytes(self, rounding: int = 512) -> Iterator[tuple[int, int]]:
-        """(event index, bytes live on the card after it), each storage rounded up as the CUDA allocator does."""
+        """(event index, bytes on the card after it), each storage rounded up as the CUDA allocator does."""
         live = 0
         for i, event in enumerate(self.events):
             a = self.allocations[event if event >= 0 else ~event]
@@ -70,7 +70,7 @@ class Trace:
             yield i, live
 
     def peak(self, rounding: int = 512) -> Peak:
-        """The largest number of bytes live on the card at once, when, and what they are."""
+        """The largest number of bytes on the card at once, when, and what they are."""
         at, peak_bytes = max(self.live_bytes(rounding), key=lambda pair: pair[1], default=(0, 0))
         by_category = dict.fromkeys(CATEGORIES[:HOST], 0)
         by_block: dict[str, int] = {}

@@ -36,7 +36,7 @@ _ELU, _BNELU, _SWISH = Residual(False, "elu"), Residual(True, "elu"), Residual(T
 _53, _35, _55 = (Residual(True, "swish", dilations) for dilations in ((2, 1), (1, 2), (2, 2)))
 _E6, _E3, _E3G8, _E6K11 = Inverted(6, 5), Inverted(3, 5), Inverted(3, 5, 8), Inverted(6, 11)
 # fmt: off
-CELLS: dict[Architecture, tuple[Kind, Kind, Kind, Kind]] = {
+_ROWS: dict[Architecture, tuple[Kind, Kind, Kind, Kind]] = {
     # name           encoder  preprocess decoder  postprocess
     "res_elu":      (_ELU,    _ELU,      _ELU,    _ELU),
     "res_bnelu":    (_BNELU,  _BNELU,    _BNELU,  _BNELU),
@@ -51,7 +51,8 @@ CELLS: dict[Architecture, tuple[Kind, Kind, Kind, Kind]] = {
     "mbconv_den":   (_E6,     _E3G8,     _E6,     _E3G8),
 }
 # fmt: on
-SIDES: tuple[Side, ...] = ("encoder", "preprocess", "decoder", "postprocess")
+_SIDES: tuple[Side, ...] = ("encoder", "preprocess", "decoder", "postprocess")
+CELLS: dict[Architecture, dict[Side, Kind]] = {name: dict(zip(_SIDES, row, strict=True)) for name, row in _ROWS.items()}
 
 
 def _residual_units(kind: Residual, in_channels: int, out_channels: int, resample: Resample) -> list[ConvUnit]:
@@ -126,4 +127,4 @@ def make_cell(
     squeeze_excitation: bool = True,
 ) -> Cell:
     """The cell that `architecture` puts on `side`."""
-    return Cell(CELLS[architecture][SIDES.index(side)], in_channels, out_channels, resample, squeeze_excitation)
+    return Cell(CELLS[architecture][side], in_channels, out_channels, resample, squeeze_excitation)

@@ -63,7 +63,7 @@ class FlowCell(nn.Module):
         mu = z.to(dtype)
         for segment in (units,) if self.recompute else ((unit,) for unit in units):
             mu = run_units(segment, mu, keep=not self.recompute)
-        return z - mu.to(z.dtype)
+        return torch.sub(z, mu.to(z.dtype))
 
 
 class Flow(nn.Module):

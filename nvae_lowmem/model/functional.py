@@ -213,7 +213,7 @@ def depthwise_weight_gradient(g: Tensor, a: Tensor, padding: int) -> Tensor:
     """Gradient (C, 1, k, k) of a depthwise convolution's weight from g and its input a, both (B, C, H, W).
 
     gw[c] = sum over images of the correlation of a[b, c] with g[b, c]: itself a convolution with B*C groups, whose
-    kernels are the gradients. oneDNN's own depthwise weight gradient is about ten times slower (benchmarks/depthwise.py).
+    kernels are the gradients. oneDNN's own depthwise weight gradient is several times slower (benchmarks/depthwise.py).
     """
     batch, channels, height, width = a.shape
     images = a.transpose(0, 1).reshape(1, channels * batch, height, width)

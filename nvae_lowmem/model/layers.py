@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -31,9 +33,8 @@ class Normed(nn.Module):
         self.momentum = BN_MOMENTUM
         self.regularisation = Regularisation()
         self.recompute = False  # set from outside: keep only what cannot be recomputed cheaply
-        if norm_channels is None:
-            self.gamma = self.beta = None
-        else:
+        self.gamma = self.beta = None
+        if norm_channels is not None:
             self.gamma = nn.Parameter(torch.ones(norm_channels))
             self.beta = nn.Parameter(torch.zeros(norm_channels))
             self.register_buffer("running_mean", torch.zeros(norm_channels))
@@ -76,7 +77,7 @@ class ConvUnit(Normed):
     ) -> None:
         super().__init__(in_channels if norm else None)
         reference = nn.Conv2d(in_channels, out_channels, kernel, groups=groups, bias=bias)  # for its initialisation
-        self.weight, self.bias = reference.weight, reference.bias
+        self.weight, self.bias = _parameters(reference)
         self.activation, self.upsample, self.stride, self.dilation, self.groups = (
             activation,
             upsample,
@@ -117,6 +118,11 @@ class ConvUnit(Normed):
         return run_units((self,), x, keep=not self.recompute)
 
 
+def _parameters(reference: nn.Conv2d | nn.Linear) -> tuple[nn.Parameter, nn.Parameter | None]:
+    """The initialised weight and bias of a torch module that is made for them alone."""
+    return cast(nn.Parameter, reference.weight), cast("nn.Parameter | None", reference.bias)
+
+
 def run_units(units: tuple[ConvUnit, ...], x: Tensor, keep: bool) -> Tensor:
     """The units one after the other as one autograd node."""
     for unit in units:
@@ -140,8 +146,8 @@ class ResidualTail(Normed):
         if squeeze_excitation:
             hidden = max(channels // 16, 4)
             squeeze, excite = nn.Linear(channels, hidden), nn.Linear(hidden, channels)  # for their initialisation
-            self.squeeze_weight, self.squeeze_bias = squeeze.weight, squeeze.bias
-            self.excite_weight, self.excite_bias = excite.weight, excite.bias
+            self.squeeze_weight, self.squeeze_bias = _parameters(squeeze)
+            self.excite_weight, self.excite_bias = _parameters(excite)
 
     def forward(self, skip: Tensor, c: Tensor) -> Tensor:
         return Tail.apply(

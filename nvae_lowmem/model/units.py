@@ -7,7 +7,7 @@ Shapes: B batch, C channels, H x W pixels, O output channels.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -184,10 +184,11 @@ class Chain(torch.autograd.Function):
         grads: list[Tensor | None] = []
         for i in reversed(range(n)):
             needs_input = i > 0 or ctx.needs_input_grad[0]
-            g, own = _unit_backward(
+            gx, own = _unit_backward(
                 g, inputs.pop(), read.pop(), statistics[i], parameters[i], ctx.specs[i], needs_input
-            )  # type: ignore[assignment]
+            )
             grads = own + grads
+            g = cast(Tensor, gx)  # None for the first unit alone, where nobody needs it
         return (g, None, None, None, *grads)
 
 

@@ -36,7 +36,7 @@ class TorchEngine:
         accumulation: int,
         make_optimizer: Callable[..., torch.optim.Adamax] = HostAdamax,
     ) -> None:
-        """make_optimizer: another Adamax, for those who watch the step on a machine that only stands for the real one."""
+        """make_optimizer: another Adamax, for those who trace the step where the CPU stands for the card."""
         self.device = device
         there = all(t.device.type == device.type for t in objective.parameters())
         self.objective = objective if there else objective.to(device)

@@ -173,7 +173,7 @@ class Trainer:
 
     @contextlib.contextmanager
     def _averaged_weights(self) -> Iterator[None]:
-        """Inside, the model is whole and has its averaged weights; BatchNorm's statistics are those of all processes."""
+        """Inside, the model is whole, has its averaged weights, and the BatchNorm statistics of all processes."""
         with self.engine.gathered():
             if self.engine.world_size > 1:
                 average_statistics(self.engine.model)
