@@ -74,9 +74,8 @@ def _traverse(command: TraverseCommand) -> None:
     image, (name,) = pictures.given_or_held_out(run, command.image, command.box, 1)
     out = pictures.output_folder(command.out, run)
     kl = _activity(run, image, command.count)
-    rows = traverse.rows_of(groups, channels, kl, config)
-    moves = traverse.moves_of(rows, sigmas)
-    bar, size = pictures.progress_bar("traversing"), run.micro_batch
+    rows, bar = traverse.rows_of(groups, channels, kl, config), pictures.progress_bar("traversing")
+    moves, size = traverse.moves_of(rows, sigmas), run.micro_batch
     images = traverse.traverse(run.model, image, moves, command.posterior, command.seed, size, bar)
     picture = traverse.traversal_picture(rows, images, f"{name}: from {-command.sigmas:g} to {command.sigmas:g} sigmas")
     print(grids.save_png(picture, out / f"traverse-{Path(name).stem.replace(' ', '-')}.png"))

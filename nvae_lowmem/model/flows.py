@@ -56,14 +56,14 @@ class FlowCell(nn.Module):
         )
         assert self.last.log_norm is not None
         with torch.no_grad():
-            self.last.log_norm -= math.log(10.0)  # starts near the identity
+            self.last.log_norm.sub_(math.log(10.0))  # starts near the identity
 
     def forward(self, z: Tensor, dtype: torch.dtype) -> Tensor:
         units = (self.first, self.depthwise, self.last)
         mu = z.to(dtype)
         for segment in (units,) if self.recompute else ((unit,) for unit in units):
             mu = run_units(segment, mu, keep=not self.recompute)
-        return torch.sub(z, mu.to(z.dtype))
+        return z - mu.to(z.dtype)
 
 
 class Flow(nn.Module):

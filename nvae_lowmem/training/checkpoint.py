@@ -95,6 +95,8 @@ def load_run(run_dir: Path, device: torch.device | str = "cpu") -> tuple[Profile
     profile = profiles.load(run_dir / "config.toml")
     checkpoint = newest(run_dir)
     if checkpoint is None:
+        for refused in reversed(all_checkpoints(run_dir)):
+            read_state(refused)  # says why
         raise ConfigError(f"run {run_dir} has no whole checkpoint: train it first, or name another run with --run")
     model = NVAE(profile.model)
     model.load_state_dict(_matching(model, _read(checkpoint / MODEL), checkpoint))

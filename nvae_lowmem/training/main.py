@@ -12,10 +12,11 @@ import torch
 import tyro
 
 from nvae_lowmem import profile as profiles
-from nvae_lowmem.config import ConfigError, EngineName, Precision, Profile
+from nvae_lowmem.config import ConfigError, EngineName, MemoryPlan, Precision, Profile
 from nvae_lowmem.data.sources import Datasets, open_source
+from nvae_lowmem.model.keep import apply_plan
 from nvae_lowmem.model.nvae import NVAE
-from nvae_lowmem.training import checkpoint, distributed, runs
+from nvae_lowmem.training import card, checkpoint, distributed, runs
 from nvae_lowmem.training.allocation import keep_freed_memory
 from nvae_lowmem.training.ema import WeightEma
 from nvae_lowmem.training.engine import TorchEngine
@@ -111,6 +112,7 @@ def profile_of(command: TrainCommand) -> Profile:
 
 def _train(command: TrainCommand, pictures_for: Callable[[Profile], Pictures]) -> int:
     profile = profile_of(command)
+    card.prepare_environment(profile.plan)
     device = _device(command.device)
     if device.type == "cpu":
         keep_freed_memory()
@@ -122,7 +124,8 @@ def _train(command: TrainCommand, pictures_for: Callable[[Profile], Pictures]) -
         local_rank = command.local_rank if command.local_rank >= 0 else None
         rank, world_size, device = distributed.initialise(device, local_rank)
     plan = plan_run(profile, len(data.train), device, world_size)
-    plan = replace(plan, reasons=(data.description, why_engine, *plan.reasons))
+    reasons = (data.description, why_engine, *plan.reasons, card.obey(profile.plan, device), _policies(profile.plan))
+    plan = replace(plan, reasons=tuple(reason for reason in reasons if reason))
     torch.manual_seed(profile.training.seed)
     model = NVAE(profile.model)
     if rank == 0:
@@ -152,6 +155,7 @@ def _train_on(
     training = profile.training
     ema_device = "cpu" if training.ema_on_host else None
     ema = WeightEma(model.to(device), training.ema_decay, ema_device) if training.ema_decay else None
+    apply_plan(model, profile.plan)  # after the average took its copy: that one needs no policies
     engine = _engine(engine_name, Objective(model, training, profile.plan.precision), profile, device, plan)
     first_step = 0
     if resumed is not None:
@@ -217,6 +221,12 @@ def changed_keys(before: Profile, now: Profile) -> list[str]:
             if old[section][key] != new[section][key]:
                 out.append(f"{section}.{key} ({old[section][key]!r} -> {new[section][key]!r})")
     return out
+
+
+def _policies(plan: MemoryPlan) -> str:
+    where = "host" if plan.offload_optimizer else "device"
+    special = f", {len(plan.keep_blocks)} exceptions" if plan.keep_blocks else ""
+    return f"blocks keep: {plan.keep}{special}; optimiser states on the {where}"
 
 
 def _summary(plan: RunPlan, model: NVAE) -> str:

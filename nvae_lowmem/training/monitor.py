@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from nvae_lowmem.units import GIB, format_seconds
+from nvae_lowmem.units import format_seconds
 
 
 class Monitor:
@@ -96,17 +96,3 @@ class Monitor:
 def is_early(step: int, every: int) -> bool:
     """Whether step (from 1) is logged: 1, 2, 4, 8, 16, ... and every multiple of `every`."""
     return step % every == 0 or step & (step - 1) == 0
-
-
-def device_memory(device_type: str) -> dict[str, float]:
-    """Peaks of the CUDA allocator so far, in GiB, and its retries; empty without CUDA."""
-    if device_type != "cuda":
-        return {}
-    import torch
-
-    stats = torch.cuda.memory_stats()
-    return {
-        "memory/peak_allocated_gib": stats.get("allocated_bytes.all.peak", 0) / GIB,
-        "memory/peak_reserved_gib": stats.get("reserved_bytes.all.peak", 0) / GIB,
-        "memory/alloc_retries": float(stats.get("num_alloc_retries", 0)),
-    }

@@ -17,14 +17,15 @@ from nvae_lowmem.data.pipeline import Batches, evaluation_batches
 from nvae_lowmem.data.sources import Datasets
 from nvae_lowmem.model.nvae import NVAE
 from nvae_lowmem.model.regularizers import regularisation_values
-from nvae_lowmem.training import checkpoint
+from nvae_lowmem.training import card, checkpoint
 from nvae_lowmem.training.distributed import average_statistics
 from nvae_lowmem.training.ema import WeightEma
-from nvae_lowmem.training.monitor import Monitor, device_memory, is_early
+from nvae_lowmem.training.monitor import Monitor, is_early
 from nvae_lowmem.training.optim import learning_rate
 from nvae_lowmem.training.setup import RunPlan
 from nvae_lowmem.training.step import Engine, StepResult, training_step
 from nvae_lowmem.training.validation import Validation, validate
+from nvae_lowmem.units import GIB
 
 Pictures = Callable[[NVAE, Tensor, Path, int], dict[str, np.ndarray]]
 """(model in evaluation mode, held-out images, samples folder, step) -> pictures by TensorBoard name."""
@@ -132,7 +133,7 @@ class Trainer:
             f"nelbo {float(r.nll + r.kl.sum()):.1f}  recon {float(r.nll):.1f}  kl {float(r.kl.sum()):.1f}  "
             f"{batch / seconds:.1f} images/s"
         )
-        memory = device_memory(self.engine.device.type)
+        memory = card.torch_memory(self.engine.device)
         if memory:
             line += f"  peak {memory['memory/peak_allocated_gib']:.2f} GiB"
         if self._overflows:
@@ -160,7 +161,14 @@ class Trainer:
         groups = zip(r.kl.tolist(), r.active.tolist(), r.coefficients.tolist(), strict=True)
         for i, (kl, active, coefficient) in enumerate(groups):
             values |= {f"kl_vals/layer_{i}": kl, f"kl/active_{i}": active, f"kl_coeff/layer_{i}": coefficient}
-        monitor.scalars(step, values | memory)
+        predicted = int(self.profile.provenance.get("predicted_allocated_bytes", 0))
+        if predicted:
+            values["memory/predicted_gib"] = predicted / GIB
+        if step - self.first_step == 4:  # the optimiser's states exist, the caches are warm
+            text = card.compare(predicted, int(self.profile.provenance.get("margin_bytes", 0)), self.engine.device)
+            if text:
+                monitor.say(text)
+        monitor.scalars(step, values | memory | card.nvml_memory(self.engine.device))
 
     def _held_out(self, count: int, batch: int) -> Iterator[Tensor]:
         profile = self.profile
