@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import builtins
 import os
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from nvae_lowmem.config import ConfigError, DataConfig, ModelConfig
 from nvae_lowmem.data import faces as faces_module
 from nvae_lowmem.data.cache import cache_folder, write_npz
 from nvae_lowmem.data.digits import mnist5k
-from nvae_lowmem.data.faces import draw_chunk, draw_faces, faces
+from nvae_lowmem.data.faces import draw_face, draw_faces, faces
 from nvae_lowmem.data.sources import open_source
 
 
@@ -26,7 +28,6 @@ def silent(_: str) -> None:
 # -- mnist5k --
 
 
-@pytest.mark.slow
 def test_mnist5k_holds_out_every_tenth_digit_of_each_class() -> None:
     pixels, labels = mnist_data()
     train, test = mnist5k()
@@ -55,39 +56,64 @@ def test_mnist5k_for_an_rgb_model_says_what_to_set() -> None:
 
 def test_a_face_is_fixed_by_its_index_and_faces_differ() -> None:
     pytest.importorskip("dicebear")
-    chunk = draw_chunk(0, 6, 32)
-    assert chunk.shape == (6, 3, 32, 32) and chunk.dtype == np.uint8
-    np.testing.assert_array_equal(chunk[4:], draw_chunk(4, 6, 32))
-    assert len({face.tobytes() for face in chunk}) == 6
+    together = draw_faces(6, 32, silent)
+    assert together.shape == (6, 3, 32, 32) and together.dtype == np.uint8
+    np.testing.assert_array_equal(together[4], draw_face(4, 32))
+    assert len({face.tobytes() for face in together}) == 6
 
 
 def test_faces_have_a_flat_background_and_a_face_in_the_middle() -> None:
     pytest.importorskip("dicebear")
-    for face in draw_chunk(0, 6, 64).astype(int):
+    for face in draw_faces(6, 64, silent).astype(int):
         corner = face[:, 0, 0]
         assert (face[:, 0, :8] == corner[:, None]).all()
         middle = face[:, 28:44, 26:38]
         assert abs(middle - corner[:, None, None]).max(axis=0).mean() > 40
 
 
-def test_worker_processes_draw_the_same_faces(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_process(*_: object, **__: object) -> None:
+    raise OSError("no process can be started")
+
+
+@pytest.mark.parametrize("trouble", ["none", "workers die", "no workers"])
+def test_faces_do_not_depend_on_the_processes_that_draw_them(monkeypatch: pytest.MonkeyPatch, trouble: str) -> None:
     pytest.importorskip("dicebear")
-    alone = draw_faces(60, 16, silent)
-    monkeypatch.setattr(faces_module, "_PROCESSES_FROM", 1)
+    alone = draw_faces(24, 16, silent)
+    monkeypatch.setattr(faces_module, "_FACES_PER_WORKER", 12)
     monkeypatch.setattr(faces_module, "_cores", lambda: 2)
-    np.testing.assert_array_equal(draw_faces(60, 16, silent), alone)
+    drawn_here: list[int] = []
+    real_draw = faces_module.draw_face
+
+    def draw(index: int, size: int) -> np.ndarray:
+        drawn_here.append(index)
+        return real_draw(index, size)
+
+    monkeypatch.setattr(faces_module, "draw_face", draw)
+    if trouble == "workers die":
+        monkeypatch.setattr(sys, "executable", shutil.which("true"))
+    elif trouble == "no workers":
+        monkeypatch.setattr(subprocess, "Popen", no_process)
+    np.testing.assert_array_equal(draw_faces(24, 16, silent), alone)
+    assert drawn_here == ([] if trouble == "none" else list(range(24)))
 
 
-def _dying_chunks(starts: range, count: int, size: int):  # type: ignore[no-untyped-def]
-    yield 0, draw_chunk(0, 50, size)
-    raise faces_module.BrokenProcessPool("a worker died")
+UNGUARDED = """
+from pathlib import Path
+from nvae_lowmem.data import faces
+faces._FACES_PER_WORKER, faces._cores = 4, lambda: 2
+print(faces.faces(8, 16, Path("cache"), lambda line: None).shape)
+"""
 
 
-def test_faces_are_drawn_to_the_end_when_the_workers_die(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_script_without_a_main_guard_can_draw_faces(tmp_path: Path) -> None:
     pytest.importorskip("dicebear")
-    alone = draw_faces(60, 16, silent)
-    monkeypatch.setattr(faces_module, "_chunks", _dying_chunks)
-    np.testing.assert_array_equal(draw_faces(60, 16, silent), alone)
+    (tmp_path / "script.py").write_text(UNGUARDED)
+    root = str(Path(faces_module.__file__).parents[2])
+    done = subprocess.run(
+        [sys.executable, "script.py"], cwd=tmp_path, env={**os.environ, "PYTHONPATH": root}, timeout=120, check=True,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.stdout == "(8, 3, 16, 16)\n"
 
 
 @pytest.fixture

@@ -9,12 +9,10 @@ from __future__ import annotations
 import functools
 import io
 import json
-import multiprocessing
 import os
-import signal
+import subprocess
+import sys
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -28,9 +26,8 @@ from nvae_lowmem.data.progress import Log, Progress
 
 # Part of the cache's file name: another drawing is another file.
 _VERSION = 1
-_CHUNK = 50
-_PROCESSES_FROM = 1000
-"""Fewer faces are drawn before worker processes would have started."""
+_FACES_PER_WORKER = 200
+"""Fewer are drawn in the time that a worker process takes to start."""
 
 _BACKGROUNDS = "b6e3f4 c0aede ffd5dc d1f4d9 ffdfbf".split()
 # Scale and shift put both styles' eyes at the same height and give their heads one size. The lists leave out what
@@ -98,41 +95,59 @@ def _read(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
 def draw_faces(count: int, size: int, log: Log) -> np.ndarray:
     """(count, 3, size, size) uint8, drawn on all cores. Raises ConfigError where the drawing packages are missing."""
     _check_packages()
-    starts = range(0, count, _CHUNK)
     log(f"drawing {count:,} faces of {size} x {size} pixels, once: {CREDIT}")
     out = np.empty((count, 3, size, size), dtype=np.uint8)
     progress = Progress("drawing faces", count, log)
     done = 0
-    try:
-        for start, pixels in _chunks(starts, count, size):
-            out[start : start + len(pixels)] = pixels
-            done = start + len(pixels)
-            progress.advance(len(pixels))
-    except BrokenProcessPool:  # a main script without a __main__ guard cannot have workers: this process draws the rest
-        for start in range(done, count, _CHUNK):
-            pixels = draw_chunk(start, min(start + _CHUNK, count), size)
-            out[start : start + len(pixels)] = pixels
-            progress.advance(len(pixels))
+    workers = min(_cores(), count // _FACES_PER_WORKER)
+    if workers > 1:
+        for face in _from_workers(workers, count, size):
+            out[done] = face
+            done += 1
+            progress.advance()
+    for index in range(done, count):  # all of them, or what workers that could not start or died have left
+        out[index] = draw_face(index, size)
+        progress.advance()
     return out
 
 
-def _chunks(starts: range, count: int, size: int) -> Iterator[tuple[int, np.ndarray]]:
-    """(first index, pixels) of every chunk, in order."""
-    stops = [min(start + _CHUNK, count) for start in starts]
-    cores = _cores()
-    if count < _PROCESSES_FROM or cores == 1:
-        yield from ((start, draw_chunk(start, stop, size)) for start, stop in zip(starts, stops, strict=True))
-        return
-    # spawn: a fork would copy the locks of a process that may have torch's or CUDA's threads running
-    context = multiprocessing.get_context("spawn")
-    # Ctrl-C reaches the workers too; this process answers it for all of them
-    pool = ProcessPoolExecutor(
-        cores, mp_context=context, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)
-    )
+def _from_workers(workers: int, count: int, size: int) -> Iterator[np.ndarray]:
+    """(3, size, size) per face, in order, drawn by other processes in turn; ends early if one of them does.
+
+    Plain processes, not multiprocessing's: those import the main script again, and in one without a __main__ guard
+    each would start all this anew and wait for our lock.
+    """
+    root = str(Path(__file__).resolve().parents[2])
+    paths = os.pathsep.join(path for path in (root, os.environ.get("PYTHONPATH", "")) if path)
+    processes: list[subprocess.Popen[bytes]] = []
     try:
-        yield from zip(starts, pool.map(draw_chunk, starts, stops, [size] * len(stops)), strict=True)
+        for first in range(workers):
+            command = [sys.executable, "-m", __name__, *map(str, (first, count, workers, size))]
+            # silent: the worker's traceback at Ctrl-C, or what this process will meet itself when it draws the rest
+            processes.append(
+                subprocess.Popen(
+                    command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": paths}
+                )
+            )
+        for index in range(count):
+            stream = processes[index % workers].stdout
+            data = stream.read(3 * size * size) if stream else b""
+            if len(data) < 3 * size * size:
+                return
+            yield np.frombuffer(data, dtype=np.uint8).reshape(3, size, size)
+    except OSError:  # no process can be started here
+        return
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+
+def _work(first: int, stop: int, step: int, size: int) -> None:
+    """What a worker does: write the faces range(first, stop, step) as raw bytes to the standard output."""
+    for index in range(first, stop, step):
+        sys.stdout.buffer.write(draw_face(index, size).tobytes())
+        sys.stdout.buffer.flush()
 
 
 def _cores() -> int:
@@ -141,12 +156,8 @@ def _cores() -> int:
     return os.cpu_count() or 1
 
 
-def draw_chunk(start: int, stop: int, size: int) -> np.ndarray:
-    """(stop - start, 3, size, size) uint8 of the faces with these indices."""
-    return np.stack([_draw(index, size) for index in range(start, stop)])
-
-
-def _draw(index: int, size: int) -> np.ndarray:
+def draw_face(index: int, size: int) -> np.ndarray:
+    """(3, size, size) uint8 of the face with this index."""
     from dicebear import Avatar
     from resvg_py import svg_to_bytes
 
@@ -174,3 +185,7 @@ def _check_packages() -> None:
             f"data.source 'faces' needs packages that draw ({error.name} is missing): pip install "
             "'nvae-lowmem[faces]', or take data.source = 'mnist5k'"
         ) from None
+
+
+if __name__ == "__main__":
+    _work(*map(int, sys.argv[1:]))

@@ -161,6 +161,8 @@ def _two_parts(train: Store | None, test: Store | None) -> _Found:
 
 
 def _find_in_file(path: Path, key: str) -> _Found:
+    if not path.is_file():  # reading a pipe or a device might never end
+        raise ConfigError(f"{key} {str(path)!r} is neither a file nor a folder: give {_FORMS}")
     if lmdb_store.is_lmdb(path):
         return _Found(lmdb_store.LmdbStore(path))
     if idx.is_idx(path):

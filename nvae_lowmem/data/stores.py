@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import zipfile
 from collections import Counter
 from collections.abc import Iterable
@@ -72,7 +73,10 @@ class FolderStore:
     def picture(self, index: int) -> Image.Image:
         path = self._folder / self._names[index]
         try:
-            if path.stat().st_size > MAX_FILE_BYTES:
+            status = path.stat()
+            if not stat.S_ISREG(status.st_mode):  # reading a pipe or a device might never end
+                raise UnreadableImage(f"{path}: is not a file")
+            if status.st_size > MAX_FILE_BYTES:
                 raise UnreadableImage(f"{path}: larger than {MAX_FILE_BYTES >> 20} MiB")
             data = path.read_bytes()
         except OSError as error:
@@ -136,7 +140,8 @@ def _files_below(folder: Path) -> tuple[list[str], list[str]]:
             subfolders.clear()
             continue
         seen.add(real)
-        subfolders.sort()  # which of two links to one folder counts must not depend on the file system
+        # sorted: which of two links to one folder counts must not depend on the file system
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         files += [os.path.relpath(os.path.join(where, name), folder) for name in names]
     return sorted(files), unreadable
 

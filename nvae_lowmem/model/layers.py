@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -76,6 +77,7 @@ class ConvUnit(Normed):
         mask: Tensor | None = None,
     ) -> None:
         super().__init__(in_channels if norm else None)
+        self.watcher: Callable[[ConvUnit, Tensor], None] | None = None
         reference = nn.Conv2d(in_channels, out_channels, kernel, groups=groups, bias=bias)  # for its initialisation
         self.weight, self.bias = _parameters(reference)
         self.activation, self.upsample, self.stride, self.dilation, self.groups = (
@@ -95,6 +97,11 @@ class ConvUnit(Normed):
         self.register_buffer("u", F.normalize(torch.randn(out_channels), dim=0))
         self.register_buffer("v", F.normalize(torch.randn(self.weight[0].numel()), dim=0))
         self.register_buffer("sigma", torch.zeros(()), persistent=False)
+
+    def before_run(self, watcher: Callable[[ConvUnit, Tensor], None]) -> Callable[[], None]:
+        """Have `watcher(unit, input)` called before each run; returns what ends that."""
+        self.watcher = watcher
+        return lambda: setattr(self, "watcher", None)
 
     def spec(self) -> UnitSpec:
         """What this unit does, for the autograd function."""
@@ -126,6 +133,9 @@ def _parameters(reference: nn.Conv2d | nn.Linear) -> tuple[nn.Parameter, nn.Para
 def run_units(units: tuple[ConvUnit, ...], x: Tensor, keep: bool) -> Tensor:
     """The units one after the other as one autograd node."""
     for unit in units:
+        if unit.watcher is not None:
+            assert len(units) == 1, "only the first unit of a chain can be watched"
+            unit.watcher(unit, x)
         unit.iterate()
     parameters = [p for unit in units for p in unit.parameter_row()]
     return Chain.apply(x, tuple(u.spec() for u in units), tuple(u.running() for u in units), keep, *parameters)

@@ -13,8 +13,11 @@ import tyro
 
 from nvae_lowmem import profile as profiles
 from nvae_lowmem.config import ConfigError, EngineName, MemoryPlan, Precision, Profile
+from nvae_lowmem.data.pipeline import Batches
 from nvae_lowmem.data.sources import Datasets, open_source
+from nvae_lowmem.model.data_init import initialise_from_data
 from nvae_lowmem.model.keep import apply_plan
+from nvae_lowmem.model.latents import SeededNoise
 from nvae_lowmem.model.nvae import NVAE
 from nvae_lowmem.training import card, checkpoint, distributed, runs
 from nvae_lowmem.training.allocation import keep_freed_memory
@@ -156,6 +159,10 @@ def _train_on(
     ema_device = "cpu" if training.ema_on_host else None
     ema = WeightEma(model.to(device), training.ema_decay, ema_device) if training.ema_decay else None
     apply_plan(model, profile.plan)  # after the average took its copy: that one needs no policies
+    if profile.model.data_init and resumed is None:
+        first = Batches(data.train, profile.model, profile.data, training.total_batch, training.seed)
+        x = first.batch(0, slice(0, profile.plan.micro_batch)).to(device)
+        initialise_from_data(model.to(device).train(), x, SeededNoise(training.seed))
     engine = _engine(engine_name, Objective(model, training, profile.plan.precision), profile, device, plan)
     first_step = 0
     if resumed is not None:
