@@ -1,7 +1,7 @@
 """Peak bytes of one training step of the six recipes at the published batch per GPU, counted on fake tensors.
 
-Each recipe runs under its shipped 4 GB plan (profiles/4g-RECIPE.toml): half precision, optimiser states on the host. The
-baseline is what a determined user gets from the published model with one checkpoint per cell, half precision, fused
+Each recipe runs under its shipped 4 GB plan (profiles/4g-RECIPE.toml): half precision, optimiser states on the host.
+The baseline is what a determined user gets from the published model with one checkpoint per cell, half precision, fused
 BN-swish, a head checkpointed per image, and gradients dropped as they appear, counted the same way.
 """
 
@@ -19,7 +19,7 @@ from nvae_lowmem.memory.trace import Trace, trace_training
 from nvae_lowmem.recipes import PUBLISHED_RECIPES
 from nvae_lowmem.units import GIB
 
-BASELINE_GIB = {"mnist": 1.79, "cifar10": 3.16, "celeba64": 3.55, "imagenet32": 3.92, "celebahq256": 9.74, "ffhq256": 9.74}  # fmt: skip
+BASELINE_GIB = dict(zip(PUBLISHED_RECIPES, (1.79, 3.16, 3.55, 3.92, 9.74, 9.74), strict=True))
 
 
 def block_peaks(trace: Trace) -> dict[str, int]:

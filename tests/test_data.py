@@ -8,18 +8,15 @@ import threading
 import time
 import zipfile
 import zlib
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
+from data_files import colours, everything, message, opened, ordered, write_folder
 from PIL import Image
 
-from nvae_lowmem.config import ConfigError, DataConfig, ModelConfig
 from nvae_lowmem.data import dataset as dataset_module
 from nvae_lowmem.data.progress import Progress
-from nvae_lowmem.data.sources import Datasets, open_source
 
 # -- what is found --
 

@@ -15,7 +15,8 @@ from nvae_lowmem.model_config import ModelConfig
 def test_every_unit_of_a_cell_then_has_outputs_of_mean_zero_and_deviation_one_fifth() -> None:
     torch.manual_seed(0)
     config = ModelConfig(
-        image_size=16, bits=1, channels_encoder=4, channels_decoder=4, scales=2, groups=2, latents=3, architecture="res_elu",
+        image_size=16, bits=1, channels_encoder=4, channels_decoder=4, scales=2, groups=2, latents=3,
+        architecture="res_elu",
         preprocess_blocks=1, preprocess_cells=2, postprocess_blocks=1, postprocess_cells=2, data_init=True,
     )  # fmt: skip
     assert not config.problems()

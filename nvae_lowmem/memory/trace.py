@@ -1,27 +1,29 @@
-"""The very step that trains, run on fake tensors: every allocation and free, who made it, and what for.
+"""The very step that trains, run on tensors without memory: every allocation and free, who made it, and what for.
 
 A dispatch mode watches storages, not tensors: a storage that an operation returns for the first time is an allocation
-of its bytes; the storage's death is the free. Fake tensors on device "cpu" stand in for the card (fake tensors on
-"cuda" need a GPU). What is made inside `host_memory()` is counted apart.
+of its bytes; the storage's death is the free. Tensors on device "cpu" stand in for the card. What is made inside
+`host_memory()` is counted apart.
 """
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import functools
 import gc
 import weakref
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from nvae_lowmem.config import Profile
+from nvae_lowmem.memory.trace_events import CATEGORIES, Allocation, Peak, Trace
+from nvae_lowmem.memory.trace_ghosts import Ghosts, nature_of
+from nvae_lowmem.model.blocks import Head
 from nvae_lowmem.model.functional import as_on_card
 from nvae_lowmem.model.host import in_host_memory
 from nvae_lowmem.model.keep import apply_plan
@@ -30,144 +32,120 @@ from nvae_lowmem.training.engine import TorchEngine
 from nvae_lowmem.training.objective import Objective
 from nvae_lowmem.training.step import BatchPlan, training_step
 
+__all__ = ["CATEGORIES", "Allocation", "Peak", "Trace", "trace_training"]
+
 aten = torch.ops.aten
-
-CATEGORIES = (
-    "weight", "optimizer state", "gradient", "block input", "saved activation", "temporary", "noise", "data", "host",
-)  # fmt: skip
-HOST = CATEGORIES.index("host")
-
-
-@dataclass
-class Allocation:
-    """One storage's life. Times are indices into `Trace.events`; died is -1 while it lives."""
-
-    nbytes: int
-    category: str
-    block: str
-    phase: str  # setup, forward, backward, update
-    operation: str
-    born: int
-    died: int = -1
-
-
-@dataclass
-class Trace:
-    """What happened: `events` holds the allocation's number, negative minus one (~n) for its free, in order."""
-
-    allocations: list[Allocation] = field(default_factory=list)
-    events: list[int] = field(default_factory=list)
-    marks: dict[str, int] = field(default_factory=dict)  # name of a moment -> number of events before it
-
-    def live_bytes(self, rounding: int = 512) -> Iterator[tuple[int, int]]:
-        """(event index, bytes on the card after it), each storage rounded up as the CUDA allocator does."""
-        live = 0
-        for i, event in enumerate(self.events):
-            a = self.allocations[event if event >= 0 else ~event]
-            if a.category != "host":
-                size = -(-a.nbytes // rounding) * rounding
-                live += size if event >= 0 else -size
-            yield i, live
-
-    def peak(self, rounding: int = 512) -> Peak:
-        """The largest number of bytes on the card at once, when, and what they are."""
-        at, peak_bytes = max(self.live_bytes(rounding), key=lambda pair: pair[1], default=(0, 0))
-        by_category = dict.fromkeys(CATEGORIES[:HOST], 0)
-        by_block: dict[str, int] = {}
-        for a in self.allocations:
-            if a.category != "host" and a.born <= at and (a.died < 0 or a.died > at):
-                by_category[a.category] += a.nbytes
-                by_block[a.block] = by_block.get(a.block, 0) + a.nbytes
-        event = self.events[at] if self.events else 0
-        owner = self.allocations[event if event >= 0 else ~event] if self.allocations else None
-        return Peak(
-            peak_bytes, at, owner.block if owner else "", owner.phase if owner else "", owner.operation if owner else "",
-            by_category, by_block,
-        )  # fmt: skip
-
-    def host_bytes(self) -> int:
-        """Bytes of host memory live at the end."""
-        return sum(a.nbytes for a in self.allocations if a.category == "host" and a.died < 0)
-
-
-@dataclass(frozen=True)
-class Peak:
-    """A moment of largest use: bytes, event index, the block, phase and operation that reached it, and the split."""
-
-    nbytes: int
-    event: int
-    block: str
-    phase: str
-    operation: str
-    by_category: dict[str, int]
-    by_block: dict[str, int]
+_CONSTANTS: dict[str, Callable[[Any], float]] = {"aten::full": lambda a: a[1], "aten::zeros": lambda a: 0.0}
+"""Operations whose 0-dim results are known numbers: loss scales and step counts are asked for by .item()."""
 
 
 class Watcher(TorchDispatchMode):
-    """Records storages as operations make them. `phase`, `block` and `category` are what new ones are filed under."""
+    """Records storages as operations make them. `phase`, `block` and `category` are what new ones are filed under.
 
-    def __init__(self) -> None:
+    ghosts: what runs the operations; without it they really run.
+    """
+
+    def __init__(self, ghosts: Ghosts | None) -> None:
         super().__init__()
         self.trace = Trace()
         self.phase, self.block, self.category = "setup", "", ""
-        self._known: set[int] = set()
-        self._number: dict[int, int] = {}
+        self.pass_number = 0
+        self._ghosts = ghosts
+        self._ties: dict[int, _Tie] = {}  # by address of the storage
         self._values: dict[int, float] = {}  # of 0-dim tensors, as far as .item() is asked of them
-        self._constants = {aten.full.default: lambda a: a[1], aten.zeros.default: lambda a: 0.0}
+        self._chunk_run: tuple[Any, ...] = ()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is aten._local_scalar_dense.default:
             return self._values.get(_key(args[0]), 1.0)
-        out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor):
-                self.see(leaf, func.name() if hasattr(func, "name") else str(func))
-        if func in self._constants and isinstance(out, Tensor) and out.dim() == 0:
-            self._values[_key(out)] = float(self._constants[func](args))
+        nature = nature_of(func)
+        if self._ghosts is not None:
+            out = self._ghosts.run(func, nature, args, kwargs or {})
+        else:
+            out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor):
+            self.see(out, nature.name)
+        elif isinstance(out, (list, tuple)):
+            for leaf in out:
+                if isinstance(leaf, Tensor):
+                    self.see(leaf, nature.name)
+        if nature.name in _CONSTANTS and out.dim() == 0:
+            self._values[_key(out)] = float(_CONSTANTS[nature.name](args))
         elif func is aten.add_.Tensor and args[0].dim() == 0 and _key(args[0]) in self._values:
             self._values[_key(args[0])] += 1.0
         return out
 
-    def see(self, tensor: Tensor, operation: str, category: str = "") -> int | None:
-        """File the tensor's storage if it is new; its allocation's number, None for an empty one."""
+    def see(self, tensor: Tensor, operation: str) -> None:
+        """File the tensor's storage if it is new and not empty."""
         storage = tensor.untyped_storage()
         key = storage._cdata
-        if key in self._known:
-            return self._number.get(key)
+        if key in self._ties:
+            return
         nbytes = storage.nbytes()
         if nbytes == 0:
-            return None
-        self._known.add(key)
-        number = len(self.trace.allocations)
-        self._number[key] = number
-        filed = "host" if in_host_memory() else category or self.category or "temporary"
-        self.trace.allocations.append(
-            Allocation(nbytes, filed, self.block, self.phase, operation, len(self.trace.events))
-        )
-        self.trace.events.append(number)
-        weakref.finalize(storage, self._gone, key, number).atexit = False
-        return number
+            return
+        trace = self.trace
+        number = len(trace.allocations)
+        filed = "host" if in_host_memory() else self.category or "temporary"
+        trace.allocations.append(Allocation(nbytes, filed, self.block, self.phase, operation, len(trace.events)))
+        trace.events.append(number)
+        self._ties[key] = _Tie(storage, self._gone, key, number)
 
-    def _gone(self, key: int, number: int) -> None:
-        self._known.discard(key)
-        self._number.pop(key, None)
-        self._values.pop(key, None)
-        self.trace.allocations[number].died = len(self.trace.events)
-        self.trace.events.append(~number)
+    def _gone(self, tie: _Tie) -> None:
+        del self._ties[tie.key]
+        self._values.pop(tie.key, None)
+        self.trace.allocations[tie.number].died = len(self.trace.events)
+        self.trace.events.append(~tie.number)
 
     def refile(self, tensor: Tensor, category: str) -> None:
         """The storage turns out to be something more particular."""
-        number = self._number.get(_key(tensor))
-        if number is not None and self.trace.allocations[number].category != "host":
-            self.trace.allocations[number].category = category
+        tie = self._ties.get(_key(tensor))
+        if tie is not None and self.trace.allocations[tie.number].category != "host":
+            self.trace.allocations[tie.number].category = category
 
     def mark(self, name: str) -> None:
         """Remember this moment."""
         self.trace.marks[name] = len(self.trace.events)
 
+    def chunk(self) -> None:
+        """A chunk of the likelihood begins, in the forward pass of the head or (with gradient) in its backward pass."""
+        run = (self.phase, self.pass_number, torch.is_grad_enabled())
+        if run != self._chunk_run:
+            self._chunk_run = run
+            self.trace.chunks.append([])
+        self.trace.chunks[-1].append(len(self.trace.events))
+
+    def close(self) -> Trace:
+        """The trace; what is freed from now on is not in it."""
+        self._ties.clear()
+        return self.trace
+
+
+class _Tie(weakref.ref):  # type: ignore[type-arg]
+    """Holds on to a storage's number until the storage is gone."""
+
+    __slots__ = ("key", "number")
+
+    def __new__(cls, storage: Any, callback: Any, key: int, number: int) -> _Tie:
+        return super().__new__(cls, storage, callback)
+
+    def __init__(self, storage: Any, callback: Any, key: int, number: int) -> None:
+        super().__init__(storage, callback)
+        self.key, self.number = key, number
+
 
 def _key(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
+
+
+def _differentiable(value: Any) -> Iterator[Tensor]:
+    """The tensors that carry gradients in a block's arguments or results, which nest tuples and lists."""
+    if isinstance(value, Tensor):
+        if value.requires_grad:
+            yield value
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            yield from _differentiable(part)
 
 
 class WatchedRunner:
@@ -178,21 +156,32 @@ class WatchedRunner:
 
     def __call__(self, name: str, block: Any, *args: Any) -> Any:
         w = self.watcher
-        for leaf in tree_leaves(args):
-            if isinstance(leaf, Tensor) and leaf.requires_grad:
-                w.refile(leaf, "block input")
+        for tensor in _differentiable(args):
+            w.refile(tensor, "block input")
         w.block = name
         out = self.inner(name, block, *args)
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor) and leaf.requires_grad and leaf.grad_fn is not None:
-                leaf.register_hook(lambda g, name=name: self._enter(name))
+        for tensor in _differentiable(out):
+            if tensor.grad_fn is not None:
+                tensor.register_hook(functools.partial(self._enter, name))
         return out
 
-    def _enter(self, name: str) -> None:
+    def _enter(self, name: str, gradient: Tensor) -> None:
         self.watcher.block = name
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return self.inner
+
+class WatchedLikelihood:
+    """The model's likelihood, telling the watcher when a chunk of it begins."""
+
+    def __init__(self, inner: Any, watcher: Watcher) -> None:
+        self._inner, self._watcher = inner, watcher
+
+    def log_prob(self, parameters: Tensor, x: Tensor) -> Tensor:
+        """As the likelihood's own."""
+        self._watcher.chunk()
+        return self._inner.log_prob(parameters, x)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
 
 
 class AbsentAdamax(torch.optim.Adamax):
@@ -206,9 +195,14 @@ class WatchedEngine(TorchEngine):
     """The torch engine with its phases told to the watcher."""
 
     watcher: Watcher
+    offloaded = False
 
     def forward(self, *args: Any) -> Any:
+        """One micro-batch. One power iteration stands for all: each frees what it allocates before the next begins."""
         self.watcher.phase = "forward"
+        self.watcher.pass_number += 1
+        regularisation = self.model.regularisation
+        regularisation.iterations = min(regularisation.iterations, 1)
         return super().forward(*args)
 
     def backward(self, loss: Tensor, last: bool) -> None:
@@ -216,59 +210,79 @@ class WatchedEngine(TorchEngine):
         super().backward(loss, last)
 
     def update(self) -> Any:
+        """What an offloaded optimiser's loss scale and norms need is the host's, like the weights it works on."""
         self.watcher.phase, self.watcher.block = "update", "optimizer"
-        with contextlib.ExitStack() as stack:
-            stack.callback(setattr, self.watcher, "category", "")
-            self.watcher.category = "optimizer state"
+        self.watcher.category = "host" if self.offloaded else "optimizer state"
+        try:
             return super().update()
+        finally:
+            self.watcher.category = ""
 
 
 def trace_training(
-    profile: Profile, micro_batch: int, accumulation: int = 1, steps: int = 3, fake: bool = True
+    profile: Profile, micro_batch: int, accumulation: int = 1, steps: int = 2, fake: bool = True
 ) -> Trace:
     """Trace `steps` optimiser steps of the profile's model and plan at `micro_batch`; precision must be decided.
 
     With `fake` nothing is computed and nothing of the model's size is allocated; without it the same step really runs
-    on the CPU, for comparison.
+    on the CPU, for comparison. The model is built elsewhere and moved to the card: of the set-up only what stays is
+    in the trace.
     """
-    watcher = Watcher()
+    watcher = Watcher(Ghosts() if fake else None)
     total = micro_batch * accumulation
     profile = replace(
         profile,
         plan=replace(profile.plan, micro_batch=micro_batch),
         training=replace(profile.training, total_batch=total),
     )
-    with FakeTensorMode() if fake else contextlib.nullcontext(), _quiet_gc(), as_on_card():
-        with watcher:
-            model = NVAE(profile.model).train()
-            apply_plan(model, profile.plan)
-            model.run_block = WatchedRunner(model.run_block, watcher)
-            objective = Objective(model, profile.training, profile.plan.precision)
-            # on the card an optimiser's temporaries count; on the host nobody needs to compute for the card's sake
-            offloaded = profile.plan.offload_optimizer
-            optimizer = AbsentAdamax if offloaded else functools.partial(torch.optim.Adamax, foreach=False)
-            engine = WatchedEngine(objective, profile, torch.device("cpu"), accumulation, optimizer)
-            engine.watcher = watcher
-            for tensor in [*model.parameters(), *model.buffers()]:
-                watcher.refile(tensor, "weight")
-            split = BatchPlan(total, micro_batch, accumulation, 1)
-            size = profile.model.network_size
-            for step in range(1, steps + 1):  # not step 0: its 40 power iterations allocate what 4 do, ten times over
+    with _quiet_gc(), as_on_card(), watcher:
+        engine = _set_up(profile, accumulation, watcher)
+        watcher.mark("setup done")
+        split = BatchPlan(total, micro_batch, accumulation, 1)
+        size = profile.model.network_size
 
-                def images(step: int, slot: int, count: int) -> Tensor:
-                    watcher.phase, watcher.block = "forward", "data"
-                    x = torch.rand(count, profile.model.image_channels, size, size)
-                    watcher.refile(x, "data")
-                    return x
+        def images(step: int, slot: int, count: int) -> Tensor:
+            watcher.phase, watcher.block = "forward", "data"
+            x = torch.rand(count, profile.model.image_channels, size, size)
+            watcher.refile(x, "data")
+            return x
 
-                watcher.mark(f"step {step}")
-                result = training_step(engine, profile, split, images, step, 100, 1e-3)
-                del result
+        for step in range(1, steps + 1):
+            watcher.mark(f"step {step}")
+            training_step(engine, profile, split, images, step, 100, 1e-3)
         watcher.mark("end")
-        trace = watcher.trace
-        trace.marks["setup done"] = trace.marks["step 1"]
-        _file_by_life(trace)
-        return trace
+        trace = watcher.close()
+    _file_by_life(trace)
+    trace.micro_batch = micro_batch
+    trace.parameter_bytes = tuple(p.numel() * p.element_size() for p in engine.model.parameters())
+    trace.chunk_images = _images_per_chunk(engine.model)
+    return trace.without_temporaries(trace.marks["setup done"])
+
+
+def _set_up(profile: Profile, accumulation: int, watcher: Watcher) -> WatchedEngine:
+    model = NVAE(profile.model).train()
+    apply_plan(model, profile.plan)
+    model.run_block = WatchedRunner(model.run_block, watcher)
+    head = model.blocks["head"]
+    assert isinstance(head, Head)
+    head.likelihood = WatchedLikelihood(head.likelihood, watcher)  # type: ignore[assignment]
+    objective = Objective(model, profile.training, profile.plan.precision)
+    # on the card an optimiser's temporaries count; on the host nobody needs to compute for the card's sake
+    offloaded = profile.plan.offload_optimizer
+    optimizer = AbsentAdamax if offloaded else functools.partial(torch.optim.Adamax, foreach=False)
+    engine = WatchedEngine(objective, profile, torch.device("cpu"), accumulation, optimizer)
+    engine.watcher, engine.offloaded = watcher, offloaded
+    for tensor in [*model.parameters(), *model.buffers()]:
+        watcher.refile(tensor, "weight")
+    return engine
+
+
+def _images_per_chunk(model: NVAE) -> int:
+    """Images that share a chunk of the likelihood, whatever the batch (see `negative_log_likelihood`)."""
+    head = model.blocks["head"]
+    assert isinstance(head, Head)
+    image_bytes = head.likelihood.working_values_per_pixel * model.config.image_size**2 * 4
+    return max(1, min(head.chunk_images, head.chunk_bytes // image_bytes))
 
 
 def _file_by_life(trace: Trace) -> None:
@@ -301,8 +315,6 @@ def _phase_starts(trace: Trace) -> list[int]:
 
 def _crosses(starts: list[int], born: int, died: int) -> bool:
     """Whether a new phase began during the life (born, died)."""
-    import bisect
-
     return bisect.bisect_right(starts, born) < bisect.bisect_right(starts, died)
 
 

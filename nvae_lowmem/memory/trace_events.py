@@ -160,13 +160,16 @@ class _Copy:
                 number[freed] = number[successor]
             for i in range(start, end):
                 if i in wanted:
-                    position[i] = len(made.events)
+                    position.setdefault(i, len(made.events))
                 event = source.events[i]
                 if not keep[event if event >= 0 else ~event]:
                     continue
                 if event >= 0:
                     number[event] = len(made.allocations)
-                    made.allocations.append(replace(source.allocations[event], born=len(made.events), died=-1))
+                    a = source.allocations[event]
+                    made.allocations.append(
+                        Allocation(a.nbytes, a.category, a.block, a.phase, a.operation, len(made.events))
+                    )
                     made.events.append(number[event])
                 else:
                     made.allocations[number[~event]].died = len(made.events)

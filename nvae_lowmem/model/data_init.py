@@ -1,4 +1,4 @@
-"""Initialisation from data for networks without BatchNorm (architecture res_elu): the first batch sets scale and bias."""
+"""Initialisation from data for networks without BatchNorm (res_elu): the first batch sets scale and bias."""
 
 from __future__ import annotations
 

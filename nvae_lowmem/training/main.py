@@ -156,13 +156,13 @@ def _train_on(
     run_dir = Path(distributed.broadcast_object(str(_run_dir(command, profile)) if rank == 0 else ""))
     resumed = checkpoint.newest(run_dir) if command.run_dir else None
     training = profile.training
-    ema_device = "cpu" if training.ema_on_host else None
-    ema = WeightEma(model.to(device), training.ema_decay, ema_device) if training.ema_decay else None
-    apply_plan(model, profile.plan)  # after the average took its copy: that one needs no policies
     if profile.model.data_init and resumed is None:
         first = Batches(data.train, profile.model, profile.data, training.total_batch, training.seed)
         x = first.batch(0, slice(0, profile.plan.micro_batch)).to(device)
         initialise_from_data(model.to(device).train(), x, SeededNoise(training.seed))
+    ema_device = "cpu" if training.ema_on_host else None
+    ema = WeightEma(model.to(device), training.ema_decay, ema_device) if training.ema_decay else None
+    apply_plan(model, profile.plan)  # after the average took its copy: that one needs no policies
     engine = _engine(engine_name, Objective(model, training, profile.plan.precision), profile, device, plan)
     first_step = 0
     if resumed is not None:

@@ -1,0 +1,147 @@
+"""Tensors that have a shape and a storage of so many bytes, but no memory: what a traced step is run on.
+
+torch's FakeTensorMode says what an operation returns; it is asked once for every kind of operation and arguments in
+this process. All further times its answer is looked up, and the result made outright. A ghost is an ordinary tensor on
+device "cpu", so autograd, autocast, checkpointing and views treat it as they treat any tensor; only its bytes must
+never be touched, which is why no operation but views may reach it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+aten = torch.ops.aten
+# they hand on their argument's storage, though their schemas do not say so
+_UNDECLARED_VIEWS = {aten._unsafe_view.default, aten.lift_fresh.default}
+
+Layout = tuple[torch.Size, tuple[int, ...], torch.dtype]
+
+
+class Nature(NamedTuple):
+    """What can be said of an operation from its schema alone, and what it was seen to return."""
+
+    name: str
+    touches_nothing: bool
+    """It moves no bytes: a view, or no business of tensors at all (profiler)."""
+    written: tuple[int | str, ...] | None
+    """Which argument each return is, for operations that write to their arguments; None for others."""
+    answers: dict[Any, Any]
+    """Key of the arguments -> layout of the results."""
+
+
+class _Ghost(Tensor):
+    """A wrapper without memory; `make_ghost` hands out ordinary tensors on its storage."""
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise RuntimeError(f"{func} would touch a tensor without memory")
+
+
+def make_ghost(size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """A tensor of that layout whose storage reports its bytes and has none."""
+    wrapper = _Ghost._make_wrapper_subclass(_Ghost, size, strides=stride, dtype=dtype, device="cpu")  # type: ignore[attr-defined]
+    with torch._C._DisableTorchDispatch():
+        return aten.alias.default(wrapper)
+
+
+class Ghosts:
+    """Runs operations on ghosts. What torch answered is remembered as long as `nature_of` remembers the operation."""
+
+    def __init__(self) -> None:
+        self._fake = FakeTensorMode()
+
+    def run(self, func: Any, nature: Nature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What `func` returns, new tensors as ghosts; what it would write is not written."""
+        if nature.touches_nothing:
+            return func(*args, **kwargs)
+        if nature.written is not None:
+            returned = [args[w] if isinstance(w, int) else kwargs[w] for w in nature.written]
+            return returned[0] if len(returned) == 1 else tuple(returned) or None
+        key = (_key(args), _key(kwargs.items())) if kwargs else _key(args)
+        answer = nature.answers.get(key)
+        if answer is None:
+            answer = nature.answers[key] = _map(_layout, self._ask(func, args, kwargs))
+        return _made(answer)
+
+    def _ask(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        with self._fake, torch.no_grad():
+            inputs = _map(_stand_in, (args, tuple(kwargs.values())))
+            out = func(*inputs[0], **dict(zip(kwargs, inputs[1], strict=True)))
+        given = {t.untyped_storage()._cdata for t in _tensors(inputs)}
+        # to be made anew, a result has to be new
+        assert not any(t.untyped_storage()._cdata in given for t in _tensors(out)), f"{func} returns its argument"
+        return out
+
+
+@cache
+def nature_of(func: Any) -> Nature:
+    """What the schema of an operator says of it."""
+    schema = func._schema
+    aliases = [r.alias_info for r in schema.returns]
+    changes_layout = torch.Tag.inplace_view in func.tags
+    is_view = changes_layout or func in _UNDECLARED_VIEWS or any(a is not None and not a.is_write for a in aliases)
+    writes = [a.alias_info is not None and a.alias_info.is_write for a in schema.arguments]
+    written: tuple[int | str, ...] | None = None
+    if not is_view and any(writes):
+        assert all(a is not None for a in aliases), f"{schema} both writes and makes tensors"
+        written = tuple(
+            next(
+                argument.name if argument.kwarg_only else index
+                for index, argument in enumerate(schema.arguments)
+                if argument.alias_info is not None and argument.alias_info.before_set == alias.before_set
+            )
+            for alias in aliases
+        )
+    return Nature(func.name(), is_view or func.namespace == "profiler", written, {})
+
+
+def _key(values: Any) -> tuple[Any, ...]:
+    """Equal for arguments that lead to results of one layout."""
+    out: list[Any] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            out.append((value.shape, value.stride(), value.dtype))
+        elif isinstance(value, (list, tuple)):
+            out.append(_key(value))
+        else:
+            out += (value.__class__, value)  # 1, 1.0 and True are equal, but promote dtypes differently
+    return tuple(out)
+
+
+def _map(change: Callable[[Any], Any], value: Any) -> Any:
+    if isinstance(value, (list, tuple)) and not isinstance(value, torch.Size):
+        return [_map(change, v) for v in value] if isinstance(value, list) else tuple(_map(change, v) for v in value)
+    return change(value)
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+    _map(lambda v: found.append(v) if isinstance(v, Tensor) else None, value)
+    return found
+
+
+class _Made(NamedTuple):
+    layout: Layout
+
+
+def _layout(value: Any) -> Any:
+    return _Made((value.shape, value.stride(), value.dtype)) if isinstance(value, Tensor) else value
+
+
+def _made(answer: Any) -> Any:
+    if isinstance(answer, _Made):
+        return make_ghost(*answer.layout)
+    if isinstance(answer, (list, tuple)):
+        return [_made(a) for a in answer] if isinstance(answer, list) else tuple(map(_made, answer))
+    return answer
+
+
+def _stand_in(value: Any) -> Any:
+    """A fake tensor of the same layout; what is not a tensor as it is."""
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype) if isinstance(value, Tensor) else value

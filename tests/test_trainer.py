@@ -1,0 +1,487 @@
+"""`launch/train.py` as a user runs it: a real run on real digits, its folder, going on, stopping, and every mistake."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from nvae_lowmem import profile as profiles
+from nvae_lowmem.generation.grids import training_pictures
+from nvae_lowmem.model.latents import SeededNoise
+from nvae_lowmem.model.nvae import NVAE
+from nvae_lowmem.training import checkpoint
+from nvae_lowmem.training.main import run_training
+from nvae_lowmem.training.monitor import Monitor, is_early
+
+STEPS, EMA_DECAY = 4, 0.5
+REPOSITORY = Path(__file__).resolve().parent.parent
+PROFILE = f"""
+name = "quick"
+
+[model]
+image_size = 16
+bits = 1
+channels_encoder = 4
+channels_decoder = 4
+scales = 1
+groups = 2
+adaptive = false
+latents = 2
+cells_encoder = 1
+cells_decoder = 1
+preprocess_blocks = 1
+preprocess_cells = 1
+postprocess_blocks = 1
+postprocess_cells = 1
+
+[training]
+total_batch = 8
+steps = {STEPS}
+warmup_epochs = 0
+ema_decay = {EMA_DECAY}
+log_every = 1
+evaluate_every = 2
+evaluate_images = 6
+sample_every = 4
+save_every = 1
+keep_last = 10
+
+[plan]
+micro_batch = 4
+"""
+FIGURES = {
+    "train/nelbo_iter", "train/recon_iter", "train/kl_iter", "train/loss", "train/lr", "train/norm_loss",
+    "train/bn_loss", "train/wdn_coeff", "train/loss_scale", "train/overflows", "kl_coeff/coeff",
+    "timing/sec_per_step", "timing/images_per_sec", "kl_vals/layer_0", "kl_vals/layer_1", "kl/active_0",
+    "kl/active_1", "kl_coeff/layer_0", "kl_coeff/layer_1",
+}  # fmt: skip
+HELD_OUT = {"val/nelbo", "val/recon", "val/kl", "val/bpd_elbo", "val_active/layer_0", "val_active/layer_1"}
+
+
+class Finished(NamedTuple):
+    """A command's exit code and what it said."""
+
+    code: int
+    said: str
+    complained: str
+
+
+def run(profile: Path | str, *arguments: str) -> Finished:
+    """The training command in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = run_training(["--profile", str(profile), "--device", "cpu", *arguments], training_pictures)
+    return Finished(code, out.getvalue(), err.getvalue())
+
+
+def write_profile(folder: Path, **changes: str) -> Path:
+    """The quick profile with lines replaced: steps="steps = 9"."""
+    lines = [next((v for k, v in changes.items() if ln.startswith(f"{k} =")), ln) for ln in PROFILE.splitlines()]
+    path = folder / "quick.toml"
+    path.write_text("\n".join(lines))
+    return path
+
+
+class Trained(NamedTuple):
+    """The one uninterrupted run that several tests look at."""
+
+    profile: Path
+    folder: Path
+    said: str
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    root = tmp_path_factory.mktemp("trained")
+    profile = write_profile(root)
+    result = run(profile, "--data", "mnist5k", "--runs-dir", str(root / "runs"))
+    assert (result.code, result.complained) == (0, "")
+    return Trained(profile, root / "runs" / "00000-quick", result.said)
+
+
+@pytest.fixture
+def working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty folder to run in, so that whatever is written by default shows."""
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    yield folder
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "stats.jsonl").read_text().splitlines()]
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+# --- what a run leaves ------------------------------------------------------------------------------------------------
+
+
+def test_the_run_folder_holds_configuration_log_figures_pictures_and_checkpoints(trained: Trained) -> None:
+    files = tree(trained.folder)
+    events = [name for name in files if name.startswith("events.out.tfevents")]
+    pictures = {f"samples/{n}" for n in ("reals.png", f"reconstructions-{STEPS}.png")}
+    pictures |= {f"samples/step-{STEPS}-t{t}.png" for t in ("0.7", "0.8", "0.9", "1.0")}
+    checkpoints = {
+        f"checkpoints/step-{step:08d}/{name}"
+        for step in range(1, STEPS + 1)
+        for name in ("model.safetensors", "training.safetensors", "state.json")
+    }
+    assert len(events) == 1
+    assert set(files) - set(events) == {"config.toml", "log.txt", "stats.jsonl"} | pictures | checkpoints
+    for name in pictures:
+        with Image.open(trained.folder / name) as picture:
+            assert picture.mode == "RGB" and min(picture.size) > 50
+
+
+def test_the_configuration_is_the_whole_one_with_every_choice_made(trained: Trained) -> None:
+    profile = profiles.load(trained.folder / "config.toml")
+    assert profile.data.source == "mnist5k" and profile.model.image_size == 16
+    assert profile.plan.precision == "fp32" and profile.plan.micro_batch == 4
+    assert profile.training.total_batch == 8 and profile.training.steps == STEPS
+
+
+def test_the_command_says_what_it_does_and_where(trained: Trained) -> None:
+    parameters = sum(p.numel() for p in NVAE(profiles.load(trained.profile).model).parameters())
+    for words in (
+        f"{parameters:,} parameters",
+        "total batch 8 = micro-batch 4 x accumulation 2 x processes 1",
+        "5,000 MNIST digits",
+        f"run folder {trained.folder}",
+        f"tensorboard --logdir {trained.folder}",
+        "on 6 images",
+        f"step {STEPS}/{STEPS}",
+        f"launch/sample.py --run {trained.folder}",
+    ):
+        assert words in trained.said, words
+    log = (trained.folder / "log.txt").read_text()
+    assert all(f"step {step}/{STEPS}  nelbo" in log and f"saved {trained.folder}" in log for step in range(1, STEPS))
+
+
+def test_figures_have_the_published_names_in_every_step(trained: Trained) -> None:
+    found = records(trained.folder)
+    training = [r for r in found if "train/loss" in r]
+    held_out = [r for r in found if "val/nelbo" in r]
+    assert [r["step"] for r in training] == list(range(1, STEPS + 1)) and [r["step"] for r in held_out] == [2, 4]
+    assert all(r.keys() - {"step", "time_seconds"} == FIGURES for r in training)
+    assert all(r.keys() - {"step", "time_seconds"} == HELD_OUT for r in held_out)
+    assert all(math.isfinite(value) for r in found for value in r.values())
+
+
+def test_figures_agree_with_each_other(trained: Trained) -> None:
+    for r in records(trained.folder):
+        if "train/loss" in r:
+            assert r["train/nelbo_iter"] == pytest.approx(r["train/recon_iter"] + r["train/kl_iter"], rel=1e-6)
+            assert r["train/kl_iter"] == pytest.approx(r["kl_vals/layer_0"] + r["kl_vals/layer_1"], rel=1e-5)
+            assert r["timing/images_per_sec"] == pytest.approx(8 / r["timing/sec_per_step"])
+        else:
+            assert r["val/nelbo"] == pytest.approx(r["val/recon"] + r["val/kl"])
+            assert r["val/bpd_elbo"] == pytest.approx(r["val/nelbo"] / (16 * 16 * math.log(2)))
+
+
+def test_tensorboard_reads_the_same_figures_and_the_pictures(trained: Trained) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(trained.folder))
+    events.Reload()
+    assert set(events.Tags()["scalars"]) == FIGURES | HELD_OUT
+    for name in FIGURES | HELD_OUT:
+        expected = [(r["step"], pytest.approx(r[name], rel=1e-6)) for r in records(trained.folder) if name in r]
+        assert [(event.step, event.value) for event in events.Scalars(name)] == expected
+    assert {"reconstructed", "generated_0.7", "generated_1.0"} <= set(events.Tags()["images"])
+    (picture,) = events.Images("generated_1.0")
+    assert picture.step == STEPS
+    drawn = np.asarray(Image.open(io.BytesIO(picture.encoded_image_string)).convert("RGB"))
+    written = np.asarray(Image.open(trained.folder / "samples" / f"step-{STEPS}-t1.0.png"))
+    assert np.array_equal(drawn, written)
+
+
+def test_what_sampling_reads_are_the_averaged_weights_and_the_last_statistics(trained: Trained) -> None:
+    saved = checkpoint.all_checkpoints(trained.folder)
+    averaged = load_file(saved[0] / checkpoint.MODEL)
+    for step, path in enumerate(saved[1:], start=2):
+        decay = min(EMA_DECAY, (1 + step) / (10 + step))
+        live, found = load_file(path / checkpoint.TRAINING), load_file(path / checkpoint.MODEL)
+        for name, value in found.items():
+            if f"weight.{name}" in live:
+                averaged[name] = decay * averaged[name] + (1 - decay) * live[f"weight.{name}"]
+                torch.testing.assert_close(value, averaged[name], rtol=1e-5, atol=1e-6)
+            else:
+                assert torch.equal(value, live[f"buffer.{name}"]), name
+    assert any(not torch.equal(averaged[n.removeprefix("weight.")], v) for n, v in live.items() if n[:7] == "weight.")
+
+
+def test_the_run_can_be_loaded_to_evaluate(trained: Trained) -> None:
+    profile, model, path = checkpoint.load_run(trained.folder)
+    assert path.name == f"step-{STEPS:08d}" and profile.name == "quick"
+    with torch.no_grad():
+        assert torch.isfinite(model(torch.zeros(2, 1, 16, 16), SeededNoise(0)).nll).all()
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(trained: Trained, tmp_path: Path) -> None:
+    for seed, same in ((1, True), (2, False)):
+        result = run(trained.profile, "--runs-dir", str(tmp_path / "runs"), "--set", f"training.seed={seed}")
+        assert result.code == 0
+        found = [r["train/loss"] for r in records(tmp_path / "runs" / f"{seed - 1:05d}-quick") if "train/loss" in r]
+        expected = [r["train/loss"] for r in records(trained.folder) if "train/loss" in r]
+        assert (found == expected) == same
+
+
+# --- going on ---------------------------------------------------------------------------------------------------------
+
+
+def interrupted(trained: Trained, tmp_path: Path, step: int) -> Path:
+    """A copy of the run as if it had been killed after `step`."""
+    folder = tmp_path / "copy"
+    shutil.copytree(trained.folder, folder)
+    for path in checkpoint.all_checkpoints(folder)[step:]:
+        shutil.rmtree(path)
+    return folder
+
+
+def test_an_interrupted_run_goes_on_to_the_very_same_end(trained: Trained, tmp_path: Path) -> None:
+    folder = interrupted(trained, tmp_path, 2)
+    config = (folder / "config.toml").read_bytes()
+    result = run(trained.profile, "--run-dir", str(folder))
+    assert result.code == 0 and f"resuming {folder} after step 2" in result.said
+    assert (folder / "config.toml").read_bytes() == config
+    ends = [checkpoint.load_training(checkpoint.all_checkpoints(f)[-1]) for f in (trained.folder, folder)]
+    assert ends[0][0] == ends[1][0] == STEPS
+    for expected, found in zip(ends[0][1:], ends[1][1:], strict=True):
+        assert found.keys() == expected.keys()
+        assert [name for name, value in expected.items() if not torch.equal(found[name], value)] == []
+
+
+def test_going_on_passes_over_a_damaged_checkpoint(trained: Trained, tmp_path: Path) -> None:
+    folder = interrupted(trained, tmp_path, 3)
+    (checkpoint.all_checkpoints(folder)[-1] / checkpoint.TRAINING).write_bytes(b"cut off")
+    result = run(trained.profile, "--run-dir", str(folder))
+    assert result.code == 0 and "after step 2" in result.said
+
+
+def test_a_finished_run_is_left_as_it_is(trained: Trained, tmp_path: Path) -> None:
+    folder = interrupted(trained, tmp_path, STEPS)
+    before = tree(folder / "checkpoints")
+    result = run(trained.profile, "--run-dir", str(folder))
+    assert result.code == 0 and f"after step {STEPS}" in result.said
+    assert tree(folder / "checkpoints") == before and records(folder) == records(trained.folder)
+
+
+def test_a_changed_configuration_is_refused_by_its_keys(trained: Trained, tmp_path: Path) -> None:
+    folder = interrupted(trained, tmp_path, 2)
+    before = tree(folder)
+    changes = ("model.latents=3", "training.total_batch=16", "data.dynamic_binarisation=false")
+    result = run(trained.profile, "--run-dir", str(folder), *(a for c in changes for a in ("--set", c)))
+    assert result.code == 2 and result.complained.startswith(f"train.py: --run-dir {folder}")
+    for difference in ("model.latents (2 -> 3)", "training.total_batch (8 -> 16)", "(True -> False)"):
+        assert difference in result.complained
+    assert "training.seed" not in result.complained and tree(folder) == before
+
+
+def test_how_memory_is_used_and_what_is_reported_may_change(trained: Trained, tmp_path: Path) -> None:
+    folder = interrupted(trained, tmp_path, 3)
+    free = ("plan.keep='input'", "plan.offload_optimizer=true", "training.log_every=7", "training.keep_last=2")
+    result = run(trained.profile, "--run-dir", str(folder), *(a for c in free for a in ("--set", c)))
+    assert (result.code, result.complained) == (0, "")
+    assert [p.name for p in checkpoint.all_checkpoints(folder)] == ["step-00000003", "step-00000004"]
+    ends = [checkpoint.load_training(checkpoint.all_checkpoints(f)[-1])[1] for f in (trained.folder, folder)]
+    assert all(torch.equal(ends[1][name], value) for name, value in ends[0].items())
+
+
+def test_never_resuming_refuses_a_folder_with_a_checkpoint(trained: Trained, tmp_path: Path) -> None:
+    folder = interrupted(trained, tmp_path, 2)
+    result = run(trained.profile, "--run-dir", str(folder), "--resume", "never")
+    assert result.code == 2 and "--resume is never" in result.complained and str(folder) in result.complained
+
+
+# --- stopping ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")
+@pytest.mark.timeout(120)
+def test_ctrl_c_saves_and_stops_after_the_step_under_way(tmp_path: Path) -> None:
+    profile = write_profile(tmp_path, steps="steps = 1000000", save_every="save_every = 1000000")
+    folder = tmp_path / "run"
+    child = subprocess.Popen(
+        [sys.executable, str(REPOSITORY / "launch" / "train.py"), "--profile", str(profile), "--run-dir", str(folder),
+         "--set", "training.evaluate_every=1000000", "--set", "training.sample_every=1000000", "--device", "cpu"],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=tmp_path, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        log, give_up = folder / "log.txt", time.monotonic() + 60
+        while not (log.is_file() and "step 3/" in log.read_text()):
+            assert child.poll() is None and time.monotonic() < give_up, child.communicate(timeout=5)
+            time.sleep(0.02)
+        child.send_signal(signal.SIGINT)
+        said, complained = child.communicate(timeout=60)
+    finally:
+        child.kill()
+        child.wait()
+    assert (child.returncode, complained) == (0, "")
+    step = records(folder)[-1]["step"]
+    assert f"stopped after step {step}" in said and [p.name for p in checkpoint.all_checkpoints(folder)] == [
+        f"step-{step:08d}"
+    ]
+    saved, state, _ = checkpoint.load_training(checkpoint.all_checkpoints(folder)[0])
+    assert saved == step and next(v for k, v in state.items() if k.startswith("step.")) == step
+
+
+def test_a_loss_that_is_no_number_ends_with_advice_and_its_own_exit_code(tmp_path: Path) -> None:
+    profile = write_profile(tmp_path, ema_decay="ema_decay = 0.0\nlearning_rate = 1e30\nlearning_rate_min = 1e30")
+    result = run(profile, "--runs-dir", str(tmp_path / "runs"))
+    assert result.code == 4
+    assert "is not finite" in result.complained and "training.learning_rate" in result.complained
+    assert "Traceback" not in result.complained and result.complained.count("\n") == 1
+
+
+# --- before anything is written ---------------------------------------------------------------------------------------
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(working_directory: Path, tmp_path: Path) -> None:
+    profile = write_profile(tmp_path)
+    for more in ((), ("--run-dir", "mine"), ("--runs-dir", "elsewhere")):
+        result = run(profile, "--dry-run", *more)
+        assert result.code == 0 and "parameters" in result.said and list(working_directory.iterdir()) == []
+        printed = profiles.loads(result.said[result.said.index("name = ") :])
+        assert printed == profiles.loads(profiles.dumps(printed)) and printed.plan.micro_batch == 4
+
+
+def pictures(folder: Path, mode: str = "L", size: tuple[int, int] = (20, 20), count: int = 6) -> Path:
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+    for i in range(count):
+        pixels = generator.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+        Image.fromarray(pixels).convert(mode).save(folder / f"{i}.png")
+    return folder
+
+
+def bad_inputs(tmp_path: Path) -> dict[str, tuple[list[str], list[str]]]:
+    """What a user may get wrong: name -> (arguments, words that the answer has to contain)."""
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("no folder")
+    (tmp_path / "typo.toml").write_text(PROFILE.replace("total_batch", "total_bach"))
+    (tmp_path / "broken.toml").write_text("[model\n")
+    grey = str(pictures(tmp_path / "grey"))
+    coloured = str(pictures(tmp_path / "coloured", "RGB"))
+    wide = str(pictures(tmp_path / "wide", size=(20, 12)))
+    colour_model = ["--set", "model.image_channels=3", "--set", "model.bits=8"]
+    return {
+        "missing data": (["--data", "no/such/folder"], ["'no/such/folder' does not exist", "--data"]),
+        "misspelt set": (["--data", "mnist5"], ["did you mean 'mnist5k'"]),
+        "empty folder": (["--data", str(tmp_path / "empty")], [str(tmp_path / "empty"), "it is empty"]),
+        "grey for RGB": (["--data", grey, *colour_model], ["are grey", "set model.image_channels = 1"]),
+        "RGB for grey": (["--data", coloured], ["in colour", "set model.image_channels = 3"]),
+        "not square": (["--data", wide, "--set", "data.crop='none'"], ["20 x 12", "data.crop = 'centre'"]),
+        "too small": (["--data", wide, "--set", "data.crop_pixels=16"], ["20 x 12", "set at most 12"]),
+        "unknown profile": (["--profile", "demo-mnits"], ["--profile demo-mnits", "near: demo-mnist"]),
+        "broken profile": (["--profile", str(tmp_path / "broken.toml")], ["broken.toml", "not valid TOML"]),
+        "unknown key": (["--profile", str(tmp_path / "typo.toml")], ["did you mean training.total_batch?"]),
+        "unknown --set": (["--set", "model.latent=3"], ["did you mean model.latents?"]),
+        "shapeless --set": (["--set", "latents"], ["'latents' must look like"]),
+        "wrong type": (["--set", "model.latents=many"], ["model.latents = 'many' must be a whole number"]),
+        "impossible model": (["--set", "model.image_size=15"], ["15 pixels cannot be halved 1 times", "use 16"]),
+        "several at once": (["--set", "model.bits=9", "--set", "plan.zero_stage=5"], ["model.bits", "plan.zero_stage"]),
+        "not divisible": (["--total-batch", "10"], ["total_batch = 10 is not a multiple of plan.micro_batch = 4"]),
+        "no place": (["--runs-dir", str(tmp_path / "file" / "runs")], ["--runs-dir", "cannot make a run folder"]),
+        "no place for one": (["--run-dir", str(tmp_path / "file")], ["--run-dir", "cannot be made"]),
+    }  # fmt: skip
+
+
+BAD_INPUTS = (
+    "missing data", "misspelt set", "empty folder", "grey for RGB", "RGB for grey", "not square", "too small",
+    "unknown profile", "broken profile", "unknown key", "unknown --set", "shapeless --set", "wrong type",
+    "impossible model", "several at once", "not divisible", "no place", "no place for one",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_INPUTS)
+def test_a_mistake_is_answered_in_one_paragraph_and_nothing_is_written(
+    name: str, working_directory: Path, tmp_path: Path
+) -> None:
+    profile = write_profile(tmp_path)
+    cases = bad_inputs(tmp_path)
+    assert set(cases) == set(BAD_INPUTS)
+    arguments, words = cases[name]
+    before = tree(tmp_path)
+    result = run(profile, *arguments)
+    assert result.code == 2
+    assert result.complained.startswith("train.py: ") and result.complained.endswith("\n")
+    assert "Traceback" not in result.complained and "\n\n" not in result.complained
+    assert all(word in result.complained for word in words), result.complained
+    assert tree(tmp_path) == before and list(working_directory.iterdir()) == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_a_mistake_too(working_directory: Path, tmp_path: Path) -> None:
+    result = run(write_profile(tmp_path), "--device", "cuda")
+    assert result.code == 2 and "--device cuda" in result.complained and list(working_directory.iterdir()) == []
+
+
+@pytest.mark.parametrize("arguments", [["--no-such-flag"], ["--steps", "many"], ["--resume", "perhaps"]])
+def test_flags_that_there_are_not_end_with_the_same_exit_code(
+    arguments: list[str], working_directory: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        run(write_profile(tmp_path), *arguments)
+    assert caught.value.code == 2 and list(working_directory.iterdir()) == []
+
+
+def test_a_truncated_image_is_skipped_and_counted(tmp_path: Path) -> None:
+    folder = pictures(tmp_path / "pictures", count=8)
+    whole = (folder / "3.png").read_bytes()
+    (folder / "3.png").write_bytes(whole[: len(whole) // 2])
+    result = run(write_profile(tmp_path), "--data", str(folder), "--runs-dir", str(tmp_path / "runs"), "--steps", "1")
+    assert (result.code, result.complained) == (0, "")
+    assert "1 images cannot be read and are skipped" in result.said and str(folder / "3.png") in result.said
+    assert "1 unreadable images skipped" in result.said and "step 1/1" in result.said
+
+
+# --- the monitor ------------------------------------------------------------------------------------------------------
+
+
+def test_early_steps_are_powers_of_two_and_multiples() -> None:
+    assert [step for step in range(1, 101) if is_early(step, 40)] == [1, 2, 4, 8, 16, 32, 40, 64, 80]
+
+
+def test_processes_other_than_the_first_say_and_write_nothing(
+    working_directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Monitor(None, total_steps=3) as monitor:
+        monitor.say("hello")
+        monitor.scalars(1, {"a": 1.0})
+        monitor.picture(1, "p", np.zeros((2, 2, 3), np.uint8))
+        monitor.progress(1, "line", show=True)
+    assert capsys.readouterr() == ("", "") and list(working_directory.iterdir()) == []
+
+
+def test_a_resumed_monitor_replaces_figures_of_steps_that_are_run_again(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for first_step, value in ((0, 1.0), (2, 2.0)):
+        with Monitor(tmp_path, 4, first_step) as monitor:
+            for step in range(first_step + 1, 5):
+                monitor.scalars(step, {"a": value})
+        monitor.close()  # twice does no harm
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("a")] == [(1, 1.0), (2, 1.0), (3, 2.0), (4, 2.0)]
