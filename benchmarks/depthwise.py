@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from machine import headline, machine, write_json
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nvae_lowmem.model.functional import aten, depthwise_weight_gradient
@@ -57,7 +58,7 @@ class DepthwiseShapes(TorchDispatchMode):
 def shapes_of(name: str) -> Counter[Shape]:
     """The depthwise convolutions of a recipe's network, which is not filled with numbers for that."""
     config = recipe(name).model
-    with torch.device("meta"), torch.no_grad(), DepthwiseShapes() as watch:
+    with FakeTensorMode(), torch.no_grad(), DepthwiseShapes() as watch:
         model = NVAE(config)
         x = torch.empty(1, config.image_channels, config.network_size, config.network_size)
         model.decode(FromPosterior(NoNoise()), model.encode(x))

@@ -168,7 +168,7 @@ def test_a_failing_disk_leaves_the_checkpoints_that_there_are(tmp_path: Path, mo
         patched.setattr(os, "replace", no_space)
         save(tmp_path, 2)
     assert checkpoint.newest(tmp_path) == before and checkpoint.load_training(before)[0] == 1
-    assert checkpoint.newest(tmp_path) != save(tmp_path, 2).with_name("step-00000001")
+    assert save(tmp_path, 2) == checkpoint.newest(tmp_path) and names(tmp_path) == [before.name, "step-00000002"]
 
 
 # --- damaged and foreign checkpoints ----------------------------------------------------------------------------------

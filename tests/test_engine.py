@@ -59,16 +59,14 @@ class WatchingAdamax(HostAdamax):
 
 
 @pytest.mark.parametrize("training", [{}, {"clip_norm": 0.5, "adamax_eps": 1.0}], ids=["early", "clipped"])
-@pytest.mark.parametrize("accumulation", [1, 2])
 @every_precision
-def test_with_states_on_the_host_training_is_bit_for_bit_the_same(
-    precision: str, accumulation: int, training: dict[str, float]
-) -> None:
+def test_with_states_on_the_host_training_is_bit_for_bit_the_same(precision: str, training: dict[str, float]) -> None:
+    accumulation = 2  # a gradient is first copied to the host, then added to
     runs = []
     for plan in ({}, ON_HOST):
         run = profile(plan, **training)
-        engine = make(TorchEngine, run, accumulation, precision=precision)
-        runs.append((losses(train(engine, run, range(3), accumulation)), engine.state()))
+        engine = with_scale(make(TorchEngine, run, accumulation, precision=precision), FITTING_SCALE)
+        runs.append((losses(train(engine, run, range(2), accumulation)), engine.state()))
     (expected, state), (found, found_state) = runs
     assert torch.equal(found, expected)
     assert_same_state(found_state, state)
@@ -113,7 +111,7 @@ def test_four_micro_batches_of_one_are_one_of_four(plan: dict[str, Any]) -> None
     results = []
     for accumulation in (1, TOTAL):
         engine = make(TorchEngine, run, accumulation, evaluating=True)
-        results.append((losses(train(engine, run, range(4), accumulation)), engine.state()))
+        results.append((losses(train(engine, run, range(3), accumulation)), engine.state()))
     (expected, state), (found, found_state) = results
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=0.0)
     assert_same_state(found_state, state, 1e-5)
@@ -137,7 +135,7 @@ def statistics(model: NVAE) -> list[Tensor]:
     return [t.clone() for running in used for t in (running.mean, running.variance)]
 
 
-@settings(max_examples=6, deadline=None, derandomize=True)
+@settings(max_examples=4, deadline=None, derandomize=True)
 @given(count=st.integers(1, 5), seed=st.integers(0, 99))
 def test_micro_batches_move_the_running_statistics_once_by_the_mean_of_theirs(count: int, seed: int) -> None:
     model = make(TorchEngine, profile()).model
@@ -176,10 +174,10 @@ def test_an_overflow_skips_the_step_halves_the_scale_and_training_goes_on(plan: 
     assert all(torch.equal(skipped[name], before[name]) for name in before if name.startswith("weight."))
     assert not any(name.startswith("exp_avg.") and bool(value.any()) for name, value in skipped.items())
     with_scale(engine, 2.0**14)  # nearer to a scale that fits, for the sake of time
-    results = train(engine, run, range(1, 10))
-    overflows = [result.update.overflow for result in results]
-    assert overflows == sorted(overflows, reverse=True) and any(overflows) and not overflows[-1]
-    assert engine.loss_scale == 2.0 ** (14 - sum(overflows)) and torch.isfinite(losses(results)).all()
+    results = train(engine, run, range(1, 7))
+    skips = sum(result.update.overflow for result in results)
+    assert 0 < skips < len(results)
+    assert engine.loss_scale == 2.0 ** (14 - skips) and torch.isfinite(losses(results)).all()
     trained = engine.state()
     assert all(torch.isfinite(value).all() for value in trained.values())
     assert not any(torch.equal(trained[name], before[name]) for name in before if name.startswith("weight."))
@@ -235,30 +233,29 @@ def test_without_clipping_nobody_computes_the_norm() -> None:
 @every_precision
 def test_a_run_goes_on_exactly_where_its_state_was_taken(precision: str, plan: dict[str, Any]) -> None:
     run = profile(plan)
-    whole = make(TorchEngine, run, precision=precision)
-    expected = losses(train(whole, run, range(6)))
-    first = make(TorchEngine, run, precision=precision)
-    train(first, run, range(3))
+    whole = with_scale(make(TorchEngine, run, precision=precision), FITTING_SCALE)
+    expected = losses(train(whole, run, range(4)))
+    first = with_scale(make(TorchEngine, run, precision=precision), FITTING_SCALE)
+    train(first, run, range(2))
     state = {name: value.clone() for name, value in first.state().items()}
-    # the other engine is of another model and has trained, so that whatever is not in the state shows
+    # the other engine has trained on something else, so that whatever is not in the state shows
     other = make(TorchEngine, run, precision=precision)
-    train(other, run, range(10, 12))
+    train(other, run, range(10, 11))
     other.load_state(state)
     assert_same_state(other.state(), state)
-    assert torch.equal(losses(train(other, run, range(3, 6))), expected[3:])
+    assert torch.equal(losses(train(other, run, range(2, 4))), expected[2:])
     assert_same_state(other.state(), whole.state())
 
 
 def test_a_state_moves_between_states_on_the_device_and_on_the_host() -> None:
-    expected = losses(train(make(TorchEngine, profile()), profile(), range(6)))
+    expected = losses(train(make(TorchEngine, profile()), profile(), range(3)))
     state: dict[str, Tensor] | None = None
     for index, plan in enumerate((None, ON_HOST, None)):
         run = profile(plan)
         engine = make(TorchEngine, run)
         if state is not None:
             engine.load_state(state)
-        steps = range(2 * index, 2 * index + 2)
-        assert torch.equal(losses(train(engine, run, steps)), expected[steps.start : steps.stop])
+        assert torch.equal(losses(train(engine, run, range(index, index + 1))), expected[index : index + 1])
         state = engine.state()
 
 
@@ -284,4 +281,5 @@ def test_the_learning_rate_of_a_step_is_the_one_given() -> None:
     engine.begin(0.0)
     engine.backward(engine.forward(images(0, 0, TOTAL), SeededNoise(1), 1.0).loss, last=True)
     engine.update()
-    assert all(torch.equal(value, engine.state()[name]) for name, value in before.items())
+    after = engine.state()
+    assert all(torch.equal(after[name], value) for name, value in before.items())

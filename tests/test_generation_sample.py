@@ -405,7 +405,7 @@ def test_broken_checkpoint_is_named(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert f"{weights} cannot be read" in capsys.readouterr().err
     weights.write_bytes(b"short")
     assert main(["--run", str(run)]) == 2
-    assert "has no whole checkpoint" in capsys.readouterr().err
+    assert "a file is truncated" in capsys.readouterr().err
 
 
 def test_output_folder_that_cannot_be_made_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

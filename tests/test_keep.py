@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pytest
@@ -29,8 +30,10 @@ from nvae_lowmem.training.host_adamax import HostAdamax
 from nvae_lowmem.training.objective import Objective
 from nvae_lowmem.training.step import BatchPlan, training_step
 
-CONFIG = tiny_rgb()  # RGB, flows, two scales of two groups
+# RGB, flows, a scale of two groups and one of one: every kind of block, as small as it gets
+CONFIG = tiny_rgb(preprocess_cells=1, postprocess_cells=1, adaptive=True)
 TOTAL_BATCH, STEPS = 6, 2
+FITTING_SCALE = 2.0**6  # a loss scale in fp16 that no gradient of this model overflows
 # beta and with it the balancing coefficients move, and every step regularises and decays
 TRAINING = TrainConfig(total_batch=TOTAL_BATCH, regulariser=1e-2, kl_balance=True)
 BLOCKS = [name for name in build(CONFIG).block_names() if name != "start"]  # the start has nothing to keep
@@ -71,13 +74,15 @@ def train(plan: MemoryPlan, accumulation: int = 1, precision: str = "fp32", step
     engine = TorchEngine(
         Objective(model, TRAINING, precision), profile, torch.device("cpu"), accumulation, RecordingAdamax
     )
+    # from the usual first scale the first steps would all overflow and be skipped
+    engine.load_state(engine.state() | {"loss_scale": torch.tensor(FITTING_SCALE)})
     split = BatchPlan(TOTAL_BATCH, TOTAL_BATCH // accumulation, accumulation, 1)
 
     def batch(step: int, slot: int, count: int) -> Tensor:
         return images(CONFIG, TOTAL_BATCH, seed=step)[slot : slot + count]
 
     results = [training_step(engine, profile, split, batch, step, 10, 1e-3) for step in range(steps)]
-    assert isinstance(engine.optimizer, RecordingAdamax)
+    assert isinstance(engine.optimizer, RecordingAdamax) and not any(r.update.overflow for r in results)
     return Run([r.loss for r in results], engine.optimizer.seen, engine.state())
 
 
@@ -99,7 +104,7 @@ def assert_same_bits(found: Run, expected: Run) -> None:
 # --- the same training ------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=6, deadline=None, derandomize=True)
+@settings(max_examples=4, deadline=None, derandomize=True)
 @given(
     keeps=st.lists(st.sampled_from(KEEPS), min_size=len(BLOCKS), max_size=len(BLOCKS)),
     accumulation=st.sampled_from([1, 3]),
@@ -108,12 +113,11 @@ def test_any_mixture_of_policies_trains_bit_for_bit_alike(keeps: list[Keep], acc
     assert_same_bits(train(plan_of(keeps), accumulation), reference(accumulation))
 
 
-@pytest.mark.parametrize("accumulation", [1, 3])
 @every_other_policy
-def test_one_policy_everywhere_trains_bit_for_bit_alike(keep: Keep, accumulation: int) -> None:
-    expected = reference(accumulation)
+def test_one_policy_everywhere_trains_bit_for_bit_alike(keep: Keep) -> None:
+    expected = reference(accumulation=3)
     assert expected.gradients and not torch.equal(*expected.losses)
-    assert_same_bits(train(MemoryPlan(keep=keep), accumulation), expected)
+    assert_same_bits(train(MemoryPlan(keep=keep), accumulation=3), expected)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
@@ -218,7 +222,8 @@ def test_one_block_alone_keeps_less(block: str) -> None:
 
 def kept_on_card_and_host(keep: Keep) -> tuple[int, int]:
     """(saved activations and block inputs live as backward begins, host memory made in forward), by the tracer."""
-    profile = Profile(model=CONFIG, training=TRAINING, plan=MemoryPlan(keep=keep, precision="fp32"))
+    model = replace(CONFIG, scales=1, groups=2)  # a trace takes seconds
+    profile = Profile(model=model, training=TRAINING, plan=MemoryPlan(keep=keep, precision="fp32"))
     trace = trace_training(profile, micro_batch=2, steps=1)
     start = next(a.born for a in trace.allocations if a.phase == "backward")
     live = [a for a in trace.allocations if a.born < start and not 0 <= a.died <= start and a.phase == "forward"]

@@ -208,7 +208,9 @@ def test_a_lower_temperature_prefers_the_heavier_component() -> None:
 
 
 @pytest.mark.parametrize(
-    "likelihood", [Bernoulli(3), Normal(3, 8), LogisticMixture(2, 8, 3), LogisticMixture(3, 8, 3)], ids=str
+    "likelihood",
+    [Bernoulli(3), Normal(3, 8), LogisticMixture(2, 8, 3), LogisticMixture(3, 8, 3)],
+    ids=lambda likelihood: likelihood.describe(),
 )
 def test_the_mean_is_what_samples_average_to(likelihood: Likelihood) -> None:
     pixel = random_parameters(likelihood, 1, 1, 1, seed=3, spread=0.2)

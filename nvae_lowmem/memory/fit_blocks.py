@@ -152,6 +152,8 @@ class BlockTable:
     state_bytes: dict[str, int]
     """Weights and buffers by traced block."""
     convolutions: dict[str, int]
+    largest_parameter: int
+    """Elements of the largest one."""
     order: tuple[str, ...]
     """The traced blocks as a pass runs them."""
 
@@ -172,7 +174,9 @@ class BlockTable:
 
     def count(self, per_block: dict[str, int], groups: tuple[int, ...]) -> int:
         """A sum over the blocks of the model with `groups`: of parameters, state_bytes or convolutions."""
-        return per_block.get("start", 0) + sum(per_block[b.stands_for] for b in self.blocks(groups) if b.name != "start")
+        return per_block.get("start", 0) + sum(
+            per_block[b.stands_for] for b in self.blocks(groups) if b.name != "start"
+        )
 
     def choices(
         self, groups: tuple[int, ...], images: int, rates: Rates, gradients_stay: bool
@@ -189,9 +193,7 @@ class BlockTable:
         for block in reversed(blocks):
             source = block.stands_for
             if source not in left:
-                own = [costs[source] for costs in self.costs.values()]
-                # hardly differs between policies; the most, so that the search is on the safe side
-                left[source] = max(c.forward.drift(images) + c.backward.drift(images) for c in own)
+                left[source] = self._left_behind(source, images)
                 left[source] += 4 * self.parameters[source] if gradients_stay else 0
                 priced[source] = self._price(source, images, rates)
             own_gradients = 4 * self.parameters[source] if gradients_stay else 0
@@ -202,6 +204,14 @@ class BlockTable:
             out.append((block.name, moved))
             after += left[source]
         return out[::-1]
+
+    def _left_behind(self, source: str, images: int) -> int:
+        """What a block's two passes leave on the card, whatever its policy: above all gradients of encoder maps.
+
+        A parked input is fetched one block ahead, so that with `host` a neighbour's bytes would be counted here.
+        """
+        own = [costs[source] for keep, costs in self.costs.items() if keep != "host"] or [self.costs["host"][source]]
+        return max(c.forward.drift(images) + c.backward.drift(images) for c in own)
 
     def _rises(self, source: str, images: int) -> list[tuple[int, int]]:
         own = [costs[source] for costs in self.costs.values()]
@@ -241,6 +251,7 @@ def record_blocks(profile: Profile, keeps: tuple[Keep, ...] = KEEPS) -> BlockTab
             parameters={n: sum(p.numel() for p in b.parameters()) for n, b in blocks.items()},
             state_bytes={n: sum(t.nbytes for t in [*b.parameters(), *b.buffers()]) for n, b in blocks.items()},
             convolutions={n: sum(isinstance(m, ConvUnit) for m in b.modules()) for n, b in blocks.items()},
+            largest_parameter=max(p.numel() for p in model.parameters()),
             order=tuple(name for name in model.block_names() if name != "start"),
         )
 

@@ -98,9 +98,7 @@ class Work:
         return float(self.flops_per_image.sum())
 
 
-def operation_work(
-    func: Any, args: Any, kwargs: Any, out: Any, batch: int
-) -> tuple[float, float, float, bool] | None:
+def operation_work(func: Any, args: Any, kwargs: Any, out: Any, batch: int) -> tuple[float, float, float, bool] | None:
     """The row of `Work` of one dispatched operation on `batch` images; None for one that moves nothing.
 
     A tensor is counted per image where `batch` divides its bytes: choose a prime that no other size has as a factor.

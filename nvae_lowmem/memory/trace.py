@@ -32,7 +32,7 @@ from nvae_lowmem.training.engine import TorchEngine
 from nvae_lowmem.training.objective import Objective
 from nvae_lowmem.training.step import BatchPlan, training_step
 
-__all__ = ["CATEGORIES", "Allocation", "Peak", "Trace", "trace_training"]
+__all__ = ["CATEGORIES", "Allocation", "Peak", "Trace", "quiet_gc", "trace_training"]
 
 aten = torch.ops.aten
 _CONSTANTS: dict[str, Callable[[Any], float]] = {"aten::full": lambda a: a[1], "aten::zeros": lambda a: 0.0}
@@ -54,6 +54,10 @@ class Watcher(TorchDispatchMode):
         self._ties: dict[int, _Tie] = {}  # by address of the storage
         self._values: dict[int, float] = {}  # of 0-dim tensors, as far as .item() is asked of them
         self._chunk_run: tuple[Any, ...] = ()
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # torch would wrap every dispatch to hide it from its compiler, which nobody runs here
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is aten._local_scalar_dense.default:
@@ -235,7 +239,7 @@ def trace_training(
         plan=replace(profile.plan, micro_batch=micro_batch),
         training=replace(profile.training, total_batch=total),
     )
-    with _quiet_gc(), as_on_card(), watcher:
+    with quiet_gc(), as_on_card(), watcher:
         engine = _set_up(profile, accumulation, watcher)
         watcher.mark("setup done")
         split = BatchPlan(total, micro_batch, accumulation, 1)
@@ -319,7 +323,7 @@ def _crosses(starts: list[int], born: int, died: int) -> bool:
 
 
 @contextlib.contextmanager
-def _quiet_gc() -> Iterator[None]:
+def quiet_gc() -> Iterator[None]:
     """Frees happen by reference counting alone, as in a real step; a collection in between would move them."""
     was = gc.isenabled()
     gc.collect()

@@ -7,9 +7,11 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 CATEGORIES = (
-    "weight", "optimizer state", "gradient", "block input", "saved activation", "temporary", "noise", "data", "host",
+    "weight", "optimizer state", "gradient", "block input", "saved activation", "temporary", "noise", "data", "buffer",
+    "host",
 )  # fmt: skip
 ON_CARD = CATEGORIES[:-1]
+"""buffer: what engines and libraries hold, which no trace sees (overlay.py)."""
 BLOCK_BYTES = 512
 """The CUDA caching allocator rounds every request up to a multiple of this."""
 
@@ -97,40 +99,13 @@ class Trace:
 
     def without_temporaries(self, end: int) -> Trace:
         """The trace without what was born and freed among the first `end` events."""
-        keep = [not (a.born < end and 0 <= a.died < end) for a in self.allocations]
-        return _Copy(self).run([(0, len(self.events))], keep)
+        return self.only([not (a.born < end and 0 <= a.died < end) for a in self.allocations])
 
-    def repeated(self, windows: Sequence[Window]) -> Trace:
-        """The trace in which each window happens `times` more; windows are in order and do not overlap.
-
-        Raises ValueError where a window does not leave behind what it found: it then cannot happen twice in a row.
-        """
-        copy = _Copy(self)
-        spans: list[tuple[int, int]] = []
-        links: dict[int, list[tuple[int, int]]] = {}
-        done = 0
-        for start, end, times in windows:
-            spans.append((done, end))
-            pairs = self._handed_on(start, end)
-            for _ in range(times):
-                links[len(spans)] = pairs
-                spans.append((start, end))
-            done = end
-        spans.append((done, len(self.events)))
-        return copy.run(spans, [True] * len(self.allocations), links)
-
-    def _handed_on(self, start: int, end: int) -> list[tuple[int, int]]:
-        """(freed in the window but born before it, its successor, born in the window and freed after it) in pairs."""
-        window = self.events[start:end]
-        found = [~e for e in window if e < 0 and self.allocations[~e].born < start]
-        left = [e for e in window if e >= 0 and not 0 <= self.allocations[e].died < end]
-        found.sort(key=lambda n: self.allocations[n].born)
-        sizes = [[self.allocations[n].nbytes for n in numbers] for numbers in (found, left)]
-        if sizes[0] != sizes[1]:
-            raise ValueError(
-                f"events {start} to {end} free allocations of {sizes[0]} bytes from before and leave {sizes[1]} bytes"
-            )
-        return list(zip(found, left, strict=True))
+    def only(self, keep: list[bool]) -> Trace:
+        """The trace of those allocations that are kept."""
+        copy = _Copy(self, keep)
+        copy.span(0, len(self.events))
+        return copy.finished()
 
 
 class Window(NamedTuple):
@@ -141,40 +116,75 @@ class Window(NamedTuple):
     times: int
 
 
+def repeat(trace: Trace, windows: Sequence[Window]) -> tuple[Trace, list[int]]:
+    """The trace in which each window happens `times` more, and of each allocation its number in the original.
+
+    Windows are in order and do not overlap. Raises ValueError where a window does not leave behind what it found: it
+    then cannot happen twice in a row.
+    """
+    copy = _Copy(trace)
+    done = 0
+    for start, end, times in windows:
+        copy.span(done, end)
+        pairs = handed_on(trace, start, end)
+        for _ in range(times):
+            for found, left in pairs:
+                copy.number[found] = copy.number[left]
+            copy.span(start, end)
+        done = end
+    copy.span(done, len(trace.events))
+    return copy.finished(), copy.origins
+
+
+def handed_on(trace: Trace, start: int, end: int) -> list[tuple[int, int]]:
+    """Pairs: what the window frees though it was born before, and its like, born in the window and freed after it.
+
+    Raises ValueError where there are no such pairs.
+    """
+    window = trace.events[start:end]
+    found = [~e for e in window if e < 0 and trace.allocations[~e].born < start]
+    left = [e for e in window if e >= 0 and not 0 <= trace.allocations[e].died < end]
+    found.sort(key=lambda n: trace.allocations[n].born)
+    sizes = [[trace.allocations[n].nbytes for n in numbers] for numbers in (found, left)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(f"events {start} to {end} free {sizes[0]} bytes from before them and leave {sizes[1]} bytes")
+    return list(zip(found, left, strict=True))
+
+
 class _Copy:
-    """Writes a trace anew, span of events by span of events; a span may come several times."""
+    """A trace written anew, span of events by span of events; a span may come several times."""
 
-    def __init__(self, source: Trace) -> None:
-        self.source = source
+    def __init__(self, source: Trace, keep: list[bool] | None = None) -> None:
+        self.source, self._keep = source, keep
         self.made = replace(source, allocations=[], events=[], marks={}, chunks=[])
+        self.number: dict[int, int] = {}  # of the copy that stands for the source's allocation now
+        self.origins: list[int] = []
+        self._position: dict[int, int] = {}  # where the copy first came to an event of the source that is marked
+        self._marked = {*source.marks.values(), *(at for group in source.chunks for at in group)}
 
-    def run(
-        self, spans: list[tuple[int, int]], keep: list[bool], links: dict[int, list[tuple[int, int]]] | None = None
-    ) -> Trace:
-        source, made = self.source, self.made
-        number: dict[int, int] = {}  # of the allocation that the source's n-th stands for now
-        position: dict[int, int] = {}  # first time that the copy stands before an event of the source
-        wanted = {*source.marks.values(), *(at for group in source.chunks for at in group)}
-        for index, (start, end) in enumerate(spans):
-            for freed, successor in (links or {}).get(index, ()):
-                number[freed] = number[successor]
-            for i in range(start, end):
-                if i in wanted:
-                    position.setdefault(i, len(made.events))
-                event = source.events[i]
-                if not keep[event if event >= 0 else ~event]:
-                    continue
-                if event >= 0:
-                    number[event] = len(made.allocations)
-                    a = source.allocations[event]
-                    made.allocations.append(
-                        Allocation(a.nbytes, a.category, a.block, a.phase, a.operation, len(made.events))
-                    )
-                    made.events.append(number[event])
-                else:
-                    made.allocations[number[~event]].died = len(made.events)
-                    made.events.append(~number[~event])
-        position[len(source.events)] = len(made.events)
-        made.marks = {name: position[at] for name, at in source.marks.items()}
-        made.chunks = [[position[at] for at in group] for group in source.chunks]
-        return made
+    def span(self, start: int, end: int) -> None:
+        """Copy events start to end, end excluded."""
+        allocations, events, number = self.made.allocations, self.made.events, self.number
+        for i in range(start, end):
+            if i in self._marked:
+                self._position.setdefault(i, len(events))
+            event = self.source.events[i]
+            n = event if event >= 0 else ~event
+            if self._keep is not None and not self._keep[n]:
+                continue
+            if event >= 0:
+                a = self.source.allocations[n]
+                number[n] = len(allocations)
+                self.origins.append(n)
+                allocations.append(Allocation(a.nbytes, a.category, a.block, a.phase, a.operation, len(events)))
+                events.append(number[n])
+            else:
+                allocations[number[n]].died = len(events)
+                events.append(~number[n])
+
+    def finished(self) -> Trace:
+        """The copy, with the marks of the source where they belong."""
+        self._position.setdefault(len(self.source.events), len(self.made.events))
+        self.made.marks = {name: self._position[at] for name, at in self.source.marks.items()}
+        self.made.chunks = [[self._position[at] for at in group] for group in self.source.chunks]
+        return self.made

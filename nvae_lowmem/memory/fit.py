@@ -1,0 +1,232 @@
+"""The best memory plan for a card: searched in a table of block costs, verified by predicting the very step.
+
+The table (fit_blocks) prices every assignment of policies for any number of groups and any batch within a percent of
+the bytes that a trace counts. What it leaves out (fragmentation, workspaces, margins) is learnt from the predictor:
+what that says of one plan beyond the table's figure is set aside in the next search.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from nvae_lowmem.config import KEEPS, ConfigError, Profile
+from nvae_lowmem.memory.cards import Budget, Card, precision_for
+from nvae_lowmem.memory.fit_blocks import record_blocks
+from nvae_lowmem.memory.fit_planner import Candidate, FrontierRow, Groups, Planner, Wishes
+from nvae_lowmem.memory.predict import Prediction
+from nvae_lowmem.training.step import BatchPlan
+from nvae_lowmem.units import MIB, format_bytes
+
+Predictor = Callable[[Profile, int, int], Prediction]
+"""(profile with its plan, micro-batch, accumulation) -> Prediction."""
+Say = Callable[[str], None]
+_GOOD_ENOUGH = 0.03  # share of the cap that may stay unused without another prediction
+_MOST_PREDICTIONS = 8
+_STEP_BYTES = 8 * MIB  # the least that a failed prediction adds to what is set aside
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fit:
+    """The answer: the chosen plan and its prediction, or the nearest miss (then `prediction` is None)."""
+
+    chosen: Candidate
+    prediction: Prediction | None
+    budget: Budget
+    reserved_bytes: int
+    """What the allocator is to take at most, margin included; for a miss by the table."""
+    reasons: tuple[str, ...]
+    refused: tuple[str, ...]
+    """What did not fit, and why; where nothing fits, also what would make it fit."""
+    frontier: tuple[FrontierRow, ...]
+
+    @property
+    def fits(self) -> bool:
+        """Whether there is a plan."""
+        return self.prediction is not None
+
+
+def fit(
+    profile: Profile,
+    card: Card,
+    budget: Budget,
+    wishes: Wishes,
+    predictor: Predictor,
+    *,
+    time_limit_seconds: float = 45.0,
+    say: Say = lambda line: None,
+) -> Fit:
+    """The best plan of the profile's model for the card, under the budget's cap.
+
+    time_limit_seconds: after it a plan that fits is not improved any more. say: told what is being done.
+    Raises ConfigError for wishes that no plan can fulfil.
+    """
+    start = time.monotonic()
+    profile = replace(profile, plan=replace(profile.plan, micro_batch=0)).check()
+    wishes.check(profile)
+    profile, why_precision = decide_precision(profile, card)
+    say("pricing every block under every policy")
+    planner = Planner(profile=profile, card=card, budget=budget, wishes=wishes, table=record_blocks(profile))
+    found = _verified(planner, predictor, start + time_limit_seconds, say)
+    refused = _refused(planner, found[0] if found else None)
+    frontier = planner.frontier()
+    if found is None:
+        nearest = _nearest_miss(planner)
+        return Fit(
+            chosen=nearest,
+            prediction=None,
+            budget=budget,
+            reserved_bytes=nearest.peak_bytes + planner.aside_bytes,
+            reasons=(budget.reason, why_precision),
+            refused=(*refused, *_ways_out(planner, nearest)),
+            frontier=frontier,
+        )
+    chosen, prediction = found
+    reserved = prediction.reserved_peak_bytes + prediction.margin_bytes
+    reasons = (budget.reason, why_precision, *_reasons(planner, chosen, prediction))
+    return Fit(
+        chosen=chosen,
+        prediction=prediction,
+        budget=budget,
+        reserved_bytes=reserved,
+        reasons=reasons,
+        refused=refused,
+        frontier=frontier,
+    )
+
+
+def decide_precision(profile: Profile, card: Card) -> tuple[Profile, str]:
+    """The profile with a precision the card can do, and the reason. Raises ConfigError for bf16 where it cannot."""
+    wanted = profile.plan.precision
+    if wanted == "bf16" and not card.bf16:
+        raise ConfigError(
+            f"plan.precision = 'bf16': {card.name} has no bf16 in hardware; use fp16, fp32, or leave it at auto"
+        )
+    precision, why = precision_for(card) if wanted == "auto" else (wanted, "as the profile says")
+    return replace(profile, plan=replace(profile.plan, precision=precision)), f"precision {precision}: {why}"
+
+
+def _verified(planner: Planner, predictor: Predictor, deadline: float, say: Say) -> tuple[Candidate, Prediction] | None:
+    """The best plan that the predictor agrees to, improved while there is time and something to gain."""
+    cap = planner.budget.cap_bytes
+    accepted: tuple[Candidate, Prediction] | None = None
+    for _ in range(_MOST_PREDICTIONS):
+        candidate = planner.best()
+        if candidate is None or (accepted is not None and candidate.profile == accepted[0].profile):
+            break
+        began = time.monotonic()
+        say(f"predicting the step: groups {_join(candidate.groups)}, micro-batch {candidate.micro_batch}")
+        prediction = predictor(candidate.profile, candidate.micro_batch, candidate.accumulation)
+        needed = prediction.reserved_peak_bytes + prediction.margin_bytes
+        host_limit = planner.wishes.host_mem_bytes
+        host_fits = host_limit is None or prediction.host_bytes <= host_limit
+        aside = max(0, needed - candidate.peak_bytes)
+        if prediction.fits(cap) and host_fits:
+            accepted = candidate, prediction
+            ends = 2 * time.monotonic() - began  # when another prediction would be done
+            if cap - needed < _GOOD_ENOUGH * cap or ends > deadline:
+                break
+        else:
+            if accepted is not None:
+                break
+            if not prediction.fits(cap):
+                aside = max(aside, planner.aside_bytes + _STEP_BYTES)
+        planner.set_aside(aside, max(0, prediction.host_bytes - candidate.host_bytes))
+    return accepted
+
+
+def _nearest_miss(planner: Planner) -> Candidate:
+    """The leanest plan of the fewest groups allowed, at the smallest micro-batch."""
+    options = planner.group_options(True) or planner.group_options(False)
+    return planner.leanest(options[-1], planner.micro_batches()[-1])
+
+
+# ---- in words --------------------------------------------------------------------------------------------------------
+
+
+def _reasons(planner: Planner, chosen: Candidate, prediction: Prediction) -> list[str]:
+    plan, cap = chosen.profile.plan, planner.budget.cap_bytes
+    own = planner.profile.model.scale_groups
+    out = [str(BatchPlan(chosen.profile.training.total_batch, chosen.micro_batch, chosen.accumulation, 1))]
+    if chosen.groups == own:
+        out.append(f"groups {_join(own)}: the model as it is")
+    else:
+        out.append(f"groups {_join(chosen.groups)} of {_join(own)}: the most that fit and were asked for")
+    parameters = planner.table.count(planner.table.parameters, chosen.groups)
+    if plan.offload_optimizer:
+        saved = format_bytes(12.0 * parameters)
+        out.append(f"engine {plan.engine}: gradients and Adamax states on the host take {saved} off the card")
+    else:
+        out.append(f"engine {plan.engine}: gradients and Adamax states fit on the card, nothing crosses the bus")
+    counts = Counter(chosen.assignment.keeps)
+    shares = ", ".join(f"{counts[keep]} {keep}" for keep in KEEPS if counts[keep])
+    fastest = planner.uniform(chosen, "all")
+    extra = chosen.seconds.total / fastest.seconds.total - 1
+    out.append(f"blocks keep: {shares}; recomputation makes a step {extra:.0%} longer than keeping everything")
+    needed = prediction.reserved_peak_bytes + prediction.margin_bytes
+    out.append(
+        f"peak {format_bytes(prediction.reserved_peak_bytes)} reserved + {format_bytes(prediction.margin_bytes)} margin"
+        f" = {format_bytes(needed)}, {format_bytes(cap - needed)} below the cap"
+    )
+    return out
+
+
+def _refused(planner: Planner, chosen: Candidate | None) -> tuple[str, ...]:
+    """Simpler or larger plans than the chosen one that the cap forbids."""
+    cap, aside = planner.budget.cap_bytes, planner.aside_bytes
+    out = []
+    own = planner.group_options(False)[0]
+    if chosen is None or chosen.groups != own:
+        lean = planner.leanest(own, planner.micro_batches()[-1])
+        out.append(
+            f"groups {_join(own)}: at micro-batch {lean.micro_batch} the leanest plan takes "
+            f"{format_bytes(lean.peak_bytes + aside)} on the card and {format_bytes(lean.host_bytes)} on the host"
+        )
+    if chosen is None:
+        return tuple(out)
+    for keep in KEEPS:
+        alike = planner.uniform(chosen, keep)
+        if alike.peak_bytes + aside > cap:
+            out.append(f"every block on {keep}: {format_bytes(alike.peak_bytes + aside)}")
+    larger = [m for m in planner.micro_batches() if m > chosen.micro_batch]
+    too_large = [m for m in larger if not planner.candidates(chosen.groups, m)]
+    if too_large:
+        lean = planner.leanest(chosen.groups, too_large[-1])
+        out.append(f"micro-batch {too_large[-1]}: at least {format_bytes(lean.peak_bytes + aside)}")
+    slower = [c for m in larger for c in planner.candidates(chosen.groups, m)]
+    if slower:
+        best = max(c.images_per_second for c in slower)
+        out.append(
+            f"micro-batch {slower[-1].micro_batch} and up would fit, but with more recomputation: {best:.3g} images/s "
+            f"at best, not {chosen.images_per_second:.3g}"
+        )
+    return tuple(out)
+
+
+def _ways_out(planner: Planner, nearest: Candidate) -> list[str]:
+    """What would make it fit, from the leanest plan there is."""
+    cap, needed = planner.budget.cap_bytes, nearest.peak_bytes + planner.aside_bytes
+    out = [
+        f"nearest miss: groups {_join(nearest.groups)} at micro-batch {nearest.micro_batch} takes "
+        f"{format_bytes(needed)} of {format_bytes(cap)} on the card, {format_bytes(nearest.host_bytes)} on the host"
+    ]
+    if needed > cap:
+        out.append(f"would fit: a card that leaves {format_bytes(needed)} to the allocator")
+    limit = planner.wishes.host_mem_bytes
+    if limit is not None and nearest.host_bytes + planner.host_aside_bytes > limit:
+        out.append(f"would fit: --host-mem {_round_up(nearest.host_bytes + planner.host_aside_bytes)}")
+    if planner.wishes.min_micro_batch > 1:
+        out.append("may fit: a smaller --min-micro-batch")
+    if planner.wishes.groups is not None and planner.wishes.groups[0] > 1:
+        out.append(f"may fit: fewer groups, --groups 1..{planner.wishes.groups[0] - 1}")
+    return out
+
+
+def _round_up(nbytes: int) -> str:
+    return f"{-(-nbytes // (100 * MIB)) * 100}M"
+
+
+def _join(groups: Groups) -> str:
+    return " + ".join(map(str, groups))

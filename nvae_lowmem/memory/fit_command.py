@@ -1,0 +1,277 @@
+"""The command that finds a memory plan: from its flags to the printed plan, the profile, JSON and a picture."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import platform
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+
+from nvae_lowmem import __version__
+from nvae_lowmem.config import ConfigError, Profile
+from nvae_lowmem.memory.cards import (
+    Budget,
+    Card,
+    OsName,
+    card_from_file,
+    detect_card,
+    find_card,
+    load_cards,
+    parse_gpu_mem,
+    this_os,
+    usable_bytes,
+)
+from nvae_lowmem.memory.describe import table
+from nvae_lowmem.memory.fit import Fit, Predictor, fit
+from nvae_lowmem.memory.fit_planner import Prefer, Wishes
+from nvae_lowmem.memory.predict import predict
+from nvae_lowmem.memory.report import PICTURE_SUFFIXES, timeline_html, timeline_png
+from nvae_lowmem.profile import load, override, save
+from nvae_lowmem.recipes import RECIPES, recipe
+from nvae_lowmem.units import format_bytes, format_seconds, parse_bytes
+
+FITS, BAD_INPUT, NOTHING_FITS = 0, 2, 3
+Bind = Callable[[Card, Budget], Predictor]
+
+
+def predictor_for(card: Card, budget: Budget) -> Predictor:
+    """The real predictor, for one card and what is left of it."""
+    return functools.partial(predict, card=card, budget=budget)
+
+
+def run_fit(argv: Sequence[str], description: str | None = None, bind: Bind = predictor_for) -> int:
+    """Run the command; returns the exit status. bind: makes the predictor for the card that was asked for."""
+    arguments = _parser(description).parse_args(argv)
+    try:
+        card, budget = _card(arguments)
+        profile = _profile(arguments)
+        outputs = [
+            _output("--out", arguments.out),
+            _output("--json", arguments.json if arguments.json != "-" else None),
+            _output("--picture", arguments.picture, PICTURE_SUFFIXES),
+        ]
+        found = fit(profile, card, budget, _wishes(arguments), bind(card, budget), say=_say)
+        if arguments.json == "-":
+            print(json.dumps(as_json(found, profile), indent=2))
+        else:
+            print(as_text(found, profile))
+        _write_all(found, profile, card, outputs, quiet=arguments.json == "-")
+    except ConfigError as error:
+        print(f"fit_memory: {error}", file=sys.stderr)
+        return BAD_INPUT
+    return FITS if found.fits else NOTHING_FITS
+
+
+def _say(line: str) -> None:
+    print(f"... {line}", file=sys.stderr, flush=True)
+
+
+# ---- the command line ------------------------------------------------------------------------------------------------
+
+
+def _parser(description: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--recipe", metavar="NAME", help=f"one of {', '.join(RECIPES)}")
+    what.add_argument("--profile", metavar="FILE", help="a profile's TOML file, or the name of a shipped profile")
+    add = parser.add_argument
+    add("--set", metavar="KEY=VALUE", nargs="+", action="extend", default=[], help="for example model.flows=0")
+    add("--card", metavar="NAME", help="gtx-970, ...; auto: the one in this machine; or a TOML file that describes it")
+    add("--gpu-mem", metavar="SIZE", help="plan for a card of this size, such as 4G (with --card: use no more of it)")
+    add(
+        "--os", choices=get_args(OsName), help="linux (headless), desktop (Linux with a screen), windows; else this one"
+    )
+    add("--host-mem", metavar="SIZE", help="host memory that training may take, such as 16G; without it: any")
+    add("--prefer", choices=get_args(Prefer), default="speed", help="what to gain with the memory (%(default)s)")
+    add("--min-micro-batch", metavar="N", type=int, default=1, help="BatchNorm wants some images (%(default)s)")
+    add("--groups", metavar="A..B", help="groups of the highest resolution; the other scales follow in proportion")
+    add("--total-batch", metavar="N", type=int, help="images per optimiser step (the profile's)")
+    add("--engine", choices=("auto", "torch", "deepspeed"), default="auto", help="auto: the profile's, else torch")
+    add("--out", metavar="FILE", help="the profile to write (NAME-CARD.toml in this folder)")
+    add("--json", metavar="FILE", help="write the answer as JSON, too; - prints JSON and nothing else")
+    add("--picture", metavar="FILE", help="the step's memory over time: a file that ends in .png or .html")
+    return parser
+
+
+def _card(arguments: argparse.Namespace) -> tuple[Card, Budget]:
+    """The card to plan for and what is left of it."""
+    os: OsName = arguments.os or this_os()
+    size = parse_gpu_mem(arguments.gpu_mem) if arguments.gpu_mem is not None else None
+    name = arguments.card
+    if name is None:
+        if size is None:
+            raise ConfigError("which card? Give --card NAME, --card auto, or --gpu-mem 4G")
+        classes = [card for card in load_cards().values() if card.plain]
+        near = min(classes, key=lambda card: abs(card.total_bytes_linux - size))
+        return near, usable_bytes(None, os, size)
+    if name == "auto":
+        card = detect_card()
+    else:
+        card = card_from_file(name) if name.endswith(".toml") or Path(name).is_file() else find_card(name)
+    return card, usable_bytes(card, os, size)
+
+
+def _profile(arguments: argparse.Namespace) -> Profile:
+    profile = load(arguments.profile) if arguments.profile is not None else recipe(arguments.recipe)
+    # the plan is what is looked for: the profile's own micro-batch must not stand against another total batch
+    profile = override(replace(profile, plan=replace(profile.plan, micro_batch=0)), arguments.set)
+    if arguments.total_batch is not None:
+        if arguments.total_batch < 1:
+            raise ConfigError(f"--total-batch {arguments.total_batch} must be at least 1")
+        profile = replace(profile, training=replace(profile.training, total_batch=arguments.total_batch))
+    return profile
+
+
+def _wishes(arguments: argparse.Namespace) -> Wishes:
+    host = None
+    if arguments.host_mem is not None:
+        try:
+            host = parse_bytes(arguments.host_mem, "--host-mem")
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+    return Wishes(
+        prefer=arguments.prefer,
+        min_micro_batch=arguments.min_micro_batch,
+        groups=_range(arguments.groups) if arguments.groups is not None else None,
+        host_mem_bytes=host,
+        engine=arguments.engine,
+    )
+
+
+def _range(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"\s*(\d+)\s*(?:\.\.\s*(\d+)\s*)?", text)
+    if match is None:
+        raise ConfigError(f"--groups {text!r} is neither a number nor a range such as 8..20")
+    return int(match[1]), int(match[2] or match[1])
+
+
+def _output(flag: str, name: str | None, suffixes: Sequence[str] = ()) -> Path | None:
+    """The file to write, checked before the work begins."""
+    if name is None:
+        return None
+    path = Path(name)
+    if suffixes and path.suffix.lower() not in suffixes:
+        raise ConfigError(f"{flag} {name}: the name must end in {' or '.join(suffixes)}")
+    if path.is_dir() or not path.parent.is_dir():
+        why = "it is a folder" if path.is_dir() else f"there is no folder {path.parent}"
+        raise ConfigError(f"{flag} {name}: {why}; name a file in a folder that exists")
+    return path
+
+
+# ---- the answer ------------------------------------------------------------------------------------------------------
+
+
+def as_json(found: Fit, profile: Profile) -> dict[str, Any]:
+    """The answer for programs; sizes in bytes, for a miss those of the nearest one."""
+    c, plan = found.chosen, found.chosen.profile.plan
+    p = found.prediction
+    return {
+        "recipe": profile.name,
+        "fits": found.fits,
+        "cap_bytes": found.budget.cap_bytes,
+        "micro_batch": c.micro_batch,
+        "accumulation": c.accumulation,
+        "total_batch": c.profile.training.total_batch,
+        "groups_per_scale": list(c.groups),
+        "precision": plan.precision,
+        "engine": plan.engine,
+        "zero_stage": plan.zero_stage if plan.engine == "deepspeed" else None,
+        "peak_allocated_bytes": p.allocated_peak_bytes if p else c.peak_bytes,
+        "peak_reserved_bytes": found.reserved_bytes,
+        "host_bytes": p.host_bytes if p else c.host_bytes,
+        "seconds_per_step": c.seconds.total,
+        "reasons": [*found.reasons, *found.refused],
+        "plan": asdict(plan),
+    }
+
+
+def as_text(found: Fit, profile: Profile) -> str:
+    """The answer for people."""
+    c = found.chosen
+    head = "fits" if found.fits else "does not fit"
+    lines = [f"{profile.name} {head}", *(f"  {reason}" for reason in found.reasons)]
+    if found.fits:
+        s = c.seconds
+        parts = f"card {s.card:.2f} s, bus {s.link:.2f} s, optimiser {s.optimizer:.2f} s"
+        lines.append(f"  about {format_seconds(s.total)} per step ({parts}), {c.images_per_second:.3g} images/s")
+    if found.refused:
+        lines += ["", "What does not fit" if found.fits else "Why not", *(f"  {line}" for line in found.refused)]
+    return "\n".join([*lines, "", "Peak and speed, estimated", *(f"  {line}" for line in table(*frontier_rows(found)))])
+
+
+def frontier_rows(found: Fit) -> tuple[str, list[tuple[str, ...]]]:
+    """(alignment, rows) of the table over groups and micro-batches."""
+    rows: list[tuple[str, ...]] = [("groups", "micro-batch", "peak", "images/s")]
+    for row in found.frontier:
+        speed = f"{row.images_per_second:.3g}" if row.images_per_second is not None else "does not fit"
+        groups = " + ".join(map(str, row.groups))
+        rows.append((groups, str(row.micro_batch), format_bytes(row.peak_bytes), speed))
+    return "<>>>", rows
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+def _write_all(found: Fit, profile: Profile, card: Card, outputs: Sequence[Path | None], quiet: bool) -> None:
+    out, table_file, picture = outputs
+    if table_file is not None:
+        _write("--json", table_file, json.dumps(as_json(found, profile), indent=2).encode() + b"\n")
+    if found.prediction is None:
+        return
+    if picture is not None:
+        _write("--picture", picture, _picture(found, profile, card, picture.suffix.lower()))
+    path = out or Path(f"{re.sub(r'[^A-Za-z0-9.]+', '-', f'{profile.name}-{card.id}')}.toml")
+    try:
+        save(_planned(found, card), path, header="\n".join(found.reasons))
+    except OSError as error:
+        raise ConfigError(
+            f"--out {path} cannot be written: {error.strerror}; name a file in a folder that is"
+        ) from None
+    if not quiet:
+        print(f"\nwrote {path}: train with launch/train.py --profile {path}")
+
+
+def _planned(found: Fit, card: Card) -> Profile:
+    """The chosen profile, with where it comes from."""
+    c, p = found.chosen, found.prediction
+    assert p is not None
+    made = {
+        "card": card.id,
+        "versions": f"nvae-lowmem {__version__}, torch {torch.__version__}, python {platform.python_version()}",
+        "predicted_allocated_bytes": p.allocated_peak_bytes,
+        "predicted_reserved_bytes": p.reserved_peak_bytes,
+        "predicted_host_bytes": p.host_bytes,
+        "predicted_seconds_per_step": round(c.seconds.total, 3),
+    }
+    return replace(c.profile, provenance={**c.profile.provenance, **made})
+
+
+def _picture(found: Fit, profile: Profile, card: Card, suffix: str) -> bytes:
+    c, p, cap = found.chosen, found.prediction, found.budget.cap_bytes
+    assert p is not None
+    title = f"{profile.name} on {card.name}: micro-batch {c.micro_batch}, {c.profile.plan.precision}"
+    if suffix == ".png":
+        return timeline_png(p, title, cap)
+    tables: list[tuple[str, Sequence[Sequence[str]]]] = [
+        ("The plan", [(reason,) for reason in found.reasons]),
+        ("What does not fit", [(line,) for line in found.refused] or [("nothing larger was looked for",)]),
+        ("Peak and speed, estimated", frontier_rows(found)[1]),
+    ]
+    return timeline_html(p, title, cap, tables).encode()
+
+
+def _write(flag: str, path: Path, content: bytes) -> None:
+    try:
+        path.write_bytes(content)
+    except OSError as error:
+        raise ConfigError(
+            f"{flag} {path} cannot be written: {error.strerror}; name a file in a folder that is"
+        ) from None
