@@ -1,4 +1,4 @@
-"""What every benchmark says about where and when it ran. Imports nothing heavy: a parent's memory shows in a child's."""
+"""What every benchmark says about where and when it ran. Imports nothing large: see step.py for why."""
 
 from __future__ import annotations
 

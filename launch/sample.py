@@ -8,11 +8,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a checkout that is not installed, too
 
-from nvae_lowmem.generation.sample_command import run_sampling
+from nvae_lowmem.threads import wait_politely
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, draw, write, and return the exit code: 0 done, 2 bad input, 5 out of memory."""
+    wait_politely()  # before torch is imported
+    from nvae_lowmem.generation.sample_command import run_sampling
+
     return run_sampling(sys.argv[1:] if argv is None else argv)
 
 

@@ -315,6 +315,7 @@ def test_a_model_with_a_plan_can_be_copied(copied: Callable[[nn.Module], Any]) -
     apply_plan(model, plan_of([KEEPS[i % len(KEEPS)] for i in range(len(BLOCKS))]))
     backward_of_one_pass(model, SeededNoise(0))  # so that the host store has been at work
     twin = copied(model)
+    assert isinstance(model.run_block, KeepRunner)
     assert twin.run_block is not model.run_block and twin.run_block.keeps == model.run_block.keeps
     with torch.no_grad():
         found, expected = (loss_of(m.eval()(images(CONFIG), SeededNoise(1))) for m in (twin, model))
@@ -335,10 +336,17 @@ def test_the_host_store_gives_back_what_it_was_given_and_leaves_small_things_alo
     assert torch.equal(store.unpack(packed), tensor)
 
 
-def test_the_host_store_fetches_one_tensor_ahead_in_reverse_order() -> None:
-    store = HostStore()
-    tensors = [torch.full((2048,), float(i)) for i in range(4)]
-    parked: list[Any] = [store.pack(tensor) for tensor in tensors]
-    for i in (3, 2, 1, 0):
-        assert torch.equal(store.unpack(parked[i]), tensors[i])
-        assert [p.back is not None for p in parked] == [j == i - 1 for j in range(4)]
+@pytest.mark.xfail(strict=True, reason="two inputs of one block come back in forward order, which empties the store")
+def test_what_a_block_kept_on_the_host_is_on_its_way_before_the_block_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, on_their_way, unpack = build(CONFIG), list[bool](), HostStore.unpack
+
+    def watched(self: HostStore, parked: Any) -> Tensor:
+        if not isinstance(parked, Tensor):
+            on_their_way.append(parked.back is not None)
+        return unpack(self, parked)
+
+    monkeypatch.setattr(HostStore, "unpack", watched)
+    apply_plan(model, MemoryPlan(keep="host"))
+    backward_of_one_pass(model, SeededNoise(0))
+    # the head comes first in backward: its two inputs, the state and the images, are fetched when they are needed
+    assert len(on_their_way) > len(BLOCKS) and all(on_their_way[2:])

@@ -1,8 +1,7 @@
-"""`launch/train.py` as a user runs it: a real run on real digits, its folder, going on, stopping, and every mistake."""
+"""Training as a user starts it: a real run on real digits, what it leaves, how it goes on and how it stops."""
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import math
@@ -12,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,51 +19,15 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from training_runs import EMA_DECAY, STEPS, run, tree, write_profile
 
 from nvae_lowmem import profile as profiles
-from nvae_lowmem.generation.grids import training_pictures
 from nvae_lowmem.model.latents import SeededNoise
 from nvae_lowmem.model.nvae import NVAE
 from nvae_lowmem.training import checkpoint
-from nvae_lowmem.training.main import run_training
 from nvae_lowmem.training.monitor import Monitor, is_early
 
-STEPS, EMA_DECAY = 4, 0.5
 REPOSITORY = Path(__file__).resolve().parent.parent
-PROFILE = f"""
-name = "quick"
-
-[model]
-image_size = 16
-bits = 1
-channels_encoder = 4
-channels_decoder = 4
-scales = 1
-groups = 2
-adaptive = false
-latents = 2
-cells_encoder = 1
-cells_decoder = 1
-preprocess_blocks = 1
-preprocess_cells = 1
-postprocess_blocks = 1
-postprocess_cells = 1
-
-[training]
-total_batch = 8
-steps = {STEPS}
-warmup_epochs = 0
-ema_decay = {EMA_DECAY}
-log_every = 1
-evaluate_every = 2
-evaluate_images = 6
-sample_every = 4
-save_every = 1
-keep_last = 10
-
-[plan]
-micro_batch = 4
-"""
 FIGURES = {
     "train/nelbo_iter", "train/recon_iter", "train/kl_iter", "train/loss", "train/lr", "train/norm_loss",
     "train/bn_loss", "train/wdn_coeff", "train/loss_scale", "train/overflows", "kl_coeff/coeff",
@@ -73,30 +35,6 @@ FIGURES = {
     "kl/active_1", "kl_coeff/layer_0", "kl_coeff/layer_1",
 }  # fmt: skip
 HELD_OUT = {"val/nelbo", "val/recon", "val/kl", "val/bpd_elbo", "val_active/layer_0", "val_active/layer_1"}
-
-
-class Finished(NamedTuple):
-    """A command's exit code and what it said."""
-
-    code: int
-    said: str
-    complained: str
-
-
-def run(profile: Path | str, *arguments: str) -> Finished:
-    """The training command in this process."""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = run_training(["--profile", str(profile), "--device", "cpu", *arguments], training_pictures)
-    return Finished(code, out.getvalue(), err.getvalue())
-
-
-def write_profile(folder: Path, **changes: str) -> Path:
-    """The quick profile with lines replaced: steps="steps = 9"."""
-    lines = [next((v for k, v in changes.items() if ln.startswith(f"{k} =")), ln) for ln in PROFILE.splitlines()]
-    path = folder / "quick.toml"
-    path.write_text("\n".join(lines))
-    return path
 
 
 class Trained(NamedTuple):
@@ -116,21 +54,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     return Trained(profile, root / "runs" / "00000-quick", result.said)
 
 
-@pytest.fixture
-def working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty folder to run in, so that whatever is written by default shows."""
-    folder = tmp_path / "here"
-    folder.mkdir()
-    monkeypatch.chdir(folder)
-    yield folder
-
-
 def records(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "stats.jsonl").read_text().splitlines()]
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 # --- what a run leaves ------------------------------------------------------------------------------------------------
@@ -313,6 +238,15 @@ def test_never_resuming_refuses_a_folder_with_a_checkpoint(trained: Trained, tmp
     assert result.code == 2 and "--resume is never" in result.complained and str(folder) in result.complained
 
 
+@pytest.mark.xfail(strict=True, reason="the old config.toml stays beside checkpoints of another model")
+def test_a_folder_that_was_left_before_its_first_checkpoint_can_be_used_for_another_model(tmp_path: Path) -> None:
+    profile, folder = write_profile(tmp_path), tmp_path / "run"
+    profiles.save(profiles.override(profiles.load(profile), ["model.latents=5"]), folder / "config.toml")
+    assert run(profile, "--run-dir", str(folder), "--steps", "1").code in (0, 2)  # trains or refuses
+    if checkpoint.newest(folder) is not None:
+        assert checkpoint.load_run(folder)[0].model.latents == 2
+
+
 # --- stopping ---------------------------------------------------------------------------------------------------------
 
 
@@ -354,108 +288,6 @@ def test_a_loss_that_is_no_number_ends_with_advice_and_its_own_exit_code(tmp_pat
     assert "Traceback" not in result.complained and result.complained.count("\n") == 1
 
 
-# --- before anything is written ---------------------------------------------------------------------------------------
-
-
-def test_a_dry_run_prints_the_plan_and_writes_nothing(working_directory: Path, tmp_path: Path) -> None:
-    profile = write_profile(tmp_path)
-    for more in ((), ("--run-dir", "mine"), ("--runs-dir", "elsewhere")):
-        result = run(profile, "--dry-run", *more)
-        assert result.code == 0 and "parameters" in result.said and list(working_directory.iterdir()) == []
-        printed = profiles.loads(result.said[result.said.index("name = ") :])
-        assert printed == profiles.loads(profiles.dumps(printed)) and printed.plan.micro_batch == 4
-
-
-def pictures(folder: Path, mode: str = "L", size: tuple[int, int] = (20, 20), count: int = 6) -> Path:
-    folder.mkdir()
-    generator = np.random.default_rng(0)
-    for i in range(count):
-        pixels = generator.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-        Image.fromarray(pixels).convert(mode).save(folder / f"{i}.png")
-    return folder
-
-
-def bad_inputs(tmp_path: Path) -> dict[str, tuple[list[str], list[str]]]:
-    """What a user may get wrong: name -> (arguments, words that the answer has to contain)."""
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "file").write_text("no folder")
-    (tmp_path / "typo.toml").write_text(PROFILE.replace("total_batch", "total_bach"))
-    (tmp_path / "broken.toml").write_text("[model\n")
-    grey = str(pictures(tmp_path / "grey"))
-    coloured = str(pictures(tmp_path / "coloured", "RGB"))
-    wide = str(pictures(tmp_path / "wide", size=(20, 12)))
-    colour_model = ["--set", "model.image_channels=3", "--set", "model.bits=8"]
-    return {
-        "missing data": (["--data", "no/such/folder"], ["'no/such/folder' does not exist", "--data"]),
-        "misspelt set": (["--data", "mnist5"], ["did you mean 'mnist5k'"]),
-        "empty folder": (["--data", str(tmp_path / "empty")], [str(tmp_path / "empty"), "it is empty"]),
-        "grey for RGB": (["--data", grey, *colour_model], ["are grey", "set model.image_channels = 1"]),
-        "RGB for grey": (["--data", coloured], ["in colour", "set model.image_channels = 3"]),
-        "not square": (["--data", wide, "--set", "data.crop='none'"], ["20 x 12", "data.crop = 'centre'"]),
-        "too small": (["--data", wide, "--set", "data.crop_pixels=16"], ["20 x 12", "set at most 12"]),
-        "unknown profile": (["--profile", "demo-mnits"], ["--profile demo-mnits", "near: demo-mnist"]),
-        "broken profile": (["--profile", str(tmp_path / "broken.toml")], ["broken.toml", "not valid TOML"]),
-        "unknown key": (["--profile", str(tmp_path / "typo.toml")], ["did you mean training.total_batch?"]),
-        "unknown --set": (["--set", "model.latent=3"], ["did you mean model.latents?"]),
-        "shapeless --set": (["--set", "latents"], ["'latents' must look like"]),
-        "wrong type": (["--set", "model.latents=many"], ["model.latents = 'many' must be a whole number"]),
-        "impossible model": (["--set", "model.image_size=15"], ["15 pixels cannot be halved 1 times", "use 16"]),
-        "several at once": (["--set", "model.bits=9", "--set", "plan.zero_stage=5"], ["model.bits", "plan.zero_stage"]),
-        "not divisible": (["--total-batch", "10"], ["total_batch = 10 is not a multiple of plan.micro_batch = 4"]),
-        "no place": (["--runs-dir", str(tmp_path / "file" / "runs")], ["--runs-dir", "cannot make a run folder"]),
-        "no place for one": (["--run-dir", str(tmp_path / "file")], ["--run-dir", "cannot be made"]),
-    }  # fmt: skip
-
-
-BAD_INPUTS = (
-    "missing data", "misspelt set", "empty folder", "grey for RGB", "RGB for grey", "not square", "too small",
-    "unknown profile", "broken profile", "unknown key", "unknown --set", "shapeless --set", "wrong type",
-    "impossible model", "several at once", "not divisible", "no place", "no place for one",
-)  # fmt: skip
-
-
-@pytest.mark.parametrize("name", BAD_INPUTS)
-def test_a_mistake_is_answered_in_one_paragraph_and_nothing_is_written(
-    name: str, working_directory: Path, tmp_path: Path
-) -> None:
-    profile = write_profile(tmp_path)
-    cases = bad_inputs(tmp_path)
-    assert set(cases) == set(BAD_INPUTS)
-    arguments, words = cases[name]
-    before = tree(tmp_path)
-    result = run(profile, *arguments)
-    assert result.code == 2
-    assert result.complained.startswith("train.py: ") and result.complained.endswith("\n")
-    assert "Traceback" not in result.complained and "\n\n" not in result.complained
-    assert all(word in result.complained for word in words), result.complained
-    assert tree(tmp_path) == before and list(working_directory.iterdir()) == []
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_gpu_that_is_not_there_is_a_mistake_too(working_directory: Path, tmp_path: Path) -> None:
-    result = run(write_profile(tmp_path), "--device", "cuda")
-    assert result.code == 2 and "--device cuda" in result.complained and list(working_directory.iterdir()) == []
-
-
-@pytest.mark.parametrize("arguments", [["--no-such-flag"], ["--steps", "many"], ["--resume", "perhaps"]])
-def test_flags_that_there_are_not_end_with_the_same_exit_code(
-    arguments: list[str], working_directory: Path, tmp_path: Path
-) -> None:
-    with pytest.raises(SystemExit) as caught:
-        run(write_profile(tmp_path), *arguments)
-    assert caught.value.code == 2 and list(working_directory.iterdir()) == []
-
-
-def test_a_truncated_image_is_skipped_and_counted(tmp_path: Path) -> None:
-    folder = pictures(tmp_path / "pictures", count=8)
-    whole = (folder / "3.png").read_bytes()
-    (folder / "3.png").write_bytes(whole[: len(whole) // 2])
-    result = run(write_profile(tmp_path), "--data", str(folder), "--runs-dir", str(tmp_path / "runs"), "--steps", "1")
-    assert (result.code, result.complained) == (0, "")
-    assert "1 images cannot be read and are skipped" in result.said and str(folder / "3.png") in result.said
-    assert "1 unreadable images skipped" in result.said and "step 1/1" in result.said
-
-
 # --- the monitor ------------------------------------------------------------------------------------------------------
 
 
@@ -464,14 +296,15 @@ def test_early_steps_are_powers_of_two_and_multiples() -> None:
 
 
 def test_processes_other_than_the_first_say_and_write_nothing(
-    working_directory: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     with Monitor(None, total_steps=3) as monitor:
         monitor.say("hello")
         monitor.scalars(1, {"a": 1.0})
         monitor.picture(1, "p", np.zeros((2, 2, 3), np.uint8))
         monitor.progress(1, "line", show=True)
-    assert capsys.readouterr() == ("", "") and list(working_directory.iterdir()) == []
+    assert capsys.readouterr() == ("", "") and list(tmp_path.iterdir()) == []
 
 
 def test_a_resumed_monitor_replaces_figures_of_steps_that_are_run_again(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ Predictor = Callable[[Profile, int, int], Prediction]
 Say = Callable[[str], None]
 _GOOD_ENOUGH = 0.03  # share of the cap that may stay unused without another prediction
 _MOST_PREDICTIONS = 8
-_STEP_BYTES = 8 * MIB  # the least that a failed prediction adds to what is set aside
+_STEP_SHARE = 0.01  # of the cap: the least that a failed prediction adds to what is set aside
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,13 +126,14 @@ def _verified(planner: Planner, predictor: Predictor, deadline: float, say: Say)
         if prediction.fits(cap) and host_fits:
             accepted = candidate, prediction
             ends = 2 * time.monotonic() - began  # when another prediction would be done
-            if cap - needed < _GOOD_ENOUGH * cap or ends > deadline:
+            whole = candidate.groups == planner.group_options(False)[0]
+            if (whole and cap - needed < _GOOD_ENOUGH * cap) or ends > deadline:
                 break
         else:
             if accepted is not None:
                 break
             if not prediction.fits(cap):
-                aside = max(aside, planner.aside_bytes + _STEP_BYTES)
+                aside = max(aside, planner.aside_bytes + int(_STEP_SHARE * cap))
         planner.set_aside(aside, max(0, prediction.host_bytes - candidate.host_bytes))
     return accepted
 
@@ -153,7 +154,8 @@ def _reasons(planner: Planner, chosen: Candidate, prediction: Prediction) -> lis
     if chosen.groups == own:
         out.append(f"groups {_join(own)}: the model as it is")
     else:
-        out.append(f"groups {_join(chosen.groups)} of {_join(own)}: the most that fit and were asked for")
+        asked = ", of those asked for" if planner.wishes.groups is not None else ""
+        out.append(f"groups {_join(chosen.groups)} instead of {_join(own)}: the most that fit{asked}")
     parameters = planner.table.count(planner.table.parameters, chosen.groups)
     if plan.offload_optimizer:
         saved = format_bytes(12.0 * parameters)
@@ -170,6 +172,8 @@ def _reasons(planner: Planner, chosen: Candidate, prediction: Prediction) -> lis
         f"peak {format_bytes(prediction.reserved_peak_bytes)} reserved + {format_bytes(prediction.margin_bytes)} margin"
         f" = {format_bytes(needed)}, {format_bytes(cap - needed)} below the cap"
     )
+    if prediction.retries:
+        out.append(f"the allocator gives back its cache {prediction.retries} times per step, which takes time")
     return out
 
 
@@ -213,14 +217,14 @@ def _ways_out(planner: Planner, nearest: Candidate) -> list[str]:
         f"{format_bytes(needed)} of {format_bytes(cap)} on the card, {format_bytes(nearest.host_bytes)} on the host"
     ]
     if needed > cap:
-        out.append(f"would fit: a card that leaves {format_bytes(needed)} to the allocator")
+        out.append(f"needed: a card that leaves {format_bytes(needed)} to the allocator")
     limit = planner.wishes.host_mem_bytes
     if limit is not None and nearest.host_bytes + planner.host_aside_bytes > limit:
-        out.append(f"would fit: --host-mem {_round_up(nearest.host_bytes + planner.host_aside_bytes)}")
+        out.append(f"needed: --host-mem {_round_up(nearest.host_bytes + planner.host_aside_bytes)}")
     if planner.wishes.min_micro_batch > 1:
-        out.append("may fit: a smaller --min-micro-batch")
+        out.append("or: a smaller --min-micro-batch")
     if planner.wishes.groups is not None and planner.wishes.groups[0] > 1:
-        out.append(f"may fit: fewer groups, --groups 1..{planner.wishes.groups[0] - 1}")
+        out.append(f"or: fewer groups, --groups 1..{planner.wishes.groups[0] - 1}")
     return out
 
 

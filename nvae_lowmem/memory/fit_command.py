@@ -49,7 +49,7 @@ def predictor_for(card: Card, budget: Budget) -> Predictor:
 
 def run_fit(argv: Sequence[str], description: str | None = None, bind: Bind = predictor_for) -> int:
     """Run the command; returns the exit status. bind: makes the predictor for the card that was asked for."""
-    arguments = _parser(description).parse_args(argv)
+    arguments = _parser(description).parse_args(_joined(argv))
     try:
         card, budget = _card(arguments)
         profile = _profile(arguments)
@@ -99,6 +99,17 @@ def _parser(description: str | None) -> argparse.ArgumentParser:
     add("--json", metavar="FILE", help="write the answer as JSON, too; - prints JSON and nothing else")
     add("--picture", metavar="FILE", help="the step's memory over time: a file that ends in .png or .html")
     return parser
+
+
+def _joined(argv: Sequence[str]) -> list[str]:
+    """`--gpu-mem -3G` as `--gpu-mem=-3G`, so that a negative size is refused as one and not taken for a flag."""
+    out: list[str] = []
+    for word in argv:
+        if out and out[-1] in ("--gpu-mem", "--host-mem", "--groups") and re.match(r"-\d", word):
+            out[-1] += f"={word}"
+        else:
+            out.append(word)
+    return out
 
 
 def _card(arguments: argparse.Namespace) -> tuple[Card, Budget]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from typing import Any
@@ -25,7 +25,7 @@ from nvae_lowmem.memory.trace_affine import NotAffine, affine
 from nvae_lowmem.memory.trace_events import BLOCK_BYTES, ON_CARD, Peak, Trace, handed_on
 from nvae_lowmem.units import format_bytes
 
-__all__ = ["Prediction", "decided", "predict"]
+__all__ = ["Prediction", "as_text", "decided", "predict"]
 
 _TIMELINE_POINTS = 400
 _TRACES_KEPT = 6  # some ten MiB each
@@ -42,7 +42,7 @@ class Prediction:
     allocated_peak_bytes: int
     """Most bytes in blocks of the caching allocator at once: torch.cuda.max_memory_allocated()."""
     reserved_peak_bytes: int
-    """Most bytes the allocator takes from the card: torch.cuda.max_memory_reserved()."""
+    """Most bytes the allocator takes from the card: torch.cuda.max_memory_reserved(). Where `oom`: without the cap."""
     peak: Peak
     """The moment of the largest use: block, phase, operation, and the split by category and block."""
     timeline: tuple[tuple[int, dict[str, int]], ...]
@@ -56,9 +56,9 @@ class Prediction:
     init_peak_bytes: int
     """Most bytes in the allocator while the engine is built, before the first step."""
     margin_bytes: int
-    """What may come on top of the reserved peak, never off it: with every bound of the unknown taken at its most."""
+    """What may come on top of either peak, never off it: with every bound of the unknown taken at its most."""
     retries: int
-    """How often a step has to give back the cache before it gets memory, in the last of the steps; slow."""
+    """How often the allocator has to give back its cache in a step before it gets memory; slow."""
     overlay: tuple[Entry, ...]
     """What no trace sees, each with its source."""
     oom: str | None
@@ -107,13 +107,18 @@ def predict(
     requests = _three_steps(known)
     room = _replay(requests, parsed, None)
     stats = room.checkpoints[-1]
-    bound = _replay(_three_steps(overlaid(trace, held)), parsed, None).checkpoints[-1].peak_reserved_bytes
-    margin = max(0, bound - stats.peak_reserved_bytes)
+    most = _replay(_three_steps(overlaid(trace, held)), parsed, None).checkpoints[-1]
+    margin = max(
+        0,
+        most.peak_reserved_bytes - stats.peak_reserved_bytes,
+        most.peak_allocated_bytes - stats.peak_allocated_bytes,
+    )
     oom = None
     if budget is not None and stats.peak_reserved_bytes + margin > budget.cap_bytes:
-        room = _replay(requests, parsed, budget, margin)
-        stats = room.checkpoints[-1]
-        oom = _why(known, requests, room, margin)
+        capped = _replay(requests, parsed, budget, margin)
+        oom = _why(known, requests, capped, margin)
+        if oom is None:
+            room, stats = capped, capped.checkpoints[-1]
     locked = sum(entry.nbytes for entry in overlay if entry.when == "pinned") + _parked_bytes(trace)
     return Prediction(
         micro_batch=micro_batch,
@@ -128,7 +133,7 @@ def predict(
         context_bytes=sum(entry.nbytes for entry in overlay if entry.when == "context"),
         init_peak_bytes=_at_setup(known) + sum(entry.nbytes for entry in overlay if entry.when == "setup"),
         margin_bytes=margin,
-        retries=stats.retries - (room.checkpoints[-2].retries if len(room.checkpoints) > 1 else 0),
+        retries=stats.retries - room.checkpoints[-2].retries,
         overlay=overlay,
         oom=oom,
     )
@@ -262,22 +267,34 @@ def _parked_bytes(trace: Trace) -> int:
     return most
 
 
-def summary(prediction: Prediction, cap_bytes: int = 0) -> Sequence[tuple[str, str]]:
-    """(what, how much) for people."""
-    p = prediction
+def as_text(prediction: Prediction, cap_bytes: int = 0) -> str:
+    """The prediction for people: what it comes to, what owns the peak, and what no trace sees. cap_bytes 0: no cap."""
+    p, gib = prediction, format_bytes
     rows = [
         ("micro-batch", f"{p.micro_batch} x accumulation {p.accumulation}, {p.precision}"),
-        ("allocated peak", format_bytes(p.allocated_peak_bytes)),
-        ("reserved peak", format_bytes(p.reserved_peak_bytes)),
-        ("margin", f"{format_bytes(p.margin_bytes)} above that at most"),
-        ("outside the allocator", format_bytes(p.context_bytes)),
-        ("while the engine is built", format_bytes(p.init_peak_bytes)),
-        ("host memory", f"{format_bytes(p.host_bytes)}, of it page-locked {format_bytes(p.pinned_bytes)}"),
-        ("peak is reached in", f"{p.peak.phase} of {p.peak.block}, {p.peak.operation}"),
+        ("allocated peak", gib(p.allocated_peak_bytes)),
+        ("reserved peak", f"{gib(p.reserved_peak_bytes)}, and up to {gib(p.margin_bytes)} more (margin)"),
+        ("outside the allocator", gib(p.context_bytes)),
+        ("while the engine is built", gib(p.init_peak_bytes)),
+        ("host memory", f"{gib(p.host_bytes)}, of it page-locked {gib(p.pinned_bytes)}"),
     ]
     if p.retries:
-        rows.append(("cache given back", f"{p.retries} times per step: slow; a smaller micro-batch avoids it"))
+        rows.append(("cache given back", f"{p.retries} times in a step, which is slow: use a smaller micro-batch"))
     if cap_bytes:
-        verdict = "yes" if p.fits(cap_bytes) else f"NO: {p.oom or 'more than the cap'}"
-        rows.append((f"fits {format_bytes(cap_bytes)}", verdict))
-    return rows
+        rows.append((f"fits {gib(cap_bytes)}", "yes" if p.fits(cap_bytes) else f"NO: {p.oom or 'more than the cap'}"))
+    blocks = sorted(p.peak.by_block.items(), key=lambda item: -item[1])[:5]
+    tables = {
+        "": rows,
+        f"The peak comes in {p.peak.phase} of {p.peak.block}, {p.peak.operation}; then there are": [
+            (name, gib(nbytes)) for name, nbytes in p.peak.by_category.items() if nbytes
+        ],
+        "Made by the blocks": [(name or "set-up", gib(nbytes)) for name, nbytes in blocks],
+        "Not in the trace": [
+            (e.name, f"{'up to ' if e.is_bound else ''}{gib(e.nbytes)} ({e.when}): {e.source}") for e in p.overlay
+        ],
+    }
+    lines = []
+    for title, table in tables.items():
+        lines += ["", title] if title else []
+        lines += [f"  {name:<26}{text}" for name, text in table]
+    return "\n".join(lines)

@@ -21,6 +21,7 @@ COLOURS = {
     "temporary": "#D994BC",
     "noise": "#3DBE95",
     "data": "#404040",
+    "buffer": "#C9B79C",
 }
 PICTURE_SUFFIXES = (".png", ".html")
 _CAP_COLOUR = "#B00020"
@@ -53,8 +54,8 @@ def timeline_png(prediction: Prediction, title: str, cap_bytes: int = 0) -> byte
         axes.set(xlim=(events[0], max(events[-1], events[0] + 1)), ylim=(0, 1.1 * top))
         axes.set_xlabel("allocations and frees of one training step")
         axes.set_ylabel("on the card, GiB")
-        axes.set_title(title, loc="left", fontsize=11)
-        axes.text(1, 1.015, _peak_text(prediction), transform=axes.transAxes, ha="right", fontsize=8, color="#505050")
+        axes.set_title(f"{title}\n", loc="left", fontsize=11)
+        axes.text(0, 1.02, _peak_text(prediction), transform=axes.transAxes, fontsize=8, color="#505050")
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(*(part[::-1] for part in axes.get_legend_handles_labels()), loc="center left",
                     bbox_to_anchor=(1.0, 0.5), frameon=False)  # fmt: skip

@@ -55,6 +55,7 @@ class Ghosts:
 
     def __init__(self) -> None:
         self._fake = FakeTensorMode()
+        self._fake.cache_enabled = False  # it is never asked twice
 
     def run(self, func: Any, nature: Nature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What `func` returns, new tensors as ghosts; what it would write is not written."""

@@ -1,0 +1,262 @@
+"""The tracer: ghosts against real tensors event by event, repetition, and batch sizes from two traces."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nvae_lowmem.config import ModelConfig, Profile, TrainConfig
+from nvae_lowmem.memory import trace as tracing
+from nvae_lowmem.memory.trace import Trace, trace_training
+from nvae_lowmem.memory.trace_affine import NotAffine, affine
+from nvae_lowmem.memory.trace_events import BLOCK_BYTES, Allocation, Window, handed_on, repeat
+from nvae_lowmem.memory.trace_ghosts import Ghosts, make_ghost, nature_of
+from nvae_lowmem.recipes import recipe
+from nvae_lowmem.training.engine import TorchEngine
+
+aten = torch.ops.aten
+SMALL_RGB = ModelConfig(
+    image_channels=3, image_size=16, mixtures=2, channels_encoder=8, channels_decoder=8, scales=2, groups=2,
+    adaptive=False, latents=3, cells_encoder=1, cells_decoder=1, preprocess_blocks=1, preprocess_cells=1,
+    postprocess_blocks=1, postprocess_cells=1, flows=1,
+)  # fmt: skip
+NANO = replace(SMALL_RGB, image_size=8, channels_encoder=4, channels_decoder=4, scales=1, latents=2, flows=0)
+MIXED = {"enc_*": "host", "dec_1*": "all", "head": "cheap"}
+
+
+def profile_of(model: ModelConfig = NANO, clip_norm: float = 0.0, **plan: Any) -> Profile:
+    plan = {"engine": "torch", "precision": "fp32", **plan}
+    base = Profile(model=model, training=TrainConfig(clip_norm=clip_norm))
+    return replace(base, plan=replace(base.plan, **plan))
+
+
+def lives(trace: Trace) -> list[tuple[Any, ...]]:
+    return [(a.nbytes, *a.kind, a.born, a.died) for a in trace.allocations]
+
+
+@cache
+def small(micro_batch: int, accumulation: int = 1, steps: int = 1, **plan: Any) -> Trace:
+    return trace_training(profile_of(**plan), micro_batch, accumulation, steps)
+
+
+@pytest.mark.parametrize(
+    ("model", "accumulation", "plan"),
+    [
+        (SMALL_RGB, 1, {"keep": "all"}),
+        (NANO, 3, {"keep": "all", "precision": "fp16"}),
+        (NANO, 1, {"keep": "cheap", "precision": "bf16"}),
+        (SMALL_RGB, 1, {"keep": "input", "offload_optimizer": True, "precision": "fp16"}),
+        (NANO, 3, {"keep": "host"}),
+        (SMALL_RGB, 3, {"keep": "input", "keep_blocks": MIXED, "offload_optimizer": True}),
+    ],
+)
+def test_a_trace_without_memory_equals_that_of_a_real_step(
+    model: ModelConfig, accumulation: int, plan: dict[str, Any]
+) -> None:
+    profile = profile_of(model, **plan)
+    ghosts, real = (trace_training(profile, 2, accumulation, steps=1, fake=fake) for fake in (True, False))
+    assert lives(ghosts) == lives(real)
+    assert ghosts.events == real.events
+    assert ghosts.peak() == real.peak()
+
+
+def test_two_real_steps_of_a_shipped_recipe_are_traced_exactly() -> None:
+    profile = replace(recipe("tiny"), plan=profile_of(keep="input").plan)
+    ghosts, real = (trace_training(profile, 2, steps=2, fake=fake) for fake in (True, False))
+    assert lives(ghosts) == lives(real) and ghosts.events == real.events
+    states = sum(a.nbytes for a in ghosts.allocations if a.category == "optimizer state")
+    assert 2 * sum(ghosts.parameter_bytes) <= states < 2.1 * sum(ghosts.parameter_bytes)
+
+
+def test_steps_are_alike_where_the_host_keeps_the_states() -> None:
+    one, two = (small(2, steps=steps, keep="input", offload_optimizer=True, precision="fp16") for steps in (1, 2))
+    again, _ = repeat(one, [Window(one.marks["step 1"], one.marks["end"], 1)])
+    assert lives(again) == lives(two) and again.events == two.events
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_a_step_frees_all_that_it_allocates(offload: bool) -> None:
+    trace = trace_training(profile_of(clip_norm=1.0, offload_optimizer=offload), 2, steps=2)
+    assert handed_on(trace, trace.marks["step 2"], trace.marks["end"]) == []
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_further_micro_batches_need_what_the_second_does(offload: bool) -> None:
+    first, second, *more = (small(2, n, offload_optimizer=offload).peak().nbytes for n in (1, 2, 3, 4))
+    assert first <= second
+    assert [n - second for n in more] == 2 * [5 * BLOCK_BYTES]  # five numbers for the log, of the micro-batch before
+    assert offload or first < second  # without offloading the gradients of the first are there in the second
+
+
+def test_one_power_iteration_stands_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    def all_iterations(self: Any, *args: Any) -> Any:
+        self.watcher.phase = "forward"
+        return TorchEngine.forward(self, *args)
+
+    one = small(2)
+    monkeypatch.setattr(tracing.WatchedEngine, "forward", all_iterations)
+    four = trace_training(profile_of(), 2, steps=1)
+    assert len(four.events) > len(one.events)
+    assert four.peak().nbytes == one.peak().nbytes and four.peak().by_category == one.peak().by_category
+
+
+def test_policies_keep_less_and_less_on_the_card() -> None:
+    peaks = {keep: small(8, keep=keep, offload_optimizer=True).peak() for keep in ("all", "cheap", "input", "host")}
+    sizes = [peak.nbytes for peak in peaks.values()]
+    assert sizes == sorted(sizes, reverse=True) and sizes[0] > 1.5 * sizes[2]
+    assert peaks["all"].by_category["saved activation"] > peaks["input"].by_category["saved activation"]
+
+
+def test_what_a_plan_keeps_on_the_host_is_host_memory() -> None:
+    on_card = small(2, keep="input")
+    assert on_card.host_bytes() == 0
+    n = sum(on_card.parameter_bytes)
+    masters = small(2, keep="input", offload_optimizer=True)
+    assert masters.host_bytes() == 2 * n  # weights and gradients; the states are in nobody's trace
+    parked = small(2, keep="host", offload_optimizer=True)
+    assert parked.host_bytes() > masters.host_bytes()
+
+
+def test_the_peak_is_the_sum_of_what_lives_then() -> None:
+    trace = small(2)
+    peak = trace.peak(rounding=1)
+    assert sum(peak.by_category.values()) == sum(peak.by_block.values()) == peak.nbytes
+    assert peak.by_category["weight"] >= sum(trace.parameter_bytes)
+    assert peak.phase in ("forward", "backward") and peak.operation.startswith("aten::")
+    assert trace.peak().nbytes % BLOCK_BYTES == 0
+
+
+def test_the_set_up_leaves_only_what_stays() -> None:
+    trace = small(2)
+    end = trace.marks["setup done"]
+    assert all(event >= 0 for event in trace.events[:end])
+    assert all(a.died < 0 for a in trace.allocations[:end])
+
+
+# --- repetition -------------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def traces(draw: st.DrawFn) -> tuple[Trace, Window]:
+    """Random allocations and frees, with a window that frees all it allocates and nothing else."""
+    trace = Trace()
+    live: list[int] = []
+
+    def change(own: list[int]) -> None:
+        if own and draw(st.booleans()):
+            number = own.pop(draw(st.integers(0, len(own) - 1)))
+            trace.allocations[number].died = len(trace.events)
+            trace.events.append(~number)
+        else:
+            own.append(len(trace.allocations))
+            size = draw(st.integers(1, 4096))
+            trace.allocations.append(Allocation(size, "temporary", "b", "forward", "op", len(trace.events)))
+            trace.events.append(own[-1])
+
+    for _ in range(draw(st.integers(0, 8))):
+        change(live)
+    start, inside = len(trace.events), []
+    for _ in range(draw(st.integers(1, 8))):
+        change(inside)
+    for number in inside:
+        trace.allocations[number].died = len(trace.events)
+        trace.events.append(~number)
+    window = Window(start, len(trace.events), draw(st.integers(0, 3)))
+    for _ in range(draw(st.integers(0, 8))):
+        change(live)
+    return trace, window
+
+
+@given(traces())
+def test_repeating_what_frees_all_its_own_repeats_the_curve(case: tuple[Trace, Window]) -> None:
+    trace, (start, end, times) = case
+    longer, origins = repeat(trace, [Window(start, end, times)])
+    curve = [live for _, live in trace.live_bytes()]
+    assert [live for _, live in longer.live_bytes()] == curve[:start] + (times + 1) * curve[start:end] + curve[end:]
+    assert [a.nbytes for a in longer.allocations] == [trace.allocations[n].nbytes for n in origins]
+    for i, event in enumerate(longer.events):
+        a = longer.allocations[event if event >= 0 else ~event]
+        assert i == (a.born if event >= 0 else a.died)
+
+
+def test_what_one_round_hands_to_the_next_is_freed_by_the_next() -> None:
+    sizes, events = [64, 64, 64], [0, 1, ~0, 2, ~1, ~2]  # each is allocated before its predecessor is freed
+    trace = Trace([Allocation(n, "temporary", "", "", "", events.index(i)) for i, n in enumerate(sizes)], events)
+    for i, a in enumerate(trace.allocations):
+        a.died = events.index(~i)
+    longer, _ = repeat(trace, [Window(1, 3, 2)])
+    assert longer.events == [0, 1, ~0, 2, ~1, 3, ~2, 4, ~3, ~4]
+
+
+def test_a_window_that_leaves_more_than_it_found_cannot_happen_twice() -> None:
+    trace = Trace([Allocation(64, "temporary", "", "", "", 0)], [0])
+    with pytest.raises(ValueError, match="leave"):
+        repeat(trace, [Window(0, 1, 1)])
+
+
+# --- affine in the batch ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("chunk_bytes", "batches"), [(64 << 20, (2, 3, 9)), (16_000, (2, 3, 5)), (4_000, (3, 2, 5))])
+def test_two_traces_give_the_trace_of_another_batch(chunk_bytes: int, batches: tuple[int, int, int]) -> None:
+    plan = {"keep": "input", "precision": "fp16", "likelihood_chunk_bytes": chunk_bytes, "offload_optimizer": True}
+    first, second, wanted = (small(b, **plan) for b in batches)
+    made = affine(first, second)(batches[2])
+    assert lives(made) == lives(wanted)
+    assert (made.events, made.marks, made.micro_batch) == (wanted.events, wanted.marks, wanted.micro_batch)
+
+
+def test_whole_chunks_of_several_images_are_extended() -> None:
+    plan = {"likelihood_chunk_bytes": 200_000}
+    chunk = small(2, **plan).chunk_images
+    assert 1 < chunk < 8
+    assert [len(starts) for starts in small(chunk, **plan).chunks] == [1, 1]
+    assert [len(starts) for starts in small(chunk + 1, **plan).chunks] == [2, 2]
+    made = affine(small(2 * chunk, **plan), small(3 * chunk, **plan))
+    assert lives(made(5 * chunk)) == lives(small(5 * chunk, **plan))
+    for other in (chunk, 3 * chunk + 1):
+        with pytest.raises(NotAffine, match=f"{chunk} images at a time"):
+            made(other)
+
+
+def test_traces_that_do_not_belong_together_are_told_apart() -> None:
+    with pytest.raises(NotAffine, match="micro-batch 2"):
+        affine(small(2), small(2))
+    with pytest.raises(NotAffine, match="events"):
+        affine(small(2), small(3, keep="input"))
+    with pytest.raises(NotAffine, match="bytes at micro-batch 2"):
+        affine(small(2), replace(small(4), allocations=[replace(a, nbytes=a.nbytes + 1) for a in small(4).allocations]))
+
+
+# --- ghosts -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_ghost_reports_its_bytes_and_has_none() -> None:
+    ghost = make_ghost((1 << 20, 1 << 20), (1 << 20, 1), torch.float16)
+    assert type(ghost) is torch.Tensor and ghost.device.type == "cpu"
+    assert ghost.untyped_storage().nbytes() == 2 << 40 and ghost.data_ptr() == 0
+    assert ghost[0].untyped_storage()._cdata == ghost.untyped_storage()._cdata
+
+
+@pytest.mark.parametrize(("scalar", "dtype"), [(1, torch.int64), (1.0, torch.float32), (True, torch.int64)])
+def test_equal_arguments_of_other_types_have_other_answers(scalar: float, dtype: torch.dtype) -> None:
+    ghosts, integers = Ghosts(), make_ghost((3,), (1,), torch.int64)
+    func = aten.mul.Tensor
+    for other in (1, 1.0, True):  # so that all three are remembered, whichever is asked for
+        ghosts.run(func, nature_of(func), (integers, other), {})
+    assert ghosts.run(func, nature_of(func), (integers, scalar), {}).dtype == dtype
+
+
+def test_operations_that_write_return_what_they_were_given() -> None:
+    ghosts = Ghosts()
+    a, b = (make_ghost((2, 3), (3, 1), torch.float32) for _ in range(2))
+    assert ghosts.run(aten.add_.Tensor, nature_of(aten.add_.Tensor), (a, b), {}) is a
+    assert ghosts.run(aten.maximum.out, nature_of(aten.maximum.out), (a, b), {"out": b}) is b
+    sums = ghosts.run(aten.sum.dim_IntList, nature_of(aten.sum.dim_IntList), (a, [1]), {"keepdim": True})
+    assert sums.shape == (2, 1) and sums.untyped_storage().nbytes() == 8
