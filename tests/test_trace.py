@@ -90,7 +90,8 @@ def test_a_step_frees_all_that_it_allocates(offload: bool) -> None:
 def test_further_micro_batches_need_what_the_second_does(offload: bool) -> None:
     first, second, *more = (small(2, n, offload_optimizer=offload).peak().nbytes for n in (1, 2, 3, 4))
     assert first <= second
-    assert [n - second for n in more] == 2 * [5 * BLOCK_BYTES]  # five numbers for the log, of the micro-batch before
+    assert more[0] == more[1]
+    assert 0 <= more[0] - second <= 5 * BLOCK_BYTES  # five numbers for the log, of the micro-batch before
     assert offload or first < second  # without offloading the gradients of the first are there in the second
 
 
@@ -119,7 +120,7 @@ def test_what_a_plan_keeps_on_the_host_is_host_memory() -> None:
     n = sum(on_card.parameter_bytes)
     masters = small(2, keep="input", offload_optimizer=True)
     assert masters.host_bytes() == 2 * n  # weights and gradients; the states are in nobody's trace
-    parked = small(2, keep="host", offload_optimizer=True)
+    parked = small(32, keep="host", offload_optimizer=True)
     assert parked.host_bytes() > masters.host_bytes()
 
 
@@ -203,7 +204,7 @@ def test_a_window_that_leaves_more_than_it_found_cannot_happen_twice() -> None:
 # --- affine in the batch ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("chunk_bytes", "batches"), [(64 << 20, (2, 3, 9)), (16_000, (2, 3, 5)), (4_000, (3, 2, 5))])
+@pytest.mark.parametrize(("chunk_bytes", "batches"), [(64 << 20, (2, 3, 9)), (4_000, (3, 2, 5))])
 def test_two_traces_give_the_trace_of_another_batch(chunk_bytes: int, batches: tuple[int, int, int]) -> None:
     plan = {"keep": "input", "precision": "fp16", "likelihood_chunk_bytes": chunk_bytes, "offload_optimizer": True}
     first, second, wanted = (small(b, **plan) for b in batches)
@@ -213,7 +214,7 @@ def test_two_traces_give_the_trace_of_another_batch(chunk_bytes: int, batches: t
 
 
 def test_whole_chunks_of_several_images_are_extended() -> None:
-    plan = {"likelihood_chunk_bytes": 200_000}
+    plan = {"likelihood_chunk_bytes": 60_000}
     chunk = small(2, **plan).chunk_images
     assert 1 < chunk < 8
     assert [len(starts) for starts in small(chunk, **plan).chunks] == [1, 1]

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 aten = torch.ops.aten
 # they hand on their argument's storage, though their schemas do not say so
@@ -71,13 +71,20 @@ class Ghosts:
         return _made(answer)
 
     def _ask(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        inputs = _map(self._stand_in, (args, tuple(kwargs.values())))
         with self._fake, torch.no_grad():
-            inputs = _map(_stand_in, (args, tuple(kwargs.values())))
             out = func(*inputs[0], **dict(zip(kwargs, inputs[1], strict=True)))
         given = {t.untyped_storage()._cdata for t in _tensors(inputs)}
         # to be made anew, a result has to be new
         assert not any(t.untyped_storage()._cdata in given for t in _tensors(out)), f"{func} returns its argument"
         return out
+
+    def _stand_in(self, value: Any) -> Any:
+        """A fake tensor of the same layout; what is not a tensor as it is."""
+        if not isinstance(value, Tensor):
+            return value
+        shape = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+        return FakeTensor(self._fake, shape, torch.device("cpu"))
 
 
 @cache
@@ -141,8 +148,3 @@ def _made(answer: Any) -> Any:
     if isinstance(answer, (list, tuple)):
         return [_made(a) for a in answer] if isinstance(answer, list) else tuple(map(_made, answer))
     return answer
-
-
-def _stand_in(value: Any) -> Any:
-    """A fake tensor of the same layout; what is not a tensor as it is."""
-    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype) if isinstance(value, Tensor) else value

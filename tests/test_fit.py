@@ -1,0 +1,420 @@
+"""The planner: the search against brute force, the table of block costs against traces, and the command."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import itertools
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nvae_lowmem.config import KEEPS, ConfigError, Keep, MemoryPlan, ModelConfig, Profile, TrainConfig
+from nvae_lowmem.memory import fit_search
+from nvae_lowmem.memory.cards import Budget, find_card, usable_bytes
+from nvae_lowmem.memory.fit import Fit, fit
+from nvae_lowmem.memory.fit_blocks import BlockTable, Choice, record_blocks
+from nvae_lowmem.memory.fit_command import run_fit
+from nvae_lowmem.memory.fit_planner import Wishes, named_keeps, scaled_groups
+from nvae_lowmem.memory.fit_search import Assignment, fastest, least_peak
+from nvae_lowmem.memory.predict import Prediction, predict
+from nvae_lowmem.memory.speed import rates_of
+from nvae_lowmem.memory.trace import trace_training
+from nvae_lowmem.model.nvae import NVAE
+from nvae_lowmem.profile import load, save
+
+CARD = find_card("rtx-3050-ti-laptop")  # computes in bf16
+RATES = rates_of(CARD)
+SCRIPT = Path(__file__).resolve().parent.parent / "tools" / "fit_memory.py"
+MIB, GIB = 1 << 20, 1 << 30
+
+
+def small_model(**changes: Any) -> ModelConfig:
+    values: dict[str, Any] = {
+        "image_size": 16, "bits": 1, "channels_encoder": 8, "channels_decoder": 8, "latents": 4,
+        "scales": 1, "groups": 1, "adaptive": False,
+        "preprocess_blocks": 1, "preprocess_cells": 1, "postprocess_blocks": 1, "postprocess_cells": 1,
+    }  # fmt: skip
+    return ModelConfig(**{**values, **changes})
+
+
+def profile_of(model: ModelConfig, total_batch: int = 16, **plan: Any) -> Profile:
+    plan = {"precision": "bf16", **plan}
+    return Profile(name="small", model=model, training=TrainConfig(total_batch=total_batch), plan=MemoryPlan(**plan))
+
+
+SIX_BLOCKS = profile_of(small_model())  # a plain VAE: stem, pre_0_0, top, dec_0_0, post_0_0, head
+TWO_SCALES = profile_of(small_model(scales=2, groups_per_scale=(3, 2), cells_encoder=1, cells_decoder=1))
+# few blocks, but wide ones: what it takes lies between 0.3 GiB and 10 GiB
+WIDE = profile_of(
+    small_model(image_size=64, groups=4, channels_encoder=256, channels_decoder=256, cells_encoder=1, cells_decoder=1),
+    total_batch=16,
+)
+
+
+@functools.cache
+def table_of(model: ModelConfig) -> BlockTable:
+    return record_blocks(profile_of(model))
+
+
+def budget_of(cap_bytes: int) -> Budget:
+    return Budget(cap_bytes=cap_bytes, total_bytes=2 * cap_bytes, context_bytes=0, reason="for the test")
+
+
+# ---- the search ------------------------------------------------------------------------------------------------------
+
+choices = st.builds(
+    Choice, st.sampled_from(KEEPS), st.integers(-20, 40), st.integers(0, 60), st.integers(1, 30).map(float)
+)
+row_lists = st.lists(st.lists(choices, min_size=1, max_size=4), min_size=1, max_size=6)
+
+
+def every(rows: Sequence[Sequence[Choice]]) -> list[Assignment]:
+    return [Assignment(picked) for picked in itertools.product(*rows)]
+
+
+@settings(max_examples=150, deadline=None)
+@given(row_lists, st.integers(0, 200))
+def test_the_search_finds_what_trying_everything_finds(rows: list[list[Choice]], room: int) -> None:
+    fitting = [a for a in every(rows) if a.peak_bytes <= room]
+    found = fastest(rows, room)
+    if not fitting:
+        assert found is None
+    else:
+        assert found is not None and found.peak_bytes <= room
+        assert found.seconds == min(a.seconds for a in fitting)
+
+
+@settings(max_examples=100, deadline=None)
+@given(row_lists)
+def test_the_least_peak_is_the_least_of_all_assignments(rows: list[list[Choice]]) -> None:
+    assert least_peak(rows).peak_bytes == min(a.peak_bytes for a in every(rows))
+
+
+@settings(max_examples=50, deadline=None)
+@given(row_lists, st.integers(0, 200))
+def test_thinning_the_states_out_never_loses_that_something_fits(rows: list[list[Choice]], room: int) -> None:
+    whole = fastest(rows, room)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fit_search, "MOST_STATES", 2)
+        thinned = fastest(rows, room)
+    assert (whole is None) == (thinned is None)
+    if whole is not None and thinned is not None:
+        assert thinned.peak_bytes <= room
+        assert thinned.seconds >= whole.seconds
+
+
+def test_on_a_real_model_of_six_blocks_the_search_equals_trying_all_4096_assignments() -> None:
+    named = table_of(SIX_BLOCKS.model).choices((1,), 16, RATES, gradients_stay=False)
+    assert len(named) == 6
+    rows = [row for _, row in named]
+    priced = sorted({(a.peak_bytes, a.seconds) for a in every(rows)})
+    peaks = [peak for peak, _ in priced]
+    for room in (peaks[0] - 1, *peaks[:: len(peaks) // 12], peaks[-1]):
+        found = fastest(rows, room)
+        possible = [seconds for peak, seconds in priced if peak <= room]
+        assert (found is None) == (not possible)
+        if found is not None:
+            assert found.seconds == pytest.approx(min(possible), rel=1e-12)
+
+
+# ---- the table of block costs ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("groups", [(5,), (3, 2), (1, 1)])
+def test_the_table_knows_the_blocks_of_a_model_with_any_number_of_groups(groups: tuple[int, ...]) -> None:
+    model = small_model(scales=len(groups), groups_per_scale=groups)
+    like = small_model(scales=len(groups), groups_per_scale=tuple(2 for _ in groups))
+    table = record_blocks(profile_of(like), keeps=("all",))
+    network = NVAE(model)
+    assert [b.name for b in table.blocks(groups)] == [n for n in network.block_names() if n != "start"]
+    parameters = table.count(table.parameters, groups)
+    assert parameters == sum(p.numel() for p in network.parameters())
+    states = [*network.parameters(), *network.buffers()]
+    assert table.count(table.state_bytes, groups) == sum(t.nbytes for t in states)
+
+
+def mixed_assignments(names: Sequence[str], count: int) -> list[dict[str, Keep]]:
+    drawn = random.Random(0)
+    uniform: list[dict[str, Keep]] = [dict.fromkeys(names, keep) for keep in KEEPS]
+    return uniform + [{name: drawn.choice(KEEPS) for name in names} for _ in range(count)]
+
+
+@pytest.mark.parametrize("offload", [True, False], ids=["offloaded", "on the card"])
+def test_the_table_prices_mixed_policies_as_a_trace_of_the_whole_model_does(offload: bool) -> None:
+    images, groups = 64, TWO_SCALES.model.scale_groups
+    table = table_of(TWO_SCALES.model)
+    named = table.choices(groups, images, RATES, gradients_stay=not offload)
+    always = table.count(table.state_bytes, groups) + (0 if offload else 8 * table.count(table.parameters, groups))
+    for keeps in mixed_assignments([name for name, _ in named], 3):
+        picked = Assignment(tuple(next(c for c in row if c.keep == keeps[name]) for name, row in named))
+        plan = MemoryPlan(precision="bf16", offload_optimizer=offload, keep_blocks=keeps)
+        trace = trace_training(replace(TWO_SCALES, plan=plan), images, 1, 1 if offload else 2)
+        assert (always + picked.peak_bytes) / trace.peak().nbytes == pytest.approx(1, abs=0.03), keeps
+
+
+names = st.lists(
+    st.sampled_from(["stem", "top", "head", *(f"{t}_{s}_{i}" for t in ("enc", "dec") for s in "01" for i in range(3))]),
+    min_size=1, unique=True,
+)  # fmt: skip
+
+
+@given(names, st.data())
+def test_policies_survive_being_written_by_exception_and_prefix(blocks: list[str], data: st.DataObject) -> None:
+    keeps = data.draw(st.lists(st.sampled_from(KEEPS), min_size=len(blocks), max_size=len(blocks)))
+    default, exceptions = named_keeps(blocks, keeps)
+    plan = MemoryPlan(keep=default, keep_blocks=exceptions)
+    assert [plan.keep_of(name) for name in blocks] == keeps
+
+
+def test_groups_shrink_in_proportion_and_never_to_nothing() -> None:
+    assert scaled_groups((20, 10, 5), 20) == (20, 10, 5)
+    assert scaled_groups((20, 10, 5), 8) == (8, 4, 2)
+    assert scaled_groups((16, 8, 4, 4, 4), 1) == (1, 1, 1, 1, 1)
+
+
+# ---- fit -------------------------------------------------------------------------------------------------------------
+
+
+def run(profile: Profile, cap_bytes: int, predictor: Any = None, **wishes: Any) -> Fit:
+    budget = budget_of(cap_bytes)
+    return fit(profile, CARD, budget, Wishes(**wishes), predictor or functools.partial(predict, budget=budget))
+
+
+def traced(profile: Profile, micro_batch: int, accumulation: int, share: float = 1.0) -> Prediction:
+    """A predictor that takes `share` of the traced peak and knows no fragmentation, workspaces or margin."""
+    trace = trace_training(profile, micro_batch, min(accumulation, 2), 2)
+    peak, host = trace.peak(), trace.host_bytes()
+    taken = int(share * peak.nbytes)
+    return Prediction(
+        micro_batch=micro_batch, accumulation=accumulation, precision=profile.plan.precision, peak=peak,
+        allocated_peak_bytes=peak.nbytes, reserved_peak_bytes=taken, timeline=((0, {"weight": 1}), (1, {"weight": 1})),
+        host_bytes=host, pinned_bytes=0, context_bytes=0, init_peak_bytes=0, margin_bytes=0, retries=0, overlay=(),
+        oom=None,
+    )  # fmt: skip
+
+
+def test_no_assignment_that_fits_with_room_to_spare_is_faster_than_the_chosen_one() -> None:
+    profile = replace(SIX_BLOCKS, plan=replace(SIX_BLOCKS.plan, offload_optimizer=True))
+    named = table_of(profile.model).choices((1,), 16, RATES, gradients_stay=False)
+    seconds = {name: {c.keep: c.seconds for c in row} for name, row in named}
+    peaks = {}
+    for keep in ("all", "input"):
+        plan = replace(profile.plan, keep=keep)
+        peaks[keep] = trace_training(replace(profile, plan=plan), 16, 1, 1).peak().nbytes
+    cap = (peaks["all"] + 2 * peaks["input"]) // 3  # between everything kept and everything recomputed
+    found = run(profile, cap, traced, min_micro_batch=16)
+    assert found.fits and found.reserved_bytes <= cap
+    beaten = 0
+    for keeps in mixed_assignments(list(seconds), 20):
+        if sum(seconds[name][keep] for name, keep in keeps.items()) < found.chosen.assignment.seconds * (1 - 1e-9):
+            trace = trace_training(replace(profile, plan=replace(profile.plan, keep_blocks=keeps)), 16, 1, 1)
+            assert trace.peak().nbytes > 0.97 * cap, keeps
+            beaten += 1
+    assert beaten  # some were faster, and none of them fits
+
+
+def test_what_the_predictor_adds_to_the_table_is_learnt() -> None:
+    calls: list[int] = []
+
+    def greedy(profile: Profile, micro_batch: int, accumulation: int) -> Prediction:
+        found = traced(profile, micro_batch, accumulation, share=1.4)
+        calls.append(found.reserved_peak_bytes)
+        return found
+
+    found = run(WIDE, 3 * GIB, greedy)
+    assert found.fits and found.reserved_bytes <= 3 * GIB
+    assert 1 < len(calls) <= 5
+    assert found.reserved_bytes > 0.9 * 3 * GIB  # learnt exactly enough
+
+
+@pytest.fixture(scope="module")
+def shrinking() -> list[tuple[str, Fit]]:
+    out = []
+    for size in ("8G", "4G", "3G", "2G", "1.5G", "1G", "512M"):
+        budget = usable_bytes(None, "linux", int(float(size[:-1]) * (GIB if size.endswith("G") else MIB)))
+        out.append((size, fit(WIDE, CARD, budget, Wishes(), functools.partial(predict, budget=budget))))
+    return out
+
+
+def test_less_and_less_memory_is_always_answered_with_a_plan_or_with_what_is_missing(
+    shrinking: list[tuple[str, Fit]],
+) -> None:
+    assert shrinking[0][1].fits and not shrinking[-1][1].fits
+    for size, found in shrinking:
+        if found.prediction is not None:
+            assert found.prediction.fits(found.budget.cap_bytes), size
+            assert found.chosen.micro_batch * found.chosen.accumulation == 16
+        else:
+            text = "\n".join(found.refused)
+            assert "nearest miss" in text and "needed: a card that leaves" in text, size
+            assert found.reserved_bytes > found.budget.cap_bytes
+
+
+def test_less_memory_never_gives_more_groups_nor_more_speed_at_the_same_groups(
+    shrinking: list[tuple[str, Fit]],
+) -> None:
+    plans = [found.chosen for _, found in shrinking if found.fits]
+    assert len({plan.assignment.keeps for plan in plans}) > 2
+    for more, less in itertools.pairwise(plans):
+        assert sum(less.groups) <= sum(more.groups)
+        if less.groups == more.groups:
+            assert less.images_per_second <= more.images_per_second * 1.03  # what a good enough plan may leave unused
+
+
+def test_wishes_order_the_plans() -> None:
+    cap = 2 * GIB
+    fast, batch, groups = (run(WIDE, cap, prefer=p, groups=(1, 4)).chosen for p in ("speed", "batch", "groups"))
+    assert batch.micro_batch >= max(fast.micro_batch, groups.micro_batch)
+    assert groups.groups == max(c.groups for c in (fast, batch, groups)) == fast.groups
+    assert fast.images_per_second >= groups.images_per_second
+    least = run(WIDE, cap, min_micro_batch=8).chosen
+    assert least.micro_batch >= 8
+    assert run(WIDE, cap, groups=(2, 2)).chosen.groups == (2,)
+
+
+def test_host_memory_is_a_limit_of_its_own() -> None:
+    free = run(WIDE, GIB)
+    assert free.prediction is not None and free.prediction.host_bytes > 0
+    less = free.prediction.host_bytes - 1
+    tight = run(WIDE, GIB, host_mem_bytes=less)
+    assert not tight.fits or (tight.prediction is not None and tight.prediction.host_bytes <= less)
+    none = run(WIDE, GIB, host_mem_bytes=MIB)
+    assert not none.fits
+    assert any("needed: --host-mem" in line for line in none.refused)
+
+
+def test_deepspeed_means_stage_two_with_the_optimizer_on_the_host() -> None:
+    plan = run(WIDE, 4 * GIB, engine="deepspeed").chosen.profile.plan
+    assert (plan.engine, plan.zero_stage, plan.offload_optimizer) == ("deepspeed", 2, True)
+
+
+@pytest.mark.parametrize(
+    ("wishes", "named"),
+    [
+        ({"min_micro_batch": 17}, "--min-micro-batch 17"),
+        ({"min_micro_batch": 0}, "--min-micro-batch 0"),
+        ({"groups": (5, 2)}, "--groups 5..2"),
+        ({"groups": (0, 2)}, "--groups 0..2"),
+    ],
+)
+def test_impossible_wishes_are_refused_by_name(wishes: dict[str, Any], named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        run(WIDE, GIB, **wishes)
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tool() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("fit_memory_tool", SCRIPT)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    save(replace(TWO_SCALES, plan=MemoryPlan()), tmp_path / "small.toml")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+JSON_KEYS = (
+    "recipe fits cap_bytes micro_batch accumulation total_batch groups_per_scale precision engine zero_stage "
+    "peak_allocated_bytes peak_reserved_bytes host_bytes seconds_per_step reasons plan"
+).split()
+
+
+def test_the_command_writes_a_profile_that_trains_and_says_why(
+    tool: ModuleType, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = "--profile small.toml --card gtx-970 --os linux --total-batch 8 --json answer.json --picture step.html"
+    assert tool.main(asked.split()) == 0
+    shown = capsys.readouterr().out
+    assert "total batch 8 = micro-batch" in shown and "images/s" in shown
+    answer = json.loads((here / "answer.json").read_text())
+    assert list(answer) == JSON_KEYS
+    assert answer["fits"] and answer["cap_bytes"] == int(3.2 * GIB) and answer["zero_stage"] is None
+    planned = load(here / "small-gtx-970.toml")
+    assert planned.plan.micro_batch == answer["micro_batch"]
+    assert planned.plan.cap_bytes == answer["cap_bytes"]
+    assert planned.training.total_batch == 8
+    assert planned.provenance["card"] == "gtx-970"
+    page = (here / "step.html").read_text()
+    assert "Plotly.newPlot" in page and "cap 3.20 GiB" in page
+    assert "<script src=" not in page and "<link" not in page  # nothing to fetch
+
+
+def test_json_to_the_screen_is_json_alone_and_the_picture_may_be_a_png(
+    tool: ModuleType, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = "--profile small.toml --gpu-mem 4G --os linux --json - --out plan.toml --picture step.png"
+    assert tool.main(asked.split()) == 0
+    assert list(json.loads(capsys.readouterr().out)) == JSON_KEYS
+    assert (here / "step.png").read_bytes().startswith(b"\x89PNG")
+    assert load(here / "plan.toml").plan.precision == "fp16"
+
+
+def test_nothing_fits_is_exit_status_three_with_the_nearest_miss(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(WIDE, here / "wide.toml")
+    asked = "--profile wide.toml --gpu-mem 512M --os linux --groups 4 --json answer.json --picture step.png"
+    assert run_fit([*asked.split(), "--set", "plan.precision=fp32"]) == 3
+    assert "nearest miss" in capsys.readouterr().out
+    answer = json.loads((here / "answer.json").read_text())
+    assert not answer["fits"] and answer["peak_reserved_bytes"] > answer["cap_bytes"]
+    assert not (here / "step.png").exists() and not list(here.glob("wide-*.toml"))
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ("", "--card NAME"),
+        ("--gpu-mem 4X", "--gpu-mem '4X'"),
+        ("--gpu-mem 0", "--gpu-mem '0' must be larger than zero"),
+        ("--gpu-mem -3G", "--gpu-mem '-3G'"),
+        ("--gpu-mem 900G", "no card has that"),
+        ("--card gtx-970 --gpu-mem 12G", "more than a NVIDIA GeForce GTX 970 has"),
+        ("--card gtx-97", "did you mean 'gtx-970'"),
+        ("--card own.toml", "is missing"),
+        ("--gpu-mem 4G --host-mem much", "--host-mem 'much'"),
+        ("--gpu-mem 4G --groups many", "--groups 'many'"),
+        ("--gpu-mem 4G --groups 3..1", "--groups 3..1"),
+        ("--gpu-mem 4G --min-micro-batch 99", "--min-micro-batch 99"),
+        ("--gpu-mem 4G --total-batch 0", "--total-batch 0"),
+        ("--gpu-mem 4G --out nowhere/plan.toml", "--out nowhere/plan.toml"),
+        ("--gpu-mem 4G --json .", "--json ."),
+        ("--gpu-mem 4G --picture step.gif", "--picture step.gif"),
+        ("--gpu-mem 4G --set model.groupz=1", "groupz"),
+        ("--gpu-mem 4G --set plan.precision=bf16", "bf16"),
+    ],
+)
+def test_bad_input_is_one_message_and_exit_status_two(
+    asked: str, said: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here / "own.toml").write_text('name = "mine"\n')
+    assert run_fit(["--profile", "small.toml", *asked.split()]) == 2
+    captured = capsys.readouterr()
+    assert said in captured.err and captured.out == ""
+    assert captured.err.count("fit_memory:") == 1
+    assert sorted(path.name for path in here.iterdir()) == ["own.toml", "small.toml"]
+
+
+def test_a_card_that_is_not_there_is_said_so(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert run_fit(["--profile", "small.toml", "--card", "auto"]) == 2
+    assert "cannot be read" in capsys.readouterr().err
