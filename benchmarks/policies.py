@@ -33,7 +33,7 @@ from nvae_lowmem.training.allocation import keep_freed_memory
 from nvae_lowmem.training.engine import TorchEngine
 from nvae_lowmem.training.objective import Objective
 from nvae_lowmem.training.step import BatchPlan, training_step
-from nvae_lowmem.units import format_bytes
+from nvae_lowmem.units import format_bytes, format_seconds
 
 DEFAULT_RECIPES = ("tiny", "mnist", "cifar10", "celeba64")
 BYTES_PER_PARAMETER = 20  # weight, gradient, two Adamax states, and the weight as it is used, layer by layer
@@ -125,7 +125,7 @@ def fitting_model(profile: Profile, batch: int, kept_per_image: float, step_seco
     seconds, need = per_group * full.total_groups, BYTES_PER_PARAMETER * parameters_of(full) + kept_per_image * batch
     return model, (
         f"timed with {list(model.scale_groups)} groups per scale in place of {list(full.scale_groups)}: on this "
-        f"machine the whole model would take about {seconds:.0f} s per step and {format_bytes(need)}"
+        f"machine the whole model would take about {format_seconds(seconds)} per step and {format_bytes(need)}"
     )
 
 

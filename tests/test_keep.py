@@ -333,7 +333,6 @@ def test_the_host_store_gives_back_what_it_was_given_and_leaves_small_things_alo
     assert torch.equal(store.unpack(packed), tensor)
 
 
-@pytest.mark.xfail(strict=True, reason="two inputs of one block come back in forward order, which empties the store")
 def test_what_a_block_kept_on_the_host_is_on_its_way_before_the_block_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     model, on_their_way, unpack = build(CONFIG), list[bool](), HostStore.unpack
 

@@ -21,6 +21,7 @@ from nvae_lowmem.memory.allocator import FREE_ID, AllocatorSettings, CachingAllo
 from nvae_lowmem.memory.cards import Budget, find_card, usable_bytes
 from nvae_lowmem.memory.overlay import (
     Entry,
+    When,
     cublas_workspace_bytes,
     entries,
     load_calibration,
@@ -167,15 +168,12 @@ def zero_bytes_per_parameter(accumulation: int, moments: Sequence[str], **plan: 
 
     A model of 10.6 million parameters, its largest an eighth of it, buckets of two million.
     """
-    count = 10_600_000
-    trace = Trace(parameter_bytes=(count // 2, *[count // 8 * 4 // 4 * 7 // 4] * 16))
-    n = sum(trace.parameter_bytes)
-    whole = MemoryPlan(engine="deepspeed", bucket_elements=round(2e6 / count * n / 4) // 2 * 2, **plan)
-    rows = entries(Profile(plan=whole), replace(trace, parameter_bytes=(n // 8, *[n // 32] * 28)), accumulation)
+    n = 4 * 10_600_000
+    trace = Trace(parameter_bytes=(n // 8, *[n // 32] * 28))
+    whole = MemoryPlan(engine="deepspeed", bucket_elements=2_000_000, **plan)
+    rows = entries(Profile(plan=whole), trace, accumulation)
     extra = sum(e.nbytes for e in rows if e.name.startswith("zero-") and e.when in moments and not e.is_bound)
-    own = (
-        4 * 3 if whole.offload_optimizer else 4 * 3 + 4
-    )  # weights, masters and gradients; or weights, states, gradients
+    own = 12 if whole.offload_optimizer else 16  # weights, masters and gradients; or weights, states and gradients
     return own + 4 * extra / n
 
 
@@ -209,7 +207,7 @@ def test_the_host_holds_what_the_plan_sends_there() -> None:
     n = sum(trace_training(profile_of(), 2, steps=1).parameter_bytes)
     here = predict(profile_of(), 2)
     there, pinned = (predict(profile_of(**OFFLOADED, pin_memory=pin), 2) for pin in (False, True))
-    assert there.host_bytes - here.host_bytes == 4 * n
+    assert 4 * n <= there.host_bytes - here.host_bytes < 4 * n + 2048  # and the numbers of the loss scale
     assert there.pinned_bytes == 0 and pinned.pinned_bytes >= 2 * n
     assert pinned.host_bytes == there.host_bytes - 2 * n + pinned.pinned_bytes
     parked = predict(profile_of(**{**OFFLOADED, "keep": "host"}), 32)
@@ -228,10 +226,8 @@ def test_entries_are_held_in_their_phases() -> None:
         [Allocation(512, "temporary", "b", phase, operation, i) for i, (phase, operation) in enumerate(phases)],
         list(range(4)), {"step 1": 1, "end": 4},
     )  # fmt: skip
-    held = [
-        Entry(name=when, nbytes=nbytes, when=when, source="test")
-        for when, nbytes in (("always", 1024), ("convolution", 2048), ("backward", 4096), ("update", 8192))
-    ]
+    sizes: dict[When, int] = {"always": 1024, "convolution": 2048, "backward": 4096, "update": 8192}
+    held = [Entry(name=when, nbytes=nbytes, when=when, source="test") for when, nbytes in sizes.items()]
     curve = [live for _, live in overlaid(trace, held).live_bytes()]
     base = 1024 + 512
     assert curve == [

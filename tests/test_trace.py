@@ -51,7 +51,7 @@ def small(micro_batch: int, accumulation: int = 1, steps: int = 1, **plan: Any) 
         (SMALL_RGB, 1, {"keep": "all"}),
         (NANO, 3, {"keep": "all", "precision": "fp16"}),
         (NANO, 1, {"keep": "cheap", "precision": "bf16"}),
-        (SMALL_RGB, 1, {"keep": "input", "offload_optimizer": True, "precision": "fp16"}),
+        (NANO, 1, {"keep": "input", "offload_optimizer": True, "precision": "fp16"}),
         (NANO, 3, {"keep": "host"}),
         (SMALL_RGB, 3, {"keep": "input", "keep_blocks": MIXED, "offload_optimizer": True}),
     ],
@@ -150,7 +150,7 @@ def traces(draw: st.DrawFn) -> tuple[Trace, Window]:
     live: list[int] = []
 
     def change(own: list[int]) -> None:
-        if own and draw(st.booleans()):
+        if draw(st.booleans()) and own:
             number = own.pop(draw(st.integers(0, len(own) - 1)))
             trace.allocations[number].died = len(trace.events)
             trace.events.append(~number)
@@ -162,7 +162,8 @@ def traces(draw: st.DrawFn) -> tuple[Trace, Window]:
 
     for _ in range(draw(st.integers(0, 8))):
         change(live)
-    start, inside = len(trace.events), []
+    start = len(trace.events)
+    inside: list[int] = []
     for _ in range(draw(st.integers(1, 8))):
         change(inside)
     for number in inside:

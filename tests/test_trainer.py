@@ -238,7 +238,6 @@ def test_never_resuming_refuses_a_folder_with_a_checkpoint(trained: Trained, tmp
     assert result.code == 2 and "--resume is never" in result.complained and str(folder) in result.complained
 
 
-@pytest.mark.xfail(strict=True, reason="the old config.toml stays beside checkpoints of another model")
 def test_a_folder_that_was_left_before_its_first_checkpoint_can_be_used_for_another_model(tmp_path: Path) -> None:
     profile, folder = write_profile(tmp_path), tmp_path / "run"
     profiles.save(profiles.override(profiles.load(profile), ["model.latents=5"]), folder / "config.toml")

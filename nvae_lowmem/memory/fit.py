@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 from nvae_lowmem.config import KEEPS, ConfigError, Profile
 from nvae_lowmem.memory.cards import Budget, Card, precision_for
-from nvae_lowmem.memory.fit_blocks import record_blocks
+from nvae_lowmem.memory.fit_blocks import BlockTable, record_blocks
 from nvae_lowmem.memory.fit_planner import Candidate, FrontierRow, Groups, Planner, Wishes
 from nvae_lowmem.memory.predict import Prediction
 from nvae_lowmem.training.step import BatchPlan
@@ -55,20 +55,24 @@ def fit(
     wishes: Wishes,
     predictor: Predictor,
     *,
+    table: BlockTable | None = None,
     time_limit_seconds: float = 45.0,
     say: Say = lambda line: None,
 ) -> Fit:
     """The best plan of the profile's model for the card, under the budget's cap.
 
-    time_limit_seconds: after it a plan that fits is not improved any more. say: told what is being done.
+    table: of the same model and precision, where it is known already. time_limit_seconds: after it a plan that fits is
+    not improved any more. say: told what is being done.
     Raises ConfigError for wishes that no plan can fulfil.
     """
     start = time.monotonic()
     profile = replace(profile, plan=replace(profile.plan, micro_batch=0)).check()
     wishes.check(profile)
     profile, why_precision = decide_precision(profile, card)
-    say("pricing every block under every policy")
-    planner = Planner(profile=profile, card=card, budget=budget, wishes=wishes, table=record_blocks(profile))
+    if table is None:
+        say("pricing every block under every policy")
+        table = record_blocks(profile)
+    planner = Planner(profile=profile, card=card, budget=budget, wishes=wishes, table=table)
     found = _verified(planner, predictor, start + time_limit_seconds, say)
     refused = _refused(planner, found[0] if found else None)
     frontier = planner.frontier()
@@ -112,8 +116,10 @@ def _verified(planner: Planner, predictor: Predictor, deadline: float, say: Say)
     """The best plan that the predictor agrees to, improved while there is time and something to gain."""
     cap = planner.budget.cap_bytes
     accepted: tuple[Candidate, Prediction] | None = None
-    for _ in range(_MOST_PREDICTIONS):
+    for attempt in range(_MOST_PREDICTIONS):
         candidate = planner.best()
+        if candidate is None and attempt == 0:
+            candidate = _nearest_miss(planner)  # what is set aside is only a guess as yet
         if candidate is None or (accepted is not None and candidate.profile == accepted[0].profile):
             break
         began = time.monotonic()
@@ -133,7 +139,8 @@ def _verified(planner: Planner, predictor: Predictor, deadline: float, say: Say)
             if accepted is not None:
                 break
             if not prediction.fits(cap):
-                aside = max(aside, planner.aside_bytes + int(_STEP_SHARE * cap))
+                # where memory ran out the need is not known: ask for more and more, so that it comes to an end
+                aside = max(aside, planner.aside_bytes + (int(_STEP_SHARE * cap) << attempt))
         planner.set_aside(aside, max(0, prediction.host_bytes - candidate.host_bytes))
     return accepted
 
@@ -203,8 +210,8 @@ def _refused(planner: Planner, chosen: Candidate | None) -> tuple[str, ...]:
     if slower:
         best = max(c.images_per_second for c in slower)
         out.append(
-            f"micro-batch {slower[-1].micro_batch} and up would fit, but with more recomputation: {best:.3g} images/s "
-            f"at best, not {chosen.images_per_second:.3g}"
+            f"micro-batch {slower[-1].micro_batch} and up would fit, but recompute so much that a step takes longer: "
+            f"{best:.3g} images/s, not {chosen.images_per_second:.3g}"
         )
     return tuple(out)
 

@@ -149,8 +149,10 @@ class BlockTable:
     costs: dict[Keep, dict[str, BlockCosts]]
     parameters: dict[str, int]
     """Trainable parameters by traced block."""
+    parameter_bytes: dict[str, int]
+    """Their fp32 weights on the card, each rounded up as the allocator does."""
     state_bytes: dict[str, int]
-    """Weights and buffers by traced block."""
+    """The same with buffers."""
     convolutions: dict[str, int]
     largest_parameter: int
     """Elements of the largest one."""
@@ -173,7 +175,7 @@ class BlockTable:
         return out
 
     def count(self, per_block: dict[str, int], groups: tuple[int, ...]) -> int:
-        """A sum over the blocks of the model with `groups`: of parameters, state_bytes or convolutions."""
+        """A sum over the blocks of the model with `groups`: of parameters, state_bytes, ...."""
         return per_block.get("start", 0) + sum(
             per_block[b.stands_for] for b in self.blocks(groups) if b.name != "start"
         )
@@ -194,9 +196,9 @@ class BlockTable:
             source = block.stands_for
             if source not in left:
                 left[source] = self._left_behind(source, images)
-                left[source] += 4 * self.parameters[source] if gradients_stay else 0
+                left[source] += self.parameter_bytes[source] if gradients_stay else 0
                 priced[source] = self._price(source, images, rates)
-            own_gradients = 4 * self.parameters[source] if gradients_stay else 0
+            own_gradients = self.parameter_bytes[source] if gradients_stay else 0
             moved = tuple(
                 replace(c, rise_bytes=max(forward, c.kept_bytes + after + own_gradients + backward))
                 for c, (forward, backward) in zip(priced[source], self._rises(source, images), strict=True)
@@ -249,11 +251,16 @@ def record_blocks(profile: Profile, keeps: tuple[Keep, ...] = KEEPS) -> BlockTab
             batch=batch,
             costs=costs,
             parameters={n: sum(p.numel() for p in b.parameters()) for n, b in blocks.items()},
-            state_bytes={n: sum(t.nbytes for t in [*b.parameters(), *b.buffers()]) for n, b in blocks.items()},
+            parameter_bytes={n: sum(map(_rounded_bytes, b.parameters())) for n, b in blocks.items()},
+            state_bytes={n: sum(map(_rounded_bytes, [*b.parameters(), *b.buffers()])) for n, b in blocks.items()},
             convolutions={n: sum(isinstance(m, ConvUnit) for m in b.modules()) for n, b in blocks.items()},
             largest_parameter=max(p.numel() for p in model.parameters()),
             order=tuple(name for name in model.block_names() if name != "start"),
         )
+
+
+def _rounded_bytes(tensor: torch.Tensor) -> int:
+    return -(-tensor.nbytes // BLOCK_BYTES) * BLOCK_BYTES
 
 
 def _record(model: NVAE, profile: Profile, keep: Keep, batch: int) -> dict[str, BlockCosts]:

@@ -18,6 +18,8 @@ from nvae_lowmem.units import MIB
 Prefer = Literal["speed", "batch", "groups"]
 Groups = tuple[int, ...]
 T = TypeVar("T")
+ALIKE = 1.05
+"""Plans whose seconds differ by less are taken as equally fast."""
 _FIRST_SHARE, _FIRST_BYTES = 0.05, 24 * MIB  # set aside until the predictor has said what the table leaves out
 
 
@@ -26,7 +28,8 @@ class Wishes:
     """What a person wants of the plan."""
 
     prefer: Prefer = "speed"
-    """speed: most images per second; batch: largest micro-batch; groups: most groups, then the largest micro-batch."""
+    """speed: most images per second, and within 5 % of that the largest micro-batch; batch: the largest micro-batch;
+    groups: most groups, then the largest micro-batch."""
     min_micro_batch: int = 1
     groups: tuple[int, int] | None = None
     """Fewest and most groups of the highest resolution; None: the profile's own, and fewer only if those do not fit."""
@@ -172,7 +175,7 @@ class Planner:
         rates = rates_of(self.card, cap, plan.pin_memory)
         first_gradients = not plan.offload_optimizer and accumulation == 1
         named = self.table.choices(groups, micro_batch, rates, gradients_stay=first_gradients)
-        always = self._always_bytes(groups, plan, accumulation, parameters)
+        always = always_bytes(self.table, groups, plan, accumulation)
         rows = [row for _, row in named]
         host = host_bytes(plan, accumulation, parameters, self.profile.training.ema_on_host)
         room = cap - self.aside_bytes - always
@@ -197,16 +200,6 @@ class Planner:
             host_bytes=host + assignment.host_bytes,
         )
 
-    def _always_bytes(self, groups: Groups, plan: MemoryPlan, accumulation: int, parameters: int) -> int:
-        """On the card all the time: weights and buffers, and what the optimiser's place adds."""
-        out = self.table.count(self.table.state_bytes, groups)
-        if not plan.offload_optimizer:
-            out += 8 * parameters  # Adamax states
-            out += 4 * parameters if accumulation > 1 else 0  # gradients from the first micro-batch on
-        if plan.engine == "deepspeed":
-            out += 4 * (plan.bucket_elements + self.table.largest_parameter)
-        return out
-
     def _host_full(self, nbytes: int) -> bool:
         limit = self.wishes.host_mem_bytes
         return limit is not None and nbytes + self.host_aside_bytes > limit
@@ -226,7 +219,7 @@ class Planner:
             for tier in ranked:
                 found = [c for g, m in tier for c in self.candidates(g, m)]
                 if found:
-                    return min(found, key=lambda c: c.seconds.total)
+                    return fastest_of(found)
         return None
 
     def frontier(self, most_rows: int = 24) -> tuple[FrontierRow, ...]:
@@ -250,6 +243,27 @@ class Planner:
                     )
                 )
         return tuple(rows)
+
+
+def fastest_of(candidates: Sequence[Candidate]) -> Candidate:
+    """The fastest; of those that the estimate cannot tell from it, the one with the largest micro-batch.
+
+    BatchNorm's statistics are the better for it, and seconds are estimated far less exactly than bytes.
+    """
+    least = min(c.seconds.total for c in candidates)
+    near = [c for c in candidates if c.seconds.total <= ALIKE * least]
+    return min(near, key=lambda c: (-c.micro_batch, c.seconds.total))
+
+
+def always_bytes(table: BlockTable, groups: Groups, plan: MemoryPlan, accumulation: int) -> int:
+    """On the card all the time: weights and buffers, and what the optimiser's place and the engine add."""
+    out = table.count(table.state_bytes, groups)
+    if not plan.offload_optimizer:
+        # two Adamax states, and from the first of several micro-batches on the gradients
+        out += (3 if accumulation > 1 else 2) * table.count(table.parameter_bytes, groups)
+    if plan.engine == "deepspeed":
+        out += 4 * (plan.bucket_elements + table.largest_parameter)
+    return out
 
 
 def host_bytes(plan: MemoryPlan, accumulation: int, parameters: int, ema_on_host: bool) -> int:

@@ -90,7 +90,7 @@ def _libraries(plan: MemoryPlan, card: Card | None, context_bytes: int | None) -
         ),
         Entry(
             name="cudnn-workspace", nbytes=64 * MIB, when="convolution", is_bound=True,
-            source="CUDNN_CONV_WSCAP_DBG=64; convolutions whose algorithm needs none take nothing",
+            source="what CUDNN_CONV_WSCAP_DBG=64 allows; algorithms that need no workspace take none",
         ),
         Entry(
             name="reductions", nbytes=1 * MIB, when="always", is_bound=True,

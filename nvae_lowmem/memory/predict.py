@@ -159,12 +159,12 @@ _traces: OrderedDict[tuple[str, int], Trace] = OrderedDict()
 def _traced(profile: Profile, micro_batch: int, accumulation: int) -> Trace:
     """A trace of the first step and, where it differs, the second; from two known traces where that is exact.
 
-    From the second micro-batch of a step on all are alike, and with the states on the host so are all steps.
+    From the second micro-batch of a step on all are alike (but for five numbers for the log); so are all steps where
+    the host has the states.
     """
     accumulation, steps = min(accumulation, 2), 1 if profile.plan.offload_optimizer else 2
-    training = profile.training
-    what_matters = (training.clip_norm > 0, training.kl_balance, training.regulariser > 0, training.weight_decay > 0)
-    key = repr((profile.model, replace(profile.plan, micro_batch=0, cap_bytes=0), what_matters, accumulation))
+    plan, training = replace(profile.plan, micro_batch=0, cap_bytes=0), replace(profile.training, total_batch=0)
+    key = repr((profile.model, plan, training, accumulation))
     if (key, micro_batch) in _traces:
         _traces.move_to_end((key, micro_batch))
         return _traces[key, micro_batch]

@@ -134,7 +134,7 @@ class _Tie(weakref.ref):  # type: ignore[type-arg]
         return super().__new__(cls, storage, callback)
 
     def __init__(self, storage: Any, callback: Any, key: int, number: int) -> None:
-        super().__init__(storage, callback)
+        super().__init__(storage, callback)  # type: ignore[call-arg]
         self.key, self.number = key, number
 
 

@@ -84,7 +84,7 @@ class Trace:
                 by_category[a.category] += a.nbytes
                 by_block[a.block] = by_block.get(a.block, 0) + a.nbytes
         event = self.events[at] if self.events else 0
-        owner = self.allocations[event if event >= 0 else ~event] if self.allocations else Allocation(0, *4 * [""], 0)
+        owner = self.allocations[event if event >= 0 else ~event] if self.events else Allocation(0, "", "", "", "", 0)
         return Peak(nbytes, at, owner.block, owner.phase, owner.operation, by_category, by_block)
 
     def host_bytes(self) -> int:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 aten = torch.ops.aten
+_CPU = torch.device("cpu")
 # they hand on their argument's storage, though their schemas do not say so
 _UNDECLARED_VIEWS = {aten._unsafe_view.default, aten.lift_fresh.default}
 
@@ -39,13 +40,13 @@ class _Ghost(Tensor):
     """A wrapper without memory; `make_ghost` hands out ordinary tensors on its storage."""
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         raise RuntimeError(f"{func} would touch a tensor without memory")
 
 
 def make_ghost(size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Tensor:
     """A tensor of that layout whose storage reports its bytes and has none."""
-    wrapper = _Ghost._make_wrapper_subclass(_Ghost, size, strides=stride, dtype=dtype, device="cpu")  # type: ignore[attr-defined]
+    wrapper = Tensor._make_wrapper_subclass(_Ghost, size, strides=stride, dtype=dtype, device=_CPU)
     with torch._C._DisableTorchDispatch():
         return aten.alias.default(wrapper)
 
@@ -84,7 +85,7 @@ class Ghosts:
         if not isinstance(value, Tensor):
             return value
         shape = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
-        return FakeTensor(self._fake, shape, torch.device("cpu"))
+        return FakeTensor(self._fake, shape, _CPU)
 
 
 @cache

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -85,6 +86,7 @@ class KeepRunner:
         if keep == "input":
             return _again(block, *args)
         assert self._store is not None
+        self._store.begin_block()
         with torch.autograd.graph.saved_tensors_hooks(self._store.pack, self._store.unpack):
             return _again(block, *args)
 
@@ -131,11 +133,16 @@ class _Parked:
 
 
 class HostStore:
-    """Saved tensors in host memory, fetched back in reverse order, one ahead of the backward pass."""
+    """Saved tensors in host memory; a block's are fetched back while backward is in the block after it."""
 
     def __init__(self) -> None:
-        self._parked: list[_Parked] = []
+        self._blocks: list[list[weakref.ref[_Parked]]] = []  # autograd owns what is parked; forward order
         self._stream: torch.cuda.Stream | None = None
+
+    def begin_block(self) -> None:
+        """What is packed from now on belongs to the next block."""
+        self._blocks = [refs for refs in self._blocks if any(ref() is not None for ref in refs)]
+        self._blocks.append([])
 
     def pack(self, tensor: Tensor) -> _Parked | Tensor:
         """To the host, unless there is nothing to gain."""
@@ -144,20 +151,20 @@ class HostStore:
         if tensor.is_cuda and self._stream is None:
             self._stream = torch.cuda.Stream(tensor.device)
         parked = _Parked(tensor, self._stream)
-        self._parked.append(parked)
+        self._blocks[-1].append(weakref.ref(parked))
         return parked
 
     def unpack(self, parked: _Parked | Tensor) -> Tensor:
-        """Back on the device; the one that backward needs next starts on its way."""
+        """Back on the device; the tensors of the block that backward needs next start on their way."""
         if isinstance(parked, Tensor):
             return parked
-        while self._parked and self._parked[-1] is not parked:
-            self._parked.pop()
-        if self._parked:
-            self._parked.pop()
         tensor = parked.take()
-        if self._parked:
-            self._parked[-1].fetch()
+        mine = next((i for i, refs in enumerate(self._blocks) if any(ref() is parked for ref in refs)), 0)
+        del self._blocks[mine + 1 :]
+        for ref in self._blocks[mine - 1] if mine else ():
+            ahead = ref()
+            if ahead is not None:
+                ahead.fetch()
         return tensor
 
 

@@ -13,11 +13,14 @@ from nvae_lowmem.units import GIB, format_bytes
 
 _SMALL_CUBLAS_WORKSPACE = ":16:8"  # 128 KiB per handle and stream instead of 8.1 MiB
 
+_CUDNN_WORKSPACE_MIB = "64"  # what the prediction allows a convolution's workspace
+
 
 def prepare_environment(plan: MemoryPlan) -> None:
     """Settings that CUDA libraries read when they start; before anything touches the card. The user's own win."""
     if plan.cap_bytes:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", _SMALL_CUBLAS_WORKSPACE)
+        os.environ.setdefault("CUDNN_CONV_WSCAP_DBG", _CUDNN_WORKSPACE_MIB)
 
 
 def obey(plan: MemoryPlan, device: torch.device) -> str:

@@ -43,7 +43,8 @@ def save(run_dir: Path, step: int, model: Mapping[str, Tensor], training: Mappin
     sizes = {p.name: p.stat().st_size for p in partial.iterdir()}
     (partial / STATE).write_text(json.dumps({"format": FORMAT, "step": step, "bytes": sizes}, indent=1))
     _sync(partial / STATE)
-    shutil.rmtree(final, ignore_errors=True)
+    if final.exists():  # the same step once more, over a damaged one: renamed, so that the gap is two renames short
+        os.replace(final, root / f".partial-old-{step:08d}-{os.getpid()}")
     os.replace(partial, final)
     _sync(root)
     for old in all_checkpoints(run_dir)[:-keep_last]:
@@ -67,16 +68,24 @@ def newest(run_dir: Path) -> Path | None:
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """state.json of a checkpoint. Raises ConfigError when it is missing, damaged, or of another version."""
+    damaged = ConfigError(f"checkpoint {checkpoint}: {STATE} or a file it names is missing or damaged")
     try:
         state = json.loads((checkpoint / STATE).read_text())
-        whole = all((checkpoint / name).stat().st_size == size for name, size in state["bytes"].items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise ConfigError(f"checkpoint {checkpoint}: {STATE} or a file it names is missing or damaged") from None
-    if state.get("format") != FORMAT:
+        version = state.get("format")
+    except (OSError, ValueError, AttributeError):
+        raise damaged from None
+    if version is None:
+        raise damaged
+    if version != FORMAT:
         raise ConfigError(
-            f"checkpoint {checkpoint} has format {state.get('format')!r}; this version reads {FORMAT}: "
+            f"checkpoint {checkpoint} has format {version!r}; this version reads {FORMAT}: "
             "use the version of nvae-lowmem that wrote it"
         )
+    try:
+        int(state["step"])
+        whole = all((checkpoint / name).stat().st_size == size for name, size in state["bytes"].items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise damaged from None
     if not whole:
         raise ConfigError(f"checkpoint {checkpoint}: a file is truncated; delete the folder to use an older one")
     return state

@@ -39,6 +39,11 @@ def launched_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1")) if launched() else 1
 
 
+def launched_rank() -> int:
+    """This process's number among those the launcher started; 0 without one."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def deepspeed_available() -> tuple[bool, str]:
     """Whether DeepSpeed is installed, and its version or what to do; does not import it, which takes seconds."""
     if importlib.util.find_spec("deepspeed") is None:

@@ -120,7 +120,7 @@ def _train(command: TrainCommand, pictures_for: Callable[[Profile], Pictures]) -
     if device.type == "cpu":
         keep_freed_memory()
     split_batch(profile, distributed.launched_processes())
-    data = open_source(profile.data, profile.model)
+    data = open_source(profile.data, profile.model, log=print if distributed.launched_rank() == 0 else _silent)
     engine_name, why_engine = distributed.choose_engine(profile.plan, distributed.launched(), device)
     rank, world_size = 0, 1
     if engine_name == "deepspeed" and not command.dry_run:
@@ -171,7 +171,7 @@ def _train_on(
         if ema is not None:
             ema.module.load_state_dict(weights)
     if rank == 0:
-        if not (run_dir / "config.toml").exists():
+        if resumed is None:
             profiles.save(profile, run_dir / "config.toml", header=f"nvae-lowmem run {run_dir.name}")
         began = f"resuming {run_dir} after step {first_step}" if first_step else f"run folder {run_dir}"
         print(f"{began}\nwatch it with: tensorboard --logdir {run_dir}", flush=True)
@@ -222,12 +222,16 @@ def changed_keys(before: Profile, now: Profile) -> list[str]:
     """The keys in which two profiles differ that a run may not change half-way, with both values."""
     old, new = profiles.to_dict(before), profiles.to_dict(now)
     out = []
-    for section in old.keys() - _FREE_TO_CHANGE:
+    for section in sorted(old.keys() - _FREE_TO_CHANGE):
         free = _FREE_TRAINING if section == "training" else set()
         for key in sorted(old[section].keys() - free):
             if old[section][key] != new[section][key]:
                 out.append(f"{section}.{key} ({old[section][key]!r} -> {new[section][key]!r})")
     return out
+
+
+def _silent(*_: object) -> None:
+    """What ranks above 0 have to say."""
 
 
 def _policies(plan: MemoryPlan) -> str:

@@ -130,6 +130,7 @@ def training_step(
         shown = [terms.loss.detach(), *terms[1:]]
         del terms, x
         sums = shown if sums is None else [a.add_(b) for a, b in zip(sums, shown, strict=True)]
+        del shown
     update = engine.update()
     end_step(engine.model)
     assert sums is not None

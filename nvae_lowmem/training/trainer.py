@@ -60,6 +60,7 @@ class Trainer:
         )
         self._stop_requested = False
         self._overflows = 0
+        self._saved_step = -1
         self.last_validation: Validation | None = None
 
     def train(self) -> int:
@@ -93,8 +94,9 @@ class Trainer:
                 if last or step % save_every == 0:
                     self._save(monitor, step)
             if self._stop_requested and step < total:
-                self._save(monitor, step)
-                monitor.say(f"stopped after step {step}; the same command goes on from there")
+                if step != self._saved_step:
+                    self._save(monitor, step)
+                monitor.say(f"stopped after step {step}; the same command with --run-dir {self.run_dir} goes on")
         return step
 
     # -- pieces of a step --
@@ -229,6 +231,7 @@ class Trainer:
         if self.ema is not None:
             weights |= {name: p.detach() for name, p in self.ema.module.named_parameters()}
         path = checkpoint.save(self.run_dir, step, weights | buffers, state, self.profile.training.keep_last)
+        self._saved_step = step
         monitor.say(f"step {step}: saved {path}")
 
     # -- stopping --
