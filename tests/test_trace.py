@@ -90,9 +90,7 @@ def test_a_step_frees_all_that_it_allocates(offload: bool) -> None:
 def test_further_micro_batches_need_what_the_second_does(offload: bool) -> None:
     first, second, *more = (small(2, n, offload_optimizer=offload).peak().nbytes for n in (1, 2, 3, 4))
     assert first <= second
-    assert more[0] == more[1]
-    assert 0 <= more[0] - second <= 5 * BLOCK_BYTES  # five numbers for the log, of the micro-batch before
-    assert offload or first < second  # without offloading the gradients of the first are there in the second
+    assert more[0] == more[1] == second
 
 
 def test_one_power_iteration_stands_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -262,3 +260,13 @@ def test_operations_that_write_return_what_they_were_given() -> None:
     assert ghosts.run(aten.maximum.out, nature_of(aten.maximum.out), (a, b), {"out": b}) is b
     sums = ghosts.run(aten.sum.dim_IntList, nature_of(aten.sum.dim_IntList), (a, [1]), {"keepdim": True})
     assert sums.shape == (2, 1) and sums.untyped_storage().nbytes() == 8
+
+
+def test_half_precision_with_the_optimiser_on_the_card_still_has_its_states() -> None:
+    states = {}
+    for precision in ("fp16", "fp32"):
+        profile = recipe("tiny")
+        plan = replace(profile.plan, precision=precision, engine="torch")
+        trace = trace_training(replace(profile, plan=plan), 2, steps=2)
+        states[precision] = sum(a.nbytes for a in trace.allocations if a.category == "optimizer state" and a.died < 0)
+    assert states["fp16"] == states["fp32"] > 0

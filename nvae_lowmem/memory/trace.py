@@ -38,6 +38,8 @@ aten = torch.ops.aten
 _CONSTANTS: dict[str, Callable[[Any], float]] = {"aten::full": lambda a: a[1], "aten::zeros": lambda a: 0.0}
 """Operations whose 0-dim results are known numbers: loss scales and step counts are asked for by .item()."""
 
+_COPIES = ("aten::_to_copy", "aten::clone")  # GradScaler copies its overflow flag to each device
+
 
 class Watcher(TorchDispatchMode):
     """Records storages as operations make them. `phase`, `block` and `category` are what new ones are filed under.
@@ -75,6 +77,8 @@ class Watcher(TorchDispatchMode):
                     self.see(leaf, nature.name)
         if nature.name in _CONSTANTS and out.dim() == 0:
             self._values[_key(out)] = float(_CONSTANTS[nature.name](args))
+        elif nature.name in _COPIES and _key(args[0]) in self._values:
+            self._values[_key(out)] = self._values[_key(args[0])]
         elif func is aten.add_.Tensor and args[0].dim() == 0 and _key(args[0]) in self._values:
             self._values[_key(args[0])] += 1.0
         return out

@@ -151,6 +151,8 @@ class HostStore:
         if tensor.is_cuda and self._stream is None:
             self._stream = torch.cuda.Stream(tensor.device)
         parked = _Parked(tensor, self._stream)
+        if not self._blocks:
+            self.begin_block()
         self._blocks[-1].append(weakref.ref(parked))
         return parked
 

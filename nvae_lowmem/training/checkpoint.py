@@ -43,9 +43,11 @@ def save(run_dir: Path, step: int, model: Mapping[str, Tensor], training: Mappin
     sizes = {p.name: p.stat().st_size for p in partial.iterdir()}
     (partial / STATE).write_text(json.dumps({"format": FORMAT, "step": step, "bytes": sizes}, indent=1))
     _sync(partial / STATE)
-    if final.exists():  # the same step once more, over a damaged one: renamed, so that the gap is two renames short
-        os.replace(final, root / f".partial-old-{step:08d}-{os.getpid()}")
+    replaced = root / f".partial-old-{step:08d}-{os.getpid()}"
+    if final.exists():  # the same step once more: renamed first, so that the gap is only two renames long
+        os.replace(final, replaced)
     os.replace(partial, final)
+    shutil.rmtree(replaced, ignore_errors=True)
     _sync(root)
     for old in all_checkpoints(run_dir)[:-keep_last]:
         shutil.rmtree(old, ignore_errors=True)
@@ -71,11 +73,9 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     damaged = ConfigError(f"checkpoint {checkpoint}: {STATE} or a file it names is missing or damaged")
     try:
         state = json.loads((checkpoint / STATE).read_text())
-        version = state.get("format")
-    except (OSError, ValueError, AttributeError):
+        version = state["format"]
+    except (OSError, ValueError, KeyError, TypeError):
         raise damaged from None
-    if version is None:
-        raise damaged
     if version != FORMAT:
         raise ConfigError(
             f"checkpoint {checkpoint} has format {version!r}; this version reads {FORMAT}: "
