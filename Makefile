@@ -10,11 +10,10 @@ RUN := $(VENV)/bin/python
 TEST_EXTRAS := deepspeed,faces,metrics,test
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-faces test test-slow lint format env env-test clean
+.PHONY: help demo test test-slow lint format env env-test clean
 
 help:
 	@echo "make demo         train a small NVAE on real MNIST digits and draw samples from it"
-	@echo "make demo-faces   the same on drawn faces, 64x64"
 	@echo "make test         lint, types, spelling and the whole test suite (PYTEST_ARGS=... is passed on)"
 	@echo "make test-slow    the checks that take long, for every night rather than every change"
 	@echo "make lint         lint, types and spelling only"
@@ -33,10 +32,6 @@ env-test:
 
 demo: env
 	@$(call demonstrate,demo-mnist)
-
-demo-faces:
-	@$(PYTHON) tools/setup_env.py --venv $(VENV) --extras deepspeed,faces
-	@$(call demonstrate,demo-faces)
 
 test: lint
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
