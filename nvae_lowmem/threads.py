@@ -6,9 +6,10 @@ import os
 
 
 def wait_politely() -> None:
-    """Have idle OpenMP threads sleep instead of spin; to be called before torch is imported. The user's setting wins.
+    """Have idle OpenMP threads spin briefly, then sleep; to be called before torch is imported. The user's setting wins.
 
-    Spinning gains a little on an idle machine and loses many times that on a busy one, where a thread spins away the
-    core that the thread it waits for needs.
+    GNU OpenMP's default spins for ever where there are as many threads as cores. On a busy machine a thread then spins
+    away the core that the thread it waits for needs; a short spin is as fast on an idle one (docs/performance.md).
     """
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "100000")
