@@ -13,6 +13,7 @@ Loss and gradients do not depend on the choice; BatchNorm statistics and power i
 from __future__ import annotations
 
 import contextlib
+import functools
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -167,3 +168,9 @@ class HostStore:
             if ahead is not None:
                 ahead.fetch()
         return tensor
+
+
+def keep_counts(plan: MemoryPlan, model: NVAE) -> dict[Keep, int]:
+    """How many blocks keep what, for people."""
+    names = [name for name in model.block_names() if name != "start"]
+    return functools.reduce(lambda c, n: c | {plan.keep_of(n): c.get(plan.keep_of(n), 0) + 1}, names, {})

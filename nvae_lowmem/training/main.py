@@ -25,8 +25,8 @@ from nvae_lowmem.training.ema import WeightEma
 from nvae_lowmem.training.engine import TorchEngine
 from nvae_lowmem.training.objective import Objective
 from nvae_lowmem.training.setup import RunPlan, plan_run, split_batch
-from nvae_lowmem.training.step import Diverged, Engine
-from nvae_lowmem.training.trainer import Pictures, Trainer
+from nvae_lowmem.training.step import Engine
+from nvae_lowmem.training.trainer import Diverged, Pictures, Trainer
 
 EXIT_BAD_INPUT, EXIT_DIVERGED, EXIT_OUT_OF_MEMORY = 2, 4, 5
 # what may differ when a run goes on: how memory is used, and how often the run reports

@@ -17,10 +17,6 @@ from nvae_lowmem.model.regularizers import begin_micro_batch, end_step
 from nvae_lowmem.training.objective import LossTerms, beta_at, regulariser_at
 
 
-class Diverged(RuntimeError):
-    """The loss is not a number any more; its text says where and what to do."""
-
-
 class Update(NamedTuple):
     """What the optimiser did: whether it skipped the step because of an overflow, and the true gradient norm."""
 

@@ -23,12 +23,16 @@ from nvae_lowmem.training.ema import WeightEma
 from nvae_lowmem.training.monitor import Monitor, is_early
 from nvae_lowmem.training.optim import learning_rate
 from nvae_lowmem.training.setup import RunPlan
-from nvae_lowmem.training.step import Diverged, Engine, StepResult, training_step
+from nvae_lowmem.training.step import Engine, StepResult, training_step
 from nvae_lowmem.training.validation import Validation, validate
 from nvae_lowmem.units import GIB
 
 Pictures = Callable[[NVAE, Tensor, Path, int], dict[str, np.ndarray]]
 """(model in evaluation mode, held-out images, samples folder, step) -> pictures by TensorBoard name."""
+
+
+class Diverged(RuntimeError):
+    """The loss is not a number any more; its text says where and what to do."""
 
 
 class Trainer:

@@ -25,11 +25,11 @@ from nvae_lowmem.model.nvae import NVAE
 from nvae_lowmem.training.distributed import initialise
 from nvae_lowmem.training.host_adamax import HostAdamax
 from nvae_lowmem.training.objective import LossTerms, Objective
-from nvae_lowmem.training.step import Diverged, Update
+from nvae_lowmem.training.step import Update
 from nvae_lowmem.training.zero_state import load_portable_state, portable_state
 
 
-class StuckOverflow(Diverged):
+class StuckOverflow(RuntimeError):
     """Gradients have not been finite for so many steps that training no longer moves; the text says what to do."""
 
 
