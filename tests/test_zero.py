@@ -21,7 +21,7 @@ from nvae_lowmem.model.keep import apply_plan
 from nvae_lowmem.training import distributed
 from nvae_lowmem.training.engine import TorchEngine
 from nvae_lowmem.training.step import Update
-from nvae_lowmem.training.zero import LossScale, StuckOverflow, ZeroEngine, deepspeed_config
+from nvae_lowmem.training.zero import LossScale, ZeroEngine, deepspeed_config
 
 # pytest puts its own warning filters in the place of those of `initialise`
 pytestmark = [
@@ -121,13 +121,13 @@ def test_an_overflow_skips_the_step_and_lowers_the_scale(name: str) -> None:
     engine.scale.value = 2.0**40
     before = engine.state()
     (first,) = train(engine, run, range(1))
-    assert first.update == Update(True, float("inf")) and engine.overflows == 1 and engine.loss_scale == 2.0**39
+    assert first.update == Update(True, float("inf")) and engine.loss_scale == 2.0**39
     after = engine.state()
     assert all(torch.equal(after[key], before[key]) for key in before if key.startswith("weight."))
     engine.scale.value = 2.0**14  # nearer to a scale that fits, for the sake of time
     results = train(engine, run, range(1, 9))
     skipped = sum(result.update.overflow for result in results)
-    assert 0 < skipped < len(results) and engine.overflows == 1 + skipped and engine.loss_scale == 2.0 ** (14 - skipped)
+    assert 0 < skipped < len(results) and engine.loss_scale == 2.0 ** (14 - skipped)
     assert not results[-1].update.overflow and torch.isfinite(losses(results)).all()
     trained = engine.state()
     assert all(torch.isfinite(value).all() for value in trained.values())
@@ -142,7 +142,7 @@ def test_a_nan_is_skipped_and_counted_in_fp32_too() -> None:
     engine.model.regularisation.coefficient = 0.0
     engine.begin(1e-3)
     engine.backward(sum(p.sum() for p in engine.model.parameters()) * float("nan"), last=True)
-    assert engine.update().overflow and engine.overflows == 1 and engine.loss_scale == 1.0
+    assert engine.update().overflow and engine.loss_scale == 1.0
     assert torch.isfinite(losses(train(engine, run, range(2)))).all()
     engine.close()
 
@@ -196,21 +196,6 @@ def test_the_scale_grows_after_a_thousand_good_steps_up_to_its_cap() -> None:
     for _ in range(20_000):
         scale.update(overflow=False)
     assert scale.value == 2.0**24
-
-
-@pytest.mark.parametrize(("dynamic", "advice"), [(True, "bf16"), (False, "learning_rate")])
-def test_endless_overflow_ends_with_advice(dynamic: bool, advice: str) -> None:
-    scale = LossScale(dynamic)
-    for _ in range(2):  # one good step forgives all before it
-        for _ in range(49):
-            scale.update(overflow=True)
-        assert scale.value == 1.0
-        scale.update(overflow=False)
-    for _ in range(49):
-        scale.update(overflow=True)
-    with pytest.raises(StuckOverflow, match=f"50 steps in a row.*{advice}"):
-        scale.update(overflow=True)
-    assert scale.overflows == 49 * 3 + 1
 
 
 @pytest.mark.parametrize(

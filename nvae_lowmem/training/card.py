@@ -18,6 +18,8 @@ _CUDNN_WORKSPACE_MIB = "64"  # what the prediction allows a convolution's worksp
 
 def prepare_environment(plan: MemoryPlan) -> None:
     """Settings that CUDA libraries read when they start; before anything touches the card. The user's own win."""
+    if plan.allocator_settings:  # the name that every torch reads; the newer one is unknown to 2.7
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", plan.allocator_settings)
     if plan.cap_bytes:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", _SMALL_CUBLAS_WORKSPACE)
         os.environ.setdefault("CUDNN_CONV_WSCAP_DBG", _CUDNN_WORKSPACE_MIB)

@@ -24,11 +24,12 @@ from nvae_lowmem.training.allocation import keep_freed_memory
 from nvae_lowmem.training.ema import WeightEma
 from nvae_lowmem.training.engine import TorchEngine
 from nvae_lowmem.training.objective import Objective
+from nvae_lowmem.training.out_of_memory import OutOfMemory, is_out_of_memory, report
 from nvae_lowmem.training.setup import RunPlan, plan_run, split_batch
-from nvae_lowmem.training.step import Engine
-from nvae_lowmem.training.trainer import Diverged, Pictures, Trainer
+from nvae_lowmem.training.step import Diverged, Engine
+from nvae_lowmem.training.trainer import Pictures, Trainer
 
-EXIT_BAD_INPUT, EXIT_DIVERGED, EXIT_OUT_OF_MEMORY = 2, 4, 5
+EXIT_BAD_INPUT, EXIT_NOTHING_FITS, EXIT_DIVERGED, EXIT_OUT_OF_MEMORY = 2, 3, 4, 5
 # what may differ when a run goes on: how memory is used, and how often the run reports
 _FREE_TO_CHANGE = {"plan", "provenance", "name"}
 _FREE_TRAINING = {
@@ -40,6 +41,14 @@ _FREE_TRAINING = {
     "keep_last",
     "ema_on_host",
 }
+
+
+Fitter = Callable[[Profile, str, EngineName], Profile]
+"""(profile, size of the card as in --gpu-mem or "" for the one in this machine, engine) -> the fitted profile."""
+
+
+class NothingFits(RuntimeError):
+    """No plan of the profile fits the card; its text says by how much, and what would make it fit."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +83,10 @@ class TrainCommand:
     """torch, deepspeed or auto, instead of the profile's."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPU where there is one."""
+    auto_fit: bool = False
+    """First find the memory plan that fits the GPU, as tools/fit_memory.py does (up to a minute), then train."""
+    gpu_mem: str = ""
+    """With --auto-fit: plan for a card of this size, such as 4G, instead of the whole GPU of this machine."""
     set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """Any other key of the profile: --set training.learning_rate=1e-3 (may be repeated)."""
     dry_run: bool = False
@@ -81,20 +94,25 @@ class TrainCommand:
     local_rank: Annotated[int, tyro.conf.arg(name="local_rank", help="Set by the deepspeed launcher.")] = -1
 
 
-def run_training(argv: Sequence[str], pictures_for: Callable[[Profile], Pictures]) -> int:
-    """Parse argv, train, and return the exit code: 0 done, 2 bad input, 4 diverged, 5 out of memory."""
+def run_training(argv: Sequence[str], pictures_for: Callable[[Profile], Pictures], fitted: Fitter) -> int:
+    """Parse argv, train, and return the exit code: 0 done, 2 bad input, 3 nothing fits, 4 diverged, 5 out of memory.
+
+    fitted: makes the profile whose plan fits the card, for --auto-fit.
+    """
     command = tyro.cli(TrainCommand, args=list(argv), prog="train.py")
     try:
-        return _train(command, pictures_for)
+        return _train(command, pictures_for, fitted)
+    except NothingFits as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return EXIT_NOTHING_FITS
     except ConfigError as error:
         print(f"train.py: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
     except Diverged as error:
         print(f"train.py: {error}", file=sys.stderr)
         return EXIT_DIVERGED
-    except torch.OutOfMemoryError as error:
-        print(f"train.py: out of GPU memory: {str(error).splitlines()[0]}", file=sys.stderr)
-        print("Fit a smaller plan with tools/fit_memory.py, or halve --micro-batch.", file=sys.stderr)
+    except OutOfMemory as error:
+        print(f"train.py: {error}", file=sys.stderr)
         return EXIT_OUT_OF_MEMORY
 
 
@@ -113,10 +131,14 @@ def profile_of(command: TrainCommand) -> Profile:
     return profiles.override(profile, [*given, *command.set]) if given or command.set else profile
 
 
-def _train(command: TrainCommand, pictures_for: Callable[[Profile], Pictures]) -> int:
+def _train(command: TrainCommand, pictures_for: Callable[[Profile], Pictures], fitted: Fitter) -> int:
     profile = profile_of(command)
-    card.prepare_environment(profile.plan)
     device = _device(command.device)
+    if command.auto_fit:
+        profile = _auto_fitted(command, profile, device, fitted)
+    elif command.gpu_mem:
+        raise ConfigError(f"--gpu-mem {command.gpu_mem} only means something together with --auto-fit")
+    card.prepare_environment(profile.plan)
     if device.type == "cpu":
         keep_freed_memory()
     split_batch(profile, distributed.launched_processes())
@@ -138,6 +160,10 @@ def _train(command: TrainCommand, pictures_for: Callable[[Profile], Pictures]) -
         return 0
     try:
         return _train_on(command, plan, data, model, engine_name, device, rank, pictures_for)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemory(report(error, plan.profile, model.blocks, device)) from None
     finally:
         distributed.shutdown()
 
@@ -175,8 +201,7 @@ def _train_on(
             profiles.save(profile, run_dir / "config.toml", header=f"nvae-lowmem run {run_dir.name}")
         began = f"resuming {run_dir} after step {first_step}" if first_step else f"run folder {run_dir}"
         print(f"{began}\nwatch it with: tensorboard --logdir {run_dir}", flush=True)
-    trainer = Trainer(plan, engine, data, run_dir, ema, pictures_for(profile), first_step)
-    trainer.train()
+    Trainer(plan, engine, data, run_dir, ema, pictures_for(profile), first_step).train()
     if rank == 0:
         print(f"pictures: {run_dir / 'samples'}\nsample more with: python launch/sample.py --run {run_dir}", flush=True)
     return 0
@@ -188,6 +213,25 @@ def _engine(name: str, objective: Objective, profile: Profile, device: torch.dev
 
         return ZeroEngine(objective, profile, device, plan.split.accumulation)
     return TorchEngine(objective, profile, device, plan.split.accumulation)
+
+
+def _auto_fitted(command: TrainCommand, profile: Profile, device: torch.device, fitted: Fitter) -> Profile:
+    """The profile under the plan that fits; on the CPU with the profile's own precision, whose speed is another."""
+    if distributed.launched_processes() > 1:
+        raise ConfigError(
+            "--auto-fit plans for one process: fit first, python tools/fit_memory.py --profile ... --out FITTED.toml, "
+            "then start all processes with --profile FITTED.toml"
+        )
+    if device.type != "cuda" and not command.gpu_mem:
+        raise ConfigError(
+            "--auto-fit fits the training to the GPU of this machine, and torch sees none: leave it out, or name the "
+            "card to plan for, --gpu-mem 4G"
+        )
+    engine: EngineName = (
+        "deepspeed" if distributed.launched() and profile.plan.engine == "auto" else profile.plan.engine
+    )
+    out = fitted(profile, command.gpu_mem, engine)
+    return out if device.type == "cuda" else replace(out, plan=replace(out.plan, precision=profile.plan.precision))
 
 
 def _device(wanted: str) -> torch.device:

@@ -25,7 +25,8 @@ class Monitor:
             return
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and only rank 0 needs it
 
-        self._events = SummaryWriter(str(run_dir), purge_step=first_step + 1 if first_step else None)
+        again = _forget_after(first_step, run_dir / "stats.jsonl")
+        self._events = SummaryWriter(str(run_dir), purge_step=first_step + 1 if again else None)
         self._stats = (run_dir / "stats.jsonl").open("a", encoding="utf-8")
         self._log = (run_dir / "log.txt").open("a", encoding="utf-8")
         if sys.stderr.isatty():
@@ -91,6 +92,26 @@ class Monitor:
         self._events.close()
         self._stats.close()
         self._log.close()
+
+
+def _forget_after(step: int, stats: Path) -> bool:
+    """Drop the records of later steps, which a run that goes on from `step` makes anew; whether there was a file.
+
+    A last line that was cut off in the middle goes, too.
+    """
+    if not stats.exists():
+        return False
+    kept = []
+    for line in stats.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue
+    new = stats.with_suffix(".new")
+    new.write_text("".join(kept), encoding="utf-8")
+    new.replace(stats)
+    return True
 
 
 def is_early(step: int, every: int) -> bool:

@@ -17,6 +17,10 @@ from nvae_lowmem.model.regularizers import begin_micro_batch, end_step
 from nvae_lowmem.training.objective import LossTerms, beta_at, regulariser_at
 
 
+class Diverged(RuntimeError):
+    """Training cannot go on: the loss or the gradients are no numbers any more. Its text says where and what to do."""
+
+
 class Update(NamedTuple):
     """What the optimiser did: whether it skipped the step because of an overflow, and the true gradient norm."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from types import FrameType
 
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nvae_lowmem.data.pipeline import Batches, evaluation_batches
+from nvae_lowmem.data.pipeline import Batches, evaluation_batches, prefetched
 from nvae_lowmem.data.sources import Datasets
 from nvae_lowmem.model.nvae import NVAE
 from nvae_lowmem.model.regularizers import regularisation_values
@@ -25,14 +25,11 @@ from nvae_lowmem.training.optim import learning_rate
 from nvae_lowmem.training.setup import RunPlan
 from nvae_lowmem.training.step import Engine, StepResult, training_step
 from nvae_lowmem.training.validation import Validation, validate
+from nvae_lowmem.training.watch import Watch
 from nvae_lowmem.units import GIB
 
 Pictures = Callable[[NVAE, Tensor, Path, int], dict[str, np.ndarray]]
 """(model in evaluation mode, held-out images, samples folder, step) -> pictures by TensorBoard name."""
-
-
-class Diverged(RuntimeError):
-    """The loss is not a number any more; its text says where and what to do."""
 
 
 class Trainer:
@@ -59,12 +56,12 @@ class Trainer:
             self.profile.training.seed,
         )
         self._stop_requested = False
-        self._overflows = 0
+        self._watch = Watch(self.profile.plan.precision)
         self._saved_step = -1
         self.last_validation: Validation | None = None
 
     def train(self) -> int:
-        """Train; returns the number of finished steps. Raises Diverged when the loss is not finite."""
+        """Train; returns the number of finished steps. Raises Diverged where more steps would be for nothing."""
         training, total = self.profile.training, self.schedule.total_steps
         evaluate_every, sample_every, save_every = (
             every or max(1, total // 10)
@@ -72,6 +69,7 @@ class Trainer:
         )
         step = self.first_step
         with (
+            contextlib.closing(self._micro_batches(step, total)) as images,
             Monitor(self.run_dir if self.engine.rank == 0 else None, total, self.first_step) as monitor,
             self._signals(monitor),
         ):
@@ -79,9 +77,11 @@ class Trainer:
             while step < total and not self._stop_requested:
                 began = time.monotonic()
                 rate = self._learning_rate(step)
-                result = training_step(self.engine, self.profile, self.run.split, self._images, step, total, rate)
+                result = training_step(
+                    self.engine, self.profile, self.run.split, lambda *_: next(images), step, total, rate
+                )
                 step += 1
-                self._check(result, step)
+                self._watch.check(result, step)
                 if self.ema is not None:
                     with self.engine.gathered():
                         self.ema.update(self.engine.model, step)
@@ -101,8 +101,15 @@ class Trainer:
 
     # -- pieces of a step --
 
-    def _images(self, step: int, slot: int, count: int) -> Tensor:
-        return self._batches.batch(step, slice(slot, slot + count)).to(self.engine.device, non_blocking=True)
+    def _micro_batches(self, step: int, total: int) -> Generator[Tensor, None, None]:
+        """This process' micro-batches on its device, in the order in which `training_step` asks for them."""
+        split, device = self.run.split, self.engine.device
+        starts = [split.first_slot(self.engine.rank, index) for index in range(split.accumulation)]
+        slices = [slice(start, start + split.micro) for start in starts]
+        on_card = device.type == "cuda"
+        with contextlib.closing(prefetched(self._batches, step, total, slices, pin_memory=on_card)) as ready:
+            for x in ready:
+                yield x.to(device, non_blocking=True)
 
     def _learning_rate(self, step: int) -> float:
         s = self.schedule
@@ -115,19 +122,6 @@ class Trainer:
             total_steps=s.total_steps,
         )
 
-    def _check(self, result: StepResult, step: int) -> None:
-        self._overflows += result.update.overflow
-        if bool(result.loss.isfinite()):
-            return
-        bad = [str(i) for i, ok in enumerate(result.kl.isfinite().tolist()) if not ok]
-        where = (
-            f"the KL of group{'s' if len(bad) > 1 else ''} {', '.join(bad)} (from the top)" if bad else "the likelihood"
-        )
-        raise Diverged(
-            f"step {step}: the loss is {result.loss.item()}: {where} is not finite. The last checkpoint is untouched. "
-            "Try a lower --set training.learning_rate, a larger training.regulariser, or --precision fp32."
-        )
-
     def _report(self, monitor: Monitor, r: StepResult, step: int, rate: float, seconds: float) -> None:
         early = is_early(step, self.profile.training.log_every)
         batch = self.profile.training.total_batch
@@ -138,8 +132,8 @@ class Trainer:
         memory = card.torch_memory(self.engine.device)
         if memory:
             line += f"  peak {memory['memory/peak_allocated_gib']:.2f} GiB"
-        if self._overflows:
-            line += f"  overflows {self._overflows}"
+        if self._watch.overflows:
+            line += f"  overflows {self._watch.overflows}"
         monitor.progress(step, line, early)
         if not early:
             return
@@ -155,7 +149,7 @@ class Trainer:
             "train/bn_loss": batch_norm,
             "train/wdn_coeff": r.regulariser,
             "train/loss_scale": self.engine.loss_scale,
-            "train/overflows": float(self._overflows),
+            "train/overflows": float(self._watch.overflows),
             "kl_coeff/coeff": r.beta,
             "timing/sec_per_step": seconds,
             "timing/images_per_sec": batch / seconds,

@@ -29,47 +29,27 @@ from nvae_lowmem.training.step import Update
 from nvae_lowmem.training.zero_state import load_portable_state, portable_state
 
 
-class StuckOverflow(RuntimeError):
-    """Gradients have not been finite for so many steps that training no longer moves; the text says what to do."""
-
-
 class LossScale:
-    """The loss scale of fp16, halved at an overflow, doubled after `GROWTH_STEPS` good steps; 1 for other precisions.
-
-    overflows: steps skipped so far because a gradient was not finite, in any precision.
-    """
+    """The loss scale of fp16, halved at an overflow, doubled after `GROWTH_STEPS` good steps; else 1."""
 
     INITIAL, SMALLEST, LARGEST = 2.0**16, 1.0, 2.0**24
     GROWTH_STEPS = 1000
-    STUCK_AFTER = 50  # from the largest scale to the smallest it is 24 halvings
 
     def __init__(self, dynamic: bool) -> None:
         self.dynamic = dynamic
         self.value = self.INITIAL if dynamic else 1.0
-        self.overflows = 0
-        self._bad_in_a_row = self._good_in_a_row = 0
+        self._good_in_a_row = 0
 
     def update(self, overflow: bool) -> None:
-        """Takes in whether a step overflowed. Raises StuckOverflow after `STUCK_AFTER` of them in a row."""
+        """Takes in whether a step overflowed."""
         if overflow:
-            self.overflows += 1
-            self._bad_in_a_row, self._good_in_a_row = self._bad_in_a_row + 1, 0
+            self._good_in_a_row = 0
             if self.dynamic:
                 self.value = max(self.value / 2, self.SMALLEST)
-            if self._bad_in_a_row >= self.STUCK_AFTER:
-                raise StuckOverflow(self._advice())
         else:
-            self._bad_in_a_row, self._good_in_a_row = 0, self._good_in_a_row + 1
+            self._good_in_a_row += 1
             if self.dynamic and self._good_in_a_row % self.GROWTH_STEPS == 0:
                 self.value = min(self.value * 2, self.LARGEST)
-
-    def _advice(self) -> str:
-        precision = "plan.precision = 'bf16' or 'fp32', " if self.dynamic else ""
-        return (
-            f"{self._bad_in_a_row} steps in a row had a gradient that is not finite (loss scale {self.value:g}), so "
-            f"the weights no longer change: go back to an earlier checkpoint with {precision}a lower "
-            "training.learning_rate, or clipped gradients (training.clip_norm)"
-        )
 
 
 class ZeroEngine:
@@ -124,11 +104,6 @@ class ZeroEngine:
         """The present loss scale; 1 but for fp16."""
         return self.scale.value
 
-    @property
-    def overflows(self) -> int:
-        """Steps skipped so far because a gradient was not finite."""
-        return self.scale.overflows
-
     def begin(self, learning_rate: float) -> None:
         """A step begins, at this learning rate."""
         for group in self._optimizer.param_groups:
@@ -150,7 +125,7 @@ class ZeroEngine:
         """Unscale, clip (the true gradients), one Adamax step unless a gradient is not finite; gradients are freed.
 
         The norm is that of the true gradient before clipping, infinite for a skipped step, None at stage 0 without
-        clipping. Raises StuckOverflow.
+        clipping.
         """
         norm: Tensor | float | None = None
         if self._clip_norm:
