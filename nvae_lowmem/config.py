@@ -99,6 +99,8 @@ class TrainConfig:
     """Share of all steps before beta starts to rise."""
     kl_beta_min: float = 1e-4
     """Smallest beta."""
+    kl_beta_max: float = 1.0
+    """Beta after the warm-up: 1 is the ELBO, less favours reconstructions over samples."""
     kl_balance: bool = True
     """Balance the groups' KL while beta < 1."""
     regulariser: float = 1e-2
@@ -140,8 +142,8 @@ class TrainConfig:
             out.append(f"training.epochs = {self.epochs} must be larger than 0 (or set training.steps)")
         if not 0 <= self.ema_decay < 1:
             out.append(f"training.ema_decay = {self.ema_decay} must be from 0 (off) to below 1")
-        if not 0 <= self.kl_beta_min <= 1:
-            out.append(f"training.kl_beta_min = {self.kl_beta_min} must be from 0 to 1")
+        if not 0 <= self.kl_beta_min <= self.kl_beta_max:
+            out.append(f"training.kl_beta_min = {self.kl_beta_min} must be from 0 to kl_beta_max = {self.kl_beta_max}")
         return out
 
 
@@ -171,6 +173,8 @@ class MemoryPlan:
     """What a block keeps for the backward pass, unless keep_blocks says otherwise."""
     keep_blocks: Mapping[str, Keep] = field(default_factory=dict)
     """Block name (or a prefix of it ending in *) -> what that block keeps."""
+    allocator_settings: str = ""
+    """PyTorch's allocator settings (PYTORCH_CUDA_ALLOC_CONF), such as expandable_segments:True; empty: its defaults."""
     likelihood_chunk_bytes: int = 64 << 20
     """Upper bound of the likelihood's temporaries per chunk."""
 

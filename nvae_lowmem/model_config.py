@@ -20,7 +20,7 @@ Architecture = Literal[
     "mbconv_res",
     "mbconv_den",
 ]
-LikelihoodName = Literal["auto", "bernoulli", "logistic_mixture", "normal"]
+LikelihoodName = Literal["auto", "bernoulli", "logistic_mixture", "normal", "squared_error"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,8 @@ class ModelConfig:
     bits: int = 8
     """Bits per channel value, 1 to 8; 1 means binary images."""
     likelihood: LikelihoodName = "auto"
-    """p(x|z): auto takes bernoulli for 1 bit, normal for one mixture component, else logistic_mixture."""
+    """p(x|z): auto takes bernoulli for 1 bit, normal for one mixture component, else logistic_mixture.
+    squared_error is what plain autoencoders minimise; it is here to compare with."""
     mixtures: int = 10
     """Components of the discretised logistic mixture; 1 means a normal."""
     channels_encoder: int = 32

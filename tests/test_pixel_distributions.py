@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from likelihood_cases import all_pixel_values, every_kind, random_images, random_parameters
 from torch import Tensor
 
-from nvae_lowmem.model.pixel_distributions import Bernoulli, Likelihood, LogisticMixture, Normal, quantise
+from nvae_lowmem.model.pixel_distributions import Bernoulli, Likelihood, LogisticMixture, Normal, SquaredError, quantise
 
 
 def total_probability(likelihood: Likelihood, pixel: Tensor) -> Tensor:
@@ -240,3 +240,13 @@ def test_quantise_keeps_the_highest_bits_of_every_8_bit_value(bits: int) -> None
         quantised = quantise(images, bits)
         assert torch.equal(quantised, expected)
         assert torch.equal(quantise(quantised, bits), quantised)
+
+
+def test_squared_error_is_a_normal_of_variance_one() -> None:
+    likelihood = SquaredError(3, 8)
+    generator = torch.Generator().manual_seed(0)
+    mu, x = torch.rand(2, 4, 3, 5, 6, generator=generator, dtype=torch.float64)
+    expected = torch.distributions.Normal(mu, 1.0).log_prob(x).sum((1, 2, 3))
+    torch.testing.assert_close(likelihood.log_prob(mu, x), expected)
+    assert torch.equal(likelihood.mean(2 * mu - 0.5), (2 * mu - 0.5).clamp(0, 1))
+    assert torch.equal(likelihood.sample(mu, generator, temperature=0.0), mu)

@@ -42,19 +42,21 @@ def apply_plan(model: NVAE, plan: MemoryPlan) -> None:
         raise ConfigError(f"plan.keep_blocks names blocks that this model does not have: {', '.join(unknown)}")
     keeps: dict[str, Keep] = {name: plan.keep_of(name) for name in names}
     for name, keep in keeps.items():
-        _set_recompute(model.blocks[name], keep != "all")
+        _set_recompute(model.blocks[name], keep)
     head = model.blocks["head"]
     assert isinstance(head, Head)
     head.chunk_bytes = plan.likelihood_chunk_bytes
     model.run_block = KeepRunner(keeps)
 
 
-def _set_recompute(block: nn.Module, recompute: bool) -> None:
+def _set_recompute(block: nn.Module, keep: Keep) -> None:
     for module in block.modules():
         if isinstance(module, (Normed, Cell, FlowCell)):
-            module.recompute = recompute
+            module.recompute = keep != "all"
         if isinstance(module, DecoderGroup):
-            module.run_latent = _again if recompute else _call
+            # A block that runs again as a whole need not run its latents a third time: the peak of a step is in the
+            # post-process cells (measured for the published recipes), so it would save nothing.
+            module.run_latent = _again if keep == "cheap" else _call
 
 
 def _call(function: Callable[..., Any], *args: Any) -> Any:
@@ -109,26 +111,30 @@ class _Parked:
                 self.host.copy_(tensor, non_blocking=True)
             tensor.record_stream(stream)
         self.back: Tensor | None = None
+        self._arrived: torch.cuda.Event | None = None
 
     def fetch(self) -> None:
         """Begin the copy to the device."""
         if self.back is not None:
             return
+        # Allocated on the stream that computes, although the other one writes to it: the allocator keeps a pool per
+        # stream, and memory of the one cannot serve the other.
+        self.back = torch.empty(self.host.shape, dtype=self.host.dtype, device=self.device)
         if self.stream is None:
-            self.back = torch.empty(self.host.shape, dtype=self.host.dtype, device=self.device).copy_(self.host)
+            self.back.copy_(self.host)
             return
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))  # who had this memory before is done with it
         with torch.cuda.stream(self.stream):
-            self.back = self.host.to(self.device, non_blocking=True)
+            self.back.copy_(self.host, non_blocking=True)
+            self._arrived = self.stream.record_event()
 
     def take(self) -> Tensor:
         """The tensor on its device, ready for the current stream."""
         self.fetch()
         back, self.back = self.back, None
         assert back is not None
-        if self.stream is not None:
-            current = torch.cuda.current_stream(self.device)
-            current.wait_stream(self.stream)
-            back.record_stream(current)
+        if self._arrived is not None:  # of this copy alone: others of the next block may be on their way behind it
+            torch.cuda.current_stream(self.device).wait_event(self._arrived)
         return back
 
 

@@ -22,6 +22,7 @@ from nvae_lowmem.model.pixel_distributions import (
     Likelihood,
     LogisticMixture,
     Normal,
+    SquaredError,
     computing_type,
     quantise,
 )
@@ -31,6 +32,7 @@ __all__ = [
     "Likelihood",
     "LogisticMixture",
     "Normal",
+    "SquaredError",
     "make_likelihood",
     "negative_log_likelihood",
     "quantise",
@@ -58,6 +60,8 @@ def make_likelihood(name: str, image_channels: int, bits: int, mixtures: int = 1
         return Bernoulli(image_channels)
     if name == "normal":
         return Normal(image_channels, bits)
+    if name == "squared_error":
+        return SquaredError(image_channels, bits)
     return LogisticMixture(image_channels, bits, mixtures)
 
 

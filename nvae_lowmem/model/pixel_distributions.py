@@ -293,6 +293,34 @@ class Normal(Likelihood):
         return mu, torch.exp(log_sigma) + 1e-2
 
 
+class SquaredError(Likelihood):
+    """A normal density of variance 1 around mu, P = C: -log p = (x - mu)^2 / 2 + constant."""
+
+    name = "squared_error"
+
+    def __init__(self, image_channels: int, bits: int) -> None:
+        super().__init__(image_channels, bits)
+        self.parameter_channels = image_channels
+
+    @property
+    def working_values_per_pixel(self) -> int:
+        return 4 * self.image_channels
+
+    def log_prob_per_pixel(self, parameters: Tensor, x: Tensor) -> Tensor:
+        squared = (_full_precision(parameters) - x).square().sum(dim=1)
+        return -0.5 * (squared + self.image_channels * math.log(2 * math.pi))
+
+    def sample(self, parameters: Tensor, generator: torch.Generator, temperature: float = 1.0) -> Tensor:
+        mu = _full_precision(parameters)
+        return (mu + temperature * torch.special.ndtri(_uniform(mu, generator))).clamp(0.0, 1.0)
+
+    def mean(self, parameters: Tensor) -> Tensor:
+        return _full_precision(parameters).clamp(0.0, 1.0)
+
+    def describe(self) -> str:
+        return f"squared error, {self.image_channels} channel(s)"
+
+
 def _full_precision(parameters: Tensor) -> Tensor:
     return parameters.to(computing_type(parameters))
 

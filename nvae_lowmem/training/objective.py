@@ -29,11 +29,11 @@ class LossTerms(NamedTuple):
 
 
 def beta_at(step: int, total_steps: int, config: TrainConfig) -> float:
-    """beta = clip((step - constant T) / (warm-up T), beta_min, 1), T = total steps; 1 without warm-up."""
+    """beta = clip((step - constant T) / (warm-up T), beta_min, beta_max), T = total steps; beta_max without warm-up."""
     if config.kl_warmup_fraction == 0:
-        return 1.0
+        return config.kl_beta_max
     raw = (step - config.kl_constant_fraction * total_steps) / (config.kl_warmup_fraction * total_steps)
-    return min(1.0, max(config.kl_beta_min, raw))
+    return min(config.kl_beta_max, max(config.kl_beta_min, raw))
 
 
 def regulariser_at(beta: float, config: TrainConfig) -> float:
@@ -69,12 +69,12 @@ class Objective(nn.Module):
     def __init__(self, model: NVAE, training: TrainConfig, precision: str = "fp32") -> None:
         super().__init__()
         self.model = model
-        self.balanced = training.kl_balance
+        self.balance_below = training.kl_beta_max if training.kl_balance else 0.0
         self.autocast_dtype = AUTOCAST_DTYPES[precision]
         self.register_buffer("alphas", group_alphas(model.config), persistent=False)
 
     def forward(self, x: Tensor, noise: Noise, beta: float) -> LossTerms:
-        """Images (b, C, S, S) in [0,1] -> LossTerms. KL balancing acts while beta < 1, on this micro-batch's KL."""
+        """Images (b, C, S, S) in [0,1] -> LossTerms. KL balancing acts while beta rises, on this micro-batch's KL."""
         dtype = self.autocast_dtype
         with torch.autocast(
             x.device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None, cache_enabled=False
@@ -82,8 +82,7 @@ class Objective(nn.Module):
             terms = self.model(x, noise)
         per_group = torch.stack([kl.sum(1).mean() for kl in terms.kl])  # (groups,)
         channels = torch.stack([kl.detach().mean(0) for kl in terms.kl])  # (groups, L)
-        used = self.balanced and beta < 1
-        coefficients = balance(per_group, self.alphas) if used else torch.ones_like(per_group)
+        coefficients = balance(per_group, self.alphas) if beta < self.balance_below else torch.ones_like(per_group)
         nll = terms.nll.mean()
         loss = nll + beta * (coefficients * per_group).sum()
         active = (channels > 0.1).float().mean(1)
