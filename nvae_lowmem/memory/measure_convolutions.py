@@ -1,0 +1,81 @@
+"""The distinct convolutions of a step, and what workspace each of them takes forward and backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+aten = torch.ops.aten
+Extra = Callable[[Callable[[], Any]], "int | None"]
+"""Runs a function and says how many bytes it took beside what it returned (CudaMonitor.extra_bytes)."""
+
+
+class Convolution(NamedTuple):
+    """What decides the algorithm of a convolution, and so its workspace."""
+
+    input: tuple[int, ...]  # (B, C, H, W)
+    input_stride: tuple[int, ...]
+    weight: tuple[int, ...]  # (O, C / groups, k, k)
+    weight_stride: tuple[int, ...]
+    dtype: torch.dtype
+    options: tuple[Any, ...]
+    """Stride, padding, dilation, transposed, output padding, groups: the last arguments of aten::convolution."""
+
+    def __str__(self) -> str:
+        stride, padding, dilation, transposed, _, groups = self.options
+        kind = "transposed " if transposed else ""
+        return (
+            f"{kind}{list(self.input)} * {list(self.weight)} {str(self.dtype).removeprefix('torch.')}, stride "
+            f"{list(stride)}, padding {list(padding)}, dilation {list(dilation)}, groups {groups}"
+        )
+
+
+class ConvolutionWatcher(TorchDispatchMode):
+    """Notes each kind of convolution once, forward or backward, whichever is met; results are unchanged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: dict[Convolution, None] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is aten.convolution.default:
+            self._note(args[0], args[1], args[3:9])
+        elif func is aten.convolution_backward.default:
+            self._note(args[1], args[2], args[4:10])
+        return func(*args, **(kwargs or {}))
+
+    def _note(self, x: Tensor, weight: Tensor, options: Any) -> None:
+        fixed = tuple(tuple(o) if isinstance(o, (list, tuple)) else o for o in options)
+        shapes = (tuple(x.shape), x.stride(), tuple(weight.shape), weight.stride())
+        self.found[Convolution(*shapes, x.dtype, fixed)] = None
+
+
+def workspaces(convolutions: Iterable[Convolution], device: torch.device, extra: Extra) -> list[dict[str, Any]]:
+    """Per convolution its description and the workspace in bytes forward, for the input's and the weight's gradient."""
+    return [{"convolution": str(c), **_workspace(c, device, extra)} for c in convolutions]
+
+
+@torch.no_grad()
+def _workspace(c: Convolution, device: torch.device, extra: Extra) -> dict[str, int | None]:
+    x = torch.empty_strided(c.input, c.input_stride, dtype=c.dtype, device=device).zero_()
+    weight = torch.empty_strided(c.weight, c.weight_stride, dtype=c.dtype, device=device).zero_()
+    slope = torch.zeros_like(aten.convolution(x, weight, None, *c.options))  # d loss / d output
+
+    def backward(*wanted: bool) -> Any:
+        return aten.convolution_backward(slope, x, weight, None, *c.options, list(wanted))
+
+    return {
+        "forward_bytes": extra(lambda: aten.convolution(x, weight, None, *c.options)),
+        "input_gradient_bytes": extra(lambda: backward(True, False, False)),
+        "weight_gradient_bytes": extra(lambda: backward(False, True, False)),
+    }
+
+
+def largest_bytes(measured: Iterable[dict[str, Any]]) -> int:
+    """The largest workspace among those measured."""
+    keys = ("forward_bytes", "input_gradient_bytes", "weight_gradient_bytes")
+    return max((row[key] for row in measured for key in keys if row[key] is not None), default=0)

@@ -1,0 +1,116 @@
+"""Calibration: from measured runs to a file that predictions take."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_predict import run as predict_memory
+from test_trace import profile_of
+
+from nvae_lowmem import profile as profiles
+from nvae_lowmem.config import ConfigError
+from nvae_lowmem.memory.calibration import calibrate, save_calibration
+from nvae_lowmem.memory.overlay import CALIBRATED, load_calibration
+from nvae_lowmem.memory.predict import predict
+from nvae_lowmem.units import MIB
+
+SOURCE = "measured on GTX 970, torch 2.7.1, 2026-01-31"
+
+
+def unmatched(nbytes: int, expected: int = 0, what: str = "") -> dict[str, Any]:
+    return {"phase": "forward", "bytes": nbytes, "recorded": 1, "expected": expected, "what": what}
+
+
+def workspace(*nbytes: int | None) -> dict[str, Any]:
+    keys = ("forward_bytes", "input_gradient_bytes", "weight_gradient_bytes")
+    return {"convolution": "c", **dict(zip(keys, nbytes, strict=True))}
+
+
+def row(name: str, measured: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
+    return {
+        "name": name,
+        "status": "ok",
+        "engine": "torch",
+        "cublas_kept_bytes": 256 << 10,
+        "measured": {
+            "workspaces": [workspace(0, 3 * MIB, None), workspace(MIB, 0, 0)],
+            "statistics": {"outside_allocator_bytes": 500 * MIB, "used_before_context_bytes": 380 * MIB},
+            **(measured or {}),
+        },
+        "stream": {"unmatched": [unmatched(4096), unmatched(9 * MIB, 1), unmatched(3 * MIB, 0, "workspace")]},
+        **changes,
+    }
+
+
+def test_the_largest_of_all_runs_is_taken_with_its_source() -> None:
+    larger = row("b", {"workspaces": [workspace(7 * MIB, 0, 0)]}, cublas_kept_bytes=512 << 10)
+    found = calibrate([row("a"), larger, {"name": "c", "status": "failed"}], SOURCE)
+    assert {name: entry.nbytes for name, entry in found.items()} == {
+        "cublas-workspaces": 512 << 10,
+        "cudnn-workspace": 7 * MIB,
+        "reductions": 4096,
+        "cuda-context": 120 * MIB,
+    }
+    assert found["cudnn-workspace"].source.startswith(SOURCE) and found["cudnn-workspace"].source.endswith(" b")
+    assert found.keys() <= set(CALIBRATED) and not any(entry.is_bound for entry in found.values())
+
+
+def test_what_no_run_can_tell_is_left_out() -> None:
+    assert calibrate([], SOURCE) == {}
+    unknown = row("a", {"workspaces": []}, engine="deepspeed")
+    assert calibrate([unknown], SOURCE).keys() == {"cublas-workspaces", "cuda-context"}
+
+
+def test_without_knowledge_of_other_programs_all_beside_the_allocator_counts() -> None:
+    statistics = {"outside_allocator_bytes": 500 * MIB, "used_before_context_bytes": None}
+    assert calibrate([row("a", {"statistics": statistics})], SOURCE)["cuda-context"].nbytes == 500 * MIB
+
+
+def test_a_calibration_file_narrows_the_margin_of_a_prediction(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "calibration.toml"
+    made = calibrate([row("a")], SOURCE)
+    save_calibration(path, made, "Two lines\nof a comment")
+    assert path.read_text().startswith("# Two lines\n# of a comment\n")
+    loaded = load_calibration(path)
+    assert {n: (e.nbytes, e.source) for n, e in loaded.items()} == {n: (e.nbytes, e.source) for n, e in made.items()}
+    plain, calibrated = (predict(profile_of(), 2, calibration=c) for c in (None, loaded))
+    assert plain.margin_bytes >= 64 * MIB and calibrated.margin_bytes == 0
+    assert calibrated.context_bytes == 120 * MIB
+    profile = tmp_path / "nano.toml"
+    profiles.save(profile_of(micro_batch=2), profile)
+    assert predict_memory("--profile", str(profile), "--calibration", str(path)) == 0
+    assert SOURCE in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[cudnn-workspce]\nnbytes = 1", "did you mean 'cudnn-workspace'"),
+        ("[cudnn-workspace]\nnbytes = -4", "whole number from 0"),
+        ("[cudnn-workspace]\nsource = 'guessed'", "whole number from 0"),
+        ("[cudnn-workspace]\nnbytes = true", "whole number from 0"),
+        ("reductions = 'much'", "must be a table with nbytes"),
+        ("[cudnn-workspace", "neither TOML nor JSON"),
+    ],
+)
+def test_a_bad_calibration_file_is_one_message(
+    tmp_path: Path, text: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "card.toml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_calibration(path)
+    assert predict_memory("--recipe", "tiny", "--calibration", str(path)) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and message in err and err.startswith("predict_memory: calibration file")
+
+
+def test_every_problem_of_a_calibration_file_is_told_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "card.toml"
+    path.write_text("[context]\nnbytes = 1\n[reductions]\nnbytes = -1\n")
+    with pytest.raises(ConfigError, match=r"(?s)2 problems.*context.*reductions"):
+        load_calibration(path)

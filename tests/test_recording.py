@@ -1,0 +1,379 @@
+"""Recordings of an allocator: from snapshots in PyTorch's form to files that replay to the byte.
+
+`FakeCuda` stands for torch.cuda: it serves requests with the simulated allocator, keeps the counters of memory_stats()
+and writes the history that `_snapshot()` returns, with all that is in it beside allocations and frees.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nvae_lowmem.config import ConfigError, MemoryPlan
+from nvae_lowmem.memory import allocator_replay
+from nvae_lowmem.memory.allocator import AllocatorSettings, AllocatorStats, CachingAllocator, OutOfMemory
+from nvae_lowmem.memory.allocator_segments import Block
+from nvae_lowmem.memory.measure_cuda import CudaMonitor
+from nvae_lowmem.memory.recording import (
+    EXPECTED,
+    OUT_OF_MEMORY,
+    TRACES,
+    Moment,
+    Place,
+    Recording,
+    from_snapshot,
+    from_trace,
+    load_recordings,
+    save_recordings,
+)
+from nvae_lowmem.memory.trace_events import Allocation, Trace
+from nvae_lowmem.units import GIB, MIB
+
+CPU = torch.device("cpu")
+CONTEXT_BYTES = 160 * MIB
+WORKSPACE_BYTES = 128 << 10
+
+
+class FakeCuda:
+    """torch.cuda of a card of 4 GiB with a context of 160 MiB, the allocator capped at `cap_bytes`."""
+
+    def __init__(self, cap_bytes: int = 0, text: str = "") -> None:
+        self.total_bytes = 4 * GIB
+        fraction = (cap_bytes + 0.5) / self.total_bytes if cap_bytes else 0.0
+        parsed = AllocatorSettings.from_string(text)
+        self.allocator = CachingAllocator(parsed, self.total_bytes, CONTEXT_BYTES, fraction)
+        self.history: list[dict[str, Any]] = []
+        self.memory = SimpleNamespace(
+            _record_memory_history=lambda **_: None, _snapshot=lambda: {"segments": [], "device_traces": [self.history]}
+        )
+        self.observers: list[Any] = []
+        self._addresses: dict[int, int] = {}
+        self._waiting: dict[int, int] = {}  # block sizes by address: freed, but still read by another stream
+        self._counts = {"allocated": 0, "freed": 0}
+        self._looks = 0
+        self._time = 0
+
+    # -- what a program does to the card --
+
+    def malloc(self, nbytes: int, stream: int = 0) -> Block:
+        try:
+            block = self.allocator.malloc(nbytes)
+        except OutOfMemory:
+            size = self.allocator.settings.round_size(nbytes)
+            self.history.append({"action": "oom", "device_free": 0, "size": size, "stream": stream})
+            for observer in self.observers:
+                observer(0, nbytes, 0, 0)
+            raise
+        self._note("segment_alloc", 1 << 40, 2 * MIB, stream)  # the history tells of segments, too
+        self._note("alloc", self._address(block), nbytes, stream)
+        self._counts["allocated"] += 1
+        return block
+
+    def free(self, block: Block) -> None:
+        self.ask_free(block)
+        self.complete_free(block)
+
+    def ask_free(self, block: Block) -> None:
+        self._note("free_requested", self._address(block), block.requested, 0)
+        self._waiting[id(block)] = block.size
+
+    def complete_free(self, block: Block) -> None:
+        del self._waiting[id(block)]
+        self._note("free_completed", self._addresses.pop(id(block)), block.requested, 0)
+        self.allocator.free(block)
+        self._counts["freed"] += 1
+
+    def _address(self, block: Block) -> int:
+        return self._addresses.setdefault(id(block), 1 << 30 | id(block) << 4)
+
+    def _note(self, action: str, address: int, size: int, stream: int) -> None:
+        self._time += 1
+        self.history.append(
+            {"action": action, "addr": address, "size": size, "stream": stream, "time_us": self._time, "frames": []}
+        )
+
+    # -- what torch.cuda is asked --
+
+    def memory_stats(self, device: torch.device) -> dict[str, int]:
+        s = self.allocator.stats
+        return {
+            "active.all.allocated": self._counts["allocated"],
+            "active.all.freed": self._counts["freed"],
+            "active_bytes.all.current": s.allocated_bytes,
+            "active_bytes.all.peak": s.peak_allocated_bytes,
+            "allocated_bytes.all.current": s.allocated_bytes - sum(self._waiting.values()),
+            "allocated_bytes.all.peak": s.peak_allocated_bytes,
+            "requested_bytes.all.current": s.requested_bytes,
+            "requested_bytes.all.peak": s.peak_requested_bytes,
+            "reserved_bytes.all.current": s.reserved_bytes,
+            "reserved_bytes.all.peak": s.peak_reserved_bytes,
+            "num_alloc_retries": s.retries,
+            "num_ooms": s.ooms,
+        }
+
+    def memory_allocated(self, device: torch.device) -> int:
+        return self.memory_stats(device)["allocated_bytes.all.current"]
+
+    def reset_peak_memory_stats(self, device: torch.device) -> None:
+        self.allocator.reset_peaks()
+
+    def mem_get_info(self, device: torch.device) -> tuple[int, int]:
+        self._looks += 1
+        if self._looks == 3:  # the first matrix product is behind us: its library keeps a workspace
+            self.malloc(WORKSPACE_BYTES)
+        return self.total_bytes - CONTEXT_BYTES - self.allocator.stats.reserved_bytes, self.total_bytes
+
+    def set_device(self, device: torch.device) -> None: ...
+
+    def synchronize(self, device: torch.device) -> None: ...
+
+    def empty_cache(self) -> None:
+        self.allocator.empty_cache()
+        self._note("segment_free", 1 << 40, 2 * MIB, 0)
+
+
+def watched(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch | None = None) -> CudaMonitor:
+    if monkeypatch is not None:
+        monkeypatch.setattr(torch._C, "_cuda_attach_out_of_memory_observer", cuda.observers.append, raising=False)
+    return CudaMonitor(CPU, cuda)
+
+
+def exercise(cuda: FakeCuda, monitor: CudaMonitor, seed: int, rounds: int) -> None:
+    """Random requests of many sizes, frees (some of them late), phases, checkpoints and emptied caches."""
+    choose = random.Random(seed)
+    live: list[Block] = []
+    late: list[Block] = []
+    for i in range(rounds):
+        roll = choose.random()
+        if roll < 0.5 or not live:
+            live.append(cuda.malloc(choose.choice((1, 500, 3000, MIB, 5 * MIB, 30 * MIB)) + choose.randrange(2000)))
+        elif roll < 0.8:
+            cuda.free(live.pop(choose.randrange(len(live))))
+        elif roll < 0.9:
+            late.append(live.pop(choose.randrange(len(live))))
+            cuda.ask_free(late[-1])
+        elif roll < 0.95 and late:
+            cuda.complete_free(late.pop())
+        elif roll < 0.97:
+            cuda.empty_cache()  # the monitor's, as DeepSpeed would call torch.cuda's
+        else:
+            monitor.phase(choose.choice(("forward", "backward")))
+            monitor.checkpoint(f"at {i}")
+    monitor.checkpoint("end")
+
+
+def recorded(seed: int, rounds: int, text: str = "", name: str = "r") -> Recording:
+    cuda = FakeCuda(text=text)
+    monitor = watched(cuda)
+    exercise(cuda, monitor, seed, rounds)
+    made = monitor.recording(name, MemoryPlan(), text)
+    monitor.close()
+    assert made.checkpoints[-1][1] == cuda.allocator.stats
+    return made
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 200), st.sampled_from(["", "expandable_segments:True"]))
+def test_any_recorded_stream_replays_to_the_byte(seed: int, rounds: int, text: str) -> None:
+    made = recorded(seed, rounds, text)
+    assert made.differences() == []
+    assert not made.ran_out and made.streams == 1 and made.place.context_bytes == CONTEXT_BYTES
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 100))
+def test_files_hold_all_of_a_recording_and_replay_by_the_command(
+    tmp_path_factory: pytest.TempPathFactory, seed: int, rounds: int
+) -> None:
+    folder = tmp_path_factory.mktemp("recording")
+    made = [recorded(seed, rounds, name="one"), recorded(seed + 1, rounds, "expandable_segments:True", name="two")]
+    save_recordings(folder, made)
+    again = load_recordings(folder)
+    assert again == made
+    assert [r.differences() for r in again] == [[], []]
+    assert allocator_replay.main([str(folder)]) == 0
+
+
+def test_a_run_that_runs_out_of_memory_ends_with_the_request_that_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cuda = FakeCuda(cap_bytes=64 * MIB)
+    monitor = watched(cuda, monkeypatch)
+    kept = [cuda.malloc(30 * MIB)]
+    monitor.checkpoint("step 1")
+    cached = cuda.malloc(30 * MIB)
+    cuda.free(cached)
+    with pytest.raises(OutOfMemory):
+        cuda.malloc(50 * MIB)
+    cuda.free(kept.pop())  # unwinding: no longer part of it
+    monitor.checkpoint("end")
+    made = monitor.recording("full", MemoryPlan(cap_bytes=64 * MIB), "")
+    assert made.ran_out and made.events[-1][0] == 50 * MIB and made.checkpoints[-1][0] == OUT_OF_MEMORY
+    assert (made.checkpoints[-1][1].ooms, made.checkpoints[-1][1].retries) == (1, 1)
+    assert made.differences() == []
+    save_recordings(tmp_path, [made])
+    assert load_recordings(tmp_path) == [made] and allocator_replay.main([str(tmp_path)]) == 0
+
+
+def test_without_an_observer_of_failures_a_recording_ends_at_the_checkpoint_before() -> None:
+    cuda = FakeCuda(cap_bytes=64 * MIB)
+    monitor = watched(cuda)
+    cuda.malloc(30 * MIB)
+    monitor.checkpoint("step 1")
+    with pytest.raises(OutOfMemory):
+        cuda.malloc(50 * MIB)
+    monitor.checkpoint("end")
+    cuda.malloc(1)
+    made = monitor.recording("full", MemoryPlan(cap_bytes=64 * MIB), "")
+    assert [name for name, _ in made.checkpoints] == ["step 1"] and not made.ran_out
+    assert [op for op, _ in made.events] == [WORKSPACE_BYTES, 30 * MIB] and made.differences() == []
+
+
+def test_a_simulator_that_is_wrong_would_be_seen() -> None:
+    made = recorded(3, 100)
+    events = list(made.events)
+    at = next(i for i, (op, _) in enumerate(events) if op > 0)
+    events[at] = (events[at][0] + 4 * MIB, events[at][1])
+    found = Recording(made.name, made.place, events, made.phases, made.checkpoints).differences()
+    assert {d.figure for d in found} >= {"peak_allocated_bytes", "peak_requested_bytes"}
+    assert all(d.recorded != d.simulated for d in found)
+
+
+def test_requests_belong_to_the_phase_they_fall_in() -> None:
+    cuda = FakeCuda()
+    monitor = watched(cuda)
+    for phase, sizes in (("setup", (100, 200)), ("forward", (300, 300)), ("backward", (300,))):
+        monitor.phase(phase)
+        blocks = [cuda.malloc(n) for n in sizes]
+    cuda.free(blocks[0])
+    monitor.checkpoint("end")
+    made = monitor.recording("r", MemoryPlan(), "")
+    counted = {("libraries", WORKSPACE_BYTES): 1, ("setup", 100): 1, ("setup", 200): 1}
+    assert made.sizes() == {**counted, ("forward", 300): 2, ("backward", 300): 1}
+    assert made.kept() == {**counted, ("forward", 300): 2}
+
+
+def test_the_monitor_tells_peaks_and_what_lies_outside() -> None:
+    cuda = FakeCuda()
+    monitor = watched(cuda)
+    cuda.free(cuda.malloc(30 * MIB))
+    monitor.note_free("step 3")
+    told = monitor.statistics()
+    assert told["peak_allocated_bytes"] == 30 * MIB + WORKSPACE_BYTES
+    assert told["peak_reserved_bytes"] == 32 * MIB and told["ooms"] == 0
+    assert told["cublas_workspace_bytes"] == WORKSPACE_BYTES
+    assert told["outside_allocator_bytes"] == CONTEXT_BYTES and told["used_before_context_bytes"] is None
+    assert list(told["free_bytes"]) == ["context", "first convolution", "first matrix product", "step 3", "end"]
+
+
+def test_what_a_call_takes_beside_its_result() -> None:
+    cuda = FakeCuda()
+    monitor = watched(cuda)
+
+    def convolve() -> Block:
+        workspace = cuda.malloc(5 * MIB)
+        out = cuda.malloc(1000)
+        cuda.free(workspace)
+        return out
+
+    assert monitor.extra_bytes(convolve) == 5 * MIB
+
+    def fail() -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    assert monitor.extra_bytes(fail) is None
+
+
+def test_recording_ends_when_the_monitor_is_closed() -> None:
+    cuda = FakeCuda()
+    own = cuda.empty_cache
+    said: list[Any] = []
+    cuda.memory._record_memory_history = lambda **how: said.append(how["enabled"])
+    monitor = watched(cuda)
+    assert cuda.empty_cache != own
+    monitor.close()
+    assert cuda.empty_cache == own and said == ["all", None]
+
+
+PLACE = Place("", GIB, 0, 0.0)
+ZERO = AllocatorStats(0, 0, 0, 0, 0, 0, 0, 0)
+ALLOC, FREE = ({"action": a, "addr": 16, "size": 100} for a in ("alloc", "free_completed"))
+
+
+@pytest.mark.parametrize(
+    ("entries", "counted", "message"),
+    [
+        ([FREE], 1, "never allocated: recording has to begin before"),
+        ([ALLOC, ALLOC], 2, "allocated twice"),
+        ([ALLOC], 7, "7 allocations and frees were counted, but the history has only 1"),
+        ([{**ALLOC, "size": -1}], 1, "-1 bytes makes no sense"),
+        ([{"action": "alloc", "addr": 16}], 1, "None bytes makes no sense"),
+    ],
+)
+def test_a_history_with_gaps_is_refused(entries: list[dict[str, Any]], counted: int, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        from_snapshot("r", entries, [Moment(counted, "checkpoint", "end", ZERO)], PLACE)
+
+
+def test_a_second_stream_is_counted() -> None:
+    entries = [{"action": "alloc", "addr": n, "size": 512, "stream": n % 2} for n in (1, 2, 3)]
+    assert from_snapshot("r", entries, [Moment(3, "checkpoint", "end", ZERO)], PLACE).streams == 2
+
+
+def test_a_traces_requests_are_those_on_the_card() -> None:
+    rows = [("setup", "weight", 100), ("forward", "host", 50), ("forward", "temporary", 200)]
+    trace = Trace([Allocation(n, c, "b", p, "op", i) for i, (p, c, n) in enumerate(rows)], [0, 1, 2, ~2, ~1])
+    made = from_trace("r", trace)
+    assert [op for op, _ in made.events] == [100, 200, -1]
+    assert list(made.requests()) == [("setup", 100), ("forward", 200)]
+
+
+# --- files that are none ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    save_recordings(tmp_path, [recorded(1, 60)])
+    return tmp_path
+
+
+@pytest.mark.parametrize("file", [TRACES, EXPECTED])
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.7, 0.98])
+def test_a_file_that_was_cut_short_is_one_message(folder: Path, file: str, share: float) -> None:
+    whole = (folder / file).read_bytes()
+    (folder / file).write_bytes(whole[: int(share * len(whole))])
+    with pytest.raises(ConfigError, match=file):
+        load_recordings(folder)
+    (folder / file).unlink()
+    with pytest.raises(ConfigError, match=file):
+        load_recordings(folder)
+
+
+def test_a_foreign_archive_is_refused(folder: Path) -> None:
+    np.savez(folder / TRACES, weights=np.zeros(3))
+    with pytest.raises(ConfigError, match="no trace 'r'"):
+        load_recordings(folder)
+    (folder / TRACES).write_bytes(b"PK\x03\x04 but not a zip")
+    with pytest.raises(ConfigError, match=r"cannot be read as an \.npz archive"):
+        load_recordings(folder)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("more", None), ("more", []), ("more", [["a", 1, 2]]), ("phases", [[1]]), ("streams", "1"), ("phases", 3)],
+)
+def test_a_trace_that_is_no_recording_is_refused(folder: Path, key: str, value: Any) -> None:
+    entries = json.loads((folder / EXPECTED).read_text())
+    entries[0][key] = value
+    (folder / EXPECTED).write_text(json.dumps(entries))
+    with pytest.raises(ConfigError, match="a trace but no recording"):
+        load_recordings(folder)
