@@ -13,31 +13,27 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a checkout that is not installed, too
 
+from nvae_lowmem.config import ConfigError
 from nvae_lowmem.generation import blend, grids
 from nvae_lowmem.generation import images as pictures
-from nvae_lowmem.generation.reconstruct import Posterior
 from nvae_lowmem.generation.sample import without_padding
+from nvae_lowmem.training.commands import exit_code, progress_bar
 
 
 @dataclass(frozen=True, kw_only=True)
-class BlendCommand:
+class BlendCommand(pictures.PictureCommand):
     """Blend two images: a strip from one to the other, and if asked for a matrix and an animation.
 
     Examples:
+      python launch/blend.py --run latest
       python launch/blend.py a.png b.png --run latest --steps 9
       python launch/blend.py a.png b.png --weights 0,1,1 --matrix 5
       python launch/blend.py a.png b.png --mode scales
       python launch/blend.py a.png b.png --animation morph.gif
     """
 
-    images: Annotated[tyro.conf.Positional[tuple[str, str]], tyro.conf.arg(metavar="A B")]
-    """The two image files, treated as the run's data were."""
-    run: str = "latest"
-    """Run folder by path, number or name; latest: the newest one in --runs-dir."""
-    runs_dir: str = "runs"
-    """Where the numbered run folders are."""
-    box: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """x,y,w,h in pixels of the square to take from the images; once for both, or one for each."""
+    images: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="A B")] = ()
+    """The two image files, treated as the run's data were; none: two held-out images of the run's data."""
     mode: blend.Mode = "linear"
     """linear: both posteriors mixed group by group, given what the groups above became; scales: coarse groups from A,
     fine ones from B, given those; simple: the latents of two independent passes, mixed."""
@@ -54,35 +50,30 @@ class BlendCommand:
     """Also the way there and back as a file that ends in .gif, .webp or .png."""
     frames: int = 32
     """Pictures of the animation, one way."""
-    posterior: Posterior = "sample"
-    """z of an image: a draw from q(z|x), or each group's mean, smoother."""
-    seed: int = 0
-    """Seed of the draws."""
-    out: str = ""
-    """Folder to write to; empty: samples/ in the run's folder."""
-    micro_batch: int = 0
-    """Images per forward pass; 0: that of the run's memory plan, or 16 if it has none."""
-    device: pictures.DeviceChoice = "auto"
-    """auto: the GPU where there is one."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, blend, write, and return the exit code: 0 done, 2 bad input, 5 out of memory."""
     command = tyro.cli(BlendCommand, args=argv, prog="blend.py")
-    return pictures.exit_code("blend.py", lambda: _blend(command))
+    return exit_code("blend.py", lambda: _blend(command))
 
 
 def _blend(command: BlendCommand) -> None:
-    run = pictures.open_run(command.run, command.runs_dir, command.device, command.micro_batch)
-    config, mode, names = run.model.config, command.mode, [Path(path).stem for path in command.images]
+    if len(command.images) not in (0, 2):
+        raise ConfigError(f"{len(command.images)} image given: name two of them, or none for two held-out ones")
+    if command.split and command.mode != "scales" and not command.matrix:
+        raise ConfigError(f"--split {command.split} belongs to --mode scales and to --matrix: add one of them")
+    run = pictures.opened(command)
+    config, mode = run.model.config, command.mode
     strip = blend.path_weights(config, mode, command.weights, command.split, command.steps)
     matrix = blend.matrix_weights(config, mode, command.split, command.matrix) if command.matrix else None
     frames = blend.animation_weights(config, mode, command.weights, command.frames, command.animation)
-    pair = pictures.load_images(command.images, run.profile, command.box).to(run.device)
+    pair, files = pictures.given_or_held_out(run, command.images, command.box, 2)
+    names = [Path(name).stem.replace(" ", "-") for name in files]
     out = pictures.output_folder(command.out, run)
 
     def blended(what: str, weights: Tensor) -> Tensor:
-        bar, size = pictures.progress_bar(what), run.micro_batch
+        bar, size = progress_bar(what), run.micro_batch
         return blend.blend_images(run.model, pair, weights, mode, command.posterior, command.seed, size, bar)
 
     path = out / f"blend-{mode}-{names[0]}-{names[1]}.png"

@@ -16,11 +16,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a c
 from nvae_lowmem.config import ConfigError
 from nvae_lowmem.generation import grids
 from nvae_lowmem.generation import images as pictures
-from nvae_lowmem.generation.reconstruct import Posterior, error_table, parse_first_groups, picture_of, reconstruct
+from nvae_lowmem.generation.reconstruct import error_table, parse_first_groups, picture_of, reconstruct
+from nvae_lowmem.training.commands import exit_code, progress_bar
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReconstructCommand:
+class ReconstructCommand(pictures.PictureCommand):
     """Send images through a trained model and back: a picture, and a table of errors and likelihoods.
 
     The picture has the originals, their reconstructions, and what the first groups alone say of them.
@@ -33,47 +34,31 @@ class ReconstructCommand:
 
     images: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="IMAGE ...")] = ()
     """Image files, treated as the run's data were; none: held-out images of the run's data."""
-    run: str = "latest"
-    """Run folder by path, number or name; latest: the newest one in --runs-dir."""
-    runs_dir: str = "runs"
-    """Where the numbered run folders are."""
     count: int = 8
     """Held-out images, where no files are given."""
-    box: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """x,y,w,h in pixels of the square to take from the images; once for all of them, or repeated for each."""
     first_groups: str = "auto"
     """Also reconstruct from this many first groups, counted from the lowest resolution: 1,3,6, or none. auto: one, a
     quarter and a half of them."""
     temperature: float = 0.3
     """What the prior's sigma is multiplied by in the groups that are not the image's."""
-    posterior: Posterior = "sample"
-    """z of an image: a draw from q(z|x), as in training, or each group's mean, smoother and without a likelihood."""
-    seed: int = 0
-    """Seed of the draws from posterior and prior."""
-    out: str = ""
-    """Folder for reconstructions.png; empty: samples/ in the run's folder."""
-    micro_batch: int = 0
-    """Images per forward pass; 0: that of the run's memory plan, or 16 if it has none."""
-    device: pictures.DeviceChoice = "auto"
-    """auto: the GPU where there is one."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, reconstruct, write, and return the exit code: 0 done, 2 bad input, 5 out of memory."""
     command = tyro.cli(ReconstructCommand, args=argv, prog="reconstruct.py")
-    return pictures.exit_code("reconstruct.py", lambda: _reconstruct(command))
+    return exit_code("reconstruct.py", lambda: _reconstruct(command))
 
 
 def _reconstruct(command: ReconstructCommand) -> None:
     if not (math.isfinite(command.temperature) and command.temperature >= 0):
         raise ConfigError(f"--temperature {command.temperature}: must be a number from 0 up, for example 0.3")
-    run = pictures.open_run(command.run, command.runs_dir, command.device, command.micro_batch)
+    run = pictures.opened(command)
     first_groups = parse_first_groups(command.first_groups, run.model.config)
     out = pictures.output_folder(command.out, run)
     images, names = pictures.given_or_held_out(run, command.images, command.box, command.count)
     result = reconstruct(
         run.model, images, command.seed, run.micro_batch, command.posterior, first_groups, command.temperature,
-        pictures.progress_bar("reconstructing"),
+        progress_bar("reconstructing"),
     )  # fmt: skip
     print(error_table(result, names, run.model.config.bits))
     picture = picture_of(result, run.model.config.total_groups, command.temperature)

@@ -16,11 +16,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a c
 from nvae_lowmem.config import ConfigError
 from nvae_lowmem.generation import grids, traverse
 from nvae_lowmem.generation import images as pictures
-from nvae_lowmem.generation.reconstruct import Posterior
+from nvae_lowmem.training.commands import OpenRun, exit_code, progress_bar
 
 
 @dataclass(frozen=True, kw_only=True)
-class TraverseCommand:
+class TraverseCommand(pictures.PictureCommand):
     """Move one latent group of an image at a time: a picture of what each controls, and a table of which ones live.
 
     Examples:
@@ -31,12 +31,6 @@ class TraverseCommand:
 
     image: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="IMAGE")] = ()
     """One image file, treated as the run's data were; none: the first held-out image of the run's data."""
-    run: str = "latest"
-    """Run folder by path, number or name; latest: the newest one in --runs-dir."""
-    runs_dir: str = "runs"
-    """Where the numbered run folders are."""
-    box: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """x,y,w,h in pixels of the square to take from the image."""
     groups: str = ""
     """Groups to move, counted from the lowest resolution: 1,3,6; empty: all, or twelve of them evenly spread."""
     channels: int = 0
@@ -47,44 +41,34 @@ class TraverseCommand:
     """Pictures per row."""
     count: int = 256
     """Held-out images that KL and active channels are measured on; 0: all."""
-    posterior: Posterior = "sample"
-    """z of the image: a draw from q(z|x), or each group's mean."""
-    seed: int = 0
-    """Seed of the draws."""
-    out: str = ""
-    """Folder for the picture; empty: samples/ in the run's folder."""
-    micro_batch: int = 0
-    """Images per forward pass; 0: that of the run's memory plan, or 16 if it has none."""
-    device: pictures.DeviceChoice = "auto"
-    """auto: the GPU where there is one."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, traverse, write, and return the exit code: 0 done, 2 bad input, 5 out of memory."""
     command = tyro.cli(TraverseCommand, args=argv, prog="traverse.py")
-    return pictures.exit_code("traverse.py", lambda: _traverse(command))
+    return exit_code("traverse.py", lambda: _traverse(command))
 
 
 def _traverse(command: TraverseCommand) -> None:
     traverse.check_counts(len(command.image), command.count)
-    run = pictures.open_run(command.run, command.runs_dir, command.device, command.micro_batch)
+    run = pictures.opened(command)
     config = run.model.config
     groups, channels = traverse.parse_groups(command.groups, config), traverse.check_channels(command.channels, config)
     sigmas = traverse.sigma_steps(command.sigmas, command.steps)
     image, (name,) = pictures.given_or_held_out(run, command.image, command.box, 1)
     out = pictures.output_folder(command.out, run)
     kl = _activity(run, image, command.count)
-    rows, bar = traverse.rows_of(groups, channels, kl, config), pictures.progress_bar("traversing")
+    rows, bar = traverse.rows_of(groups, channels, kl, config), progress_bar("traversing")
     moves, size = traverse.moves_of(rows, sigmas), run.micro_batch
     images = traverse.traverse(run.model, image, moves, command.posterior, command.seed, size, bar)
     picture = traverse.traversal_picture(rows, images, f"{name}: from {-command.sigmas:g} to {command.sigmas:g} sigmas")
     print(grids.save_png(picture, out / f"traverse-{Path(name).stem.replace(' ', '-')}.png"))
 
 
-def _activity(run: pictures.OpenRun, image: Tensor, count: int) -> Tensor:
+def _activity(run: OpenRun, image: Tensor, count: int) -> Tensor:
     """KL per group and channel, (groups, L), also shown to the user."""
     try:
-        batches = pictures.held_out_batches(run, count, pictures.progress_bar("measuring KL"))
+        batches = pictures.held_out_batches(run, count, progress_bar("measuring KL"))
     except ConfigError as error:
         print(f"KL is that of the given image, the data of this run cannot be opened: {error}", file=sys.stderr)
         batches = iter([image])

@@ -66,7 +66,7 @@ def pair_for(config: ModelConfig) -> Tensor:
 
 def latents_of(model: NVAE, maps: list[Tensor], source: Blend | FromPosterior) -> list[Tensor]:
     with torch.no_grad():
-        latents = model.top_down(source, maps, keep_z=True)[1]
+        latents = model.top_down(source, [*maps], keep_z=True)[1]
     return [latent.z for latent in latents if latent.z is not None]
 
 
@@ -378,9 +378,13 @@ def test_bad_input_is_one_message_and_exit_code_2(
 
 
 def test_two_images_are_needed(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        main(["a.png"])
-    assert stopped.value.code == 2 and "argument" in capsys.readouterr().err
+    assert main(["a.png"]) == 2
+    assert "1 image given: name two of them, or none for two held-out ones" in capsys.readouterr().err
+
+
+def test_a_split_without_use_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["a.png", "b.png", "--split", "scale:1"]) == 2
+    assert "--split scale:1 belongs to --mode scales and to --matrix" in capsys.readouterr().err
 
 
 def test_help_says_in_which_order_weights_are_given(capsys: pytest.CaptureFixture[str]) -> None:

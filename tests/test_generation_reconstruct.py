@@ -97,7 +97,7 @@ def test_first_groups_are_the_images_and_the_later_ones_the_priors(count: int) -
     model, images = build(GREY), images_for(GREY, 2)
     with torch.no_grad():
         maps = model.encode(images)
-        _, own = model.top_down(FromPosterior(NoNoise()), maps, keep_z=True)
+        _, own = model.top_down(FromPosterior(NoNoise()), [*maps], keep_z=True)
         source = FirstGroups(count, FromPosterior(NoNoise()), FromPrior(NoNoise()))
         _, mixed = model.top_down(source, maps, keep_z=True)
     for group, (z, expected) in enumerate(zip(mixed, own, strict=True)):

@@ -185,7 +185,7 @@ def test_given_the_posteriors_latents_the_pass_gives_the_posteriors_reconstructi
     config = model.config
     with torch.no_grad():
         maps = model.encode(images(config, 3))
-        features, latents = model.top_down(FromPosterior(SeededNoise(2)), maps, keep_z=True)
+        features, latents = model.top_down(FromPosterior(SeededNoise(2)), [*maps], keep_z=True)
         z = [latent.z for latent in latents if latent.z is not None]
         again, _ = model.top_down(Given(z), batch=3)
     assert [tuple(t.shape) for t in z] == [(3, *shape) for shape in model.latent_shapes]

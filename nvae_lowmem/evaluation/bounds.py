@@ -9,9 +9,8 @@ the draws of k. Legend: B images, k draws, G latent groups, L latent channels of
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -19,11 +18,9 @@ import torch
 from torch import Tensor
 
 from nvae_lowmem.config import ConfigError
-from nvae_lowmem.model.blocks import Head
 from nvae_lowmem.model.latents import FromPosterior, Noise, SeededNoise
-from nvae_lowmem.model.likelihoods import negative_log_likelihood
 from nvae_lowmem.model.nvae import NVAE
-from nvae_lowmem.training.objective import AUTOCAST_DTYPES
+from nvae_lowmem.training.validation import evaluating, nll_of_decoded
 
 Advance = Callable[[int], None]
 """Called after each pass with the number of draws that it made."""
@@ -54,9 +51,9 @@ def elbo_of_images(model: NVAE, x: Tensor, seed: int, precision: str = "fp32", f
     first_image: number of the first of them among all held-out images, which its noise depends on.
     """
     noise = SeededNoise(seed, step=_ELBO_STEP, first_slot=first_image)
-    with _evaluating(model, x.device, precision):
+    with evaluating(model, x.device, precision):
         parameters, latents = model.decode(FromPosterior(noise), model.encode(x))
-        nll = _negative_log_likelihood(model, parameters, x)
+        nll = nll_of_decoded(model, parameters, without_padding(model, x))
         reconstructions = model.likelihood.mean(parameters)
     kl = torch.stack([_kl(latent.kl) for latent in latents], dim=1).double()  # (B, G, L)
     error = (reconstructions - without_padding(model, x)).double().square().mean((1, 2, 3))
@@ -122,12 +119,12 @@ def importance_weighted_bound(
     Raises:
         ConfigError: samples or micro_batch below 1.
     """
-    with _evaluating(model, x.device, precision):
+    with evaluating(model, x.device, precision):
         return log_mean_weight(_ModelDensities(model, x, seed, first_image), len(x), samples, micro_batch, advance)
 
 
 class _ModelDensities:
-    """The densities of an NVAE's draws. Encodes each image once for all its draws, and keeps only the last maps."""
+    """The densities of an NVAE's draws. Encodes images once for all their draws, and keeps only the last ones' maps."""
 
     def __init__(self, model: NVAE, x: Tensor, seed: int, first_image: int) -> None:
         self.model, self.x, self.seed, self.first_image = model, x, seed, first_image
@@ -136,12 +133,13 @@ class _ModelDensities:
     def __call__(self, images: range, draws: range) -> tuple[Tensor, Tensor]:
         x = self.x[images.start : images.stop]
         if self._encoded[0] != images:
+            self._encoded = range(0), []  # the last ones go before there are others
             self._encoded = images, self.model.encode(x)
         # draws of an image follow each other: (images, draws) flattened
-        maps = [m.repeat_interleave(len(draws), dim=0) for m in self._encoded[1]]
+        maps = [_repeated(m, len(draws)) for m in self._encoded[1]]
         noise = _DrawNoise(self.seed, [self.first_image + i for i in images], draws)
         parameters, latents = self.model.decode(FromPosterior(noise, densities=True), maps)
-        nll = _negative_log_likelihood(self.model, parameters, x.repeat_interleave(len(draws), dim=0))
+        nll = nll_of_decoded(self.model, parameters, _repeated(without_padding(self.model, x), len(draws)))
         log_p, log_q = torch.zeros_like(nll, dtype=torch.float64), torch.zeros_like(nll, dtype=torch.float64)
         for latent in latents:
             assert latent.log_p is not None and latent.log_q is not None
@@ -149,6 +147,13 @@ class _ModelDensities:
             log_q += latent.log_q
         shape = len(images), len(draws)
         return (log_p - nll).view(shape), log_q.view(shape)
+
+
+def _repeated(rows: Tensor, times: int) -> Tensor:
+    """Each row so many times in succession; of a single row, and at a single time, views that take no memory."""
+    if len(rows) == 1:
+        return rows.expand(times, *rows.shape[1:])
+    return rows.repeat_interleave(times, dim=0) if times > 1 else rows
 
 
 @dataclass(frozen=True)
@@ -167,31 +172,6 @@ class _DrawNoise(Noise):
 
 
 # --- what both need ---------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _evaluating(model: NVAE, device: torch.device, precision: str) -> Iterator[None]:
-    """Inside, the model is in evaluation mode and computes activations in `precision`."""
-    was_training, dtype = model.training, AUTOCAST_DTYPES[precision]
-    model.eval()
-    try:
-        with torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None, cache_enabled=False):
-            yield
-    finally:
-        model.train(was_training)
-
-
-def _negative_log_likelihood(model: NVAE, parameters: Tensor, x: Tensor) -> Tensor:
-    """-log p(x|z) (B,) from what `decode` returned, in the chunks that the model's own head takes."""
-    head = model.blocks["head"]
-    assert isinstance(head, Head)
-    return negative_log_likelihood(
-        model.likelihood,
-        parameters,
-        without_padding(model, x),
-        chunk_images=head.chunk_images,
-        chunk_bytes=head.chunk_bytes,
-    )
 
 
 def without_padding(model: NVAE, x: Tensor) -> Tensor:

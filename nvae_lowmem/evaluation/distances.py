@@ -28,6 +28,8 @@ RANDOM_FEATURES = "random-conv-features-v1"
 KID_SUBSETS, KID_MAX_SUBSET = 100, 1000
 MIN_IMAGES = 8
 """Fewer real or generated images say nothing."""
+FEATURE_IMAGES = 16
+"""Images that go through a feature network together: Inception networks magnify them to 299 x 299 pixels."""
 PIXEL_NOISE, OTHER_HALF = "noise of the same pixel-wise mean and deviation", "one half of them with the other"
 MISSING = "torchmetrics is not installed, so there are no KID and FID: pip install 'nvae-lowmem[metrics]'"
 
@@ -191,7 +193,7 @@ class Comparison:
 
     @torch.no_grad()
     def _features(self, images: Tensor) -> Tensor:
-        return self.network(images.to(self.device)).cpu()
+        return torch.cat([self.network(part.to(self.device)).cpu() for part in images.split(FEATURE_IMAGES)])
 
 
 class PixelGaussian:
@@ -203,7 +205,7 @@ class PixelGaussian:
 
     def add(self, images: Tensor) -> None:
         """More of the data, (B, C, S, S)."""
-        values = images.double().cpu()
+        values = images.cpu().double()
         self.count += len(values)
         self._sum, self._squares = self._sum + values.sum(0), self._squares + values.square().sum(0)
 

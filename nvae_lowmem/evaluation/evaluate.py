@@ -29,19 +29,17 @@ from nvae_lowmem.evaluation.distances import (
 )
 from nvae_lowmem.evaluation.report import Evaluation, LikelihoodFigures, Mean, to_html, to_json, to_text
 from nvae_lowmem.model.nvae import NVAE
-from nvae_lowmem.training import checkpoint, runs
+from nvae_lowmem.training.commands import RunCommand, choose_device, exit_code, open_run, writable_file
 from nvae_lowmem.training.setup import choose_precision
 from nvae_lowmem.training.validation import ACTIVE_NATS
 
-EXIT_BAD_INPUT, EXIT_OUT_OF_MEMORY = 2, 5
-DEFAULT_MICRO_BATCH = 16
 SHOWN_IMAGES = 24
 
 Say = Callable[[str], object]
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateCommand:
+class EvaluateCommand(RunCommand):
     """Measure a trained model on held-out images of its own data, and write figures (JSON) and a page (HTML).
 
     Likelihood: the ELBO and the importance-weighted bound, in nats and bits per dimension. Latents: KL and active
@@ -54,10 +52,6 @@ class EvaluateCommand:
       python launch/evaluate.py --run celeba64-4g --samples 5000 --fid-weights inception-2015-12-05.pt --json -
     """
 
-    run: str = "latest"
-    """Run folder by path, number or name; latest: the newest one in --runs-dir."""
-    runs_dir: str = "runs"
-    """Where the numbered run folders are."""
     images: int = 500
     """Held-out images; 0: all."""
     iw_samples: int = 100
@@ -73,12 +67,8 @@ class EvaluateCommand:
     example inception-2015-12-05.pt; with it, KID and FID have their usual meaning."""
     precision: Precision = "fp32"
     """Dtype of activations; auto: what training takes on this device."""
-    micro_batch: int = 0
-    """Images or draws per forward pass; 0: that of the run's memory plan, or 16 if it has none."""
     seed: int = 0
     """Seed of posterior draws, samples and KID's subsets."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: the GPU where there is one."""
     out: str = ""
     """Folder for report.html and evaluation.json; empty: evaluation/ in the run's folder."""
     json: str = ""
@@ -115,36 +105,22 @@ class Generation(Protocol):
 def run_evaluation(argv: Sequence[str], generation: Generation) -> int:
     """Parse argv, evaluate, write, and return the exit code: 0 done, 2 bad input, 5 out of memory."""
     command = tyro.cli(EvaluateCommand, args=list(argv), prog="evaluate.py")
-    try:
-        _evaluate(command, generation)
-    except ConfigError as error:
-        print(f"evaluate.py: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
-    except torch.OutOfMemoryError as error:
-        print(f"evaluate.py: out of GPU memory: {str(error).splitlines()[0]}", file=sys.stderr)
-        print("Halve --micro-batch, or use --device cpu.", file=sys.stderr)
-        return EXIT_OUT_OF_MEMORY
-    return 0
+    return exit_code("evaluate.py", lambda: _evaluate(command, generation))
 
 
 def _evaluate(command: EvaluateCommand, generation: Generation) -> None:
     _check_numbers(command)
-    device = _device(command.device)
-    precision, _ = choose_precision(command.precision, device)
-    run_dir = runs.find_run(command.run, command.runs_dir)
-    profile, model, where = checkpoint.load_run(run_dir, device)
-    micro_batch = command.micro_batch or profile.plan.micro_batch or DEFAULT_MICRO_BATCH
+    precision, _ = choose_precision(command.precision, choose_device(command.device))
+    run = open_run(command.run, command.runs_dir, command.device, command.micro_batch, precision)
+    profile, model, device, micro_batch = run.profile, run.model, run.device, run.micro_batch
     request = SampleRequest(
         count=command.samples, temperature=command.temperature, seed=command.seed, micro_batch=micro_batch,
         likelihood_sample=command.likelihood == "sample",
     )  # fmt: skip
     generation.check(request, profile.model)
     comparison, notes = _comparison(command, device)
-    out = Path(command.out) if command.out else run_dir / "evaluation"
-    report, figures = out / "report.html", _json_file(command, out)
-    _check_writable("--out", report)
-    if figures is not None:
-        _check_writable("--json", figures)
+    out = Path(command.out) if command.out else run.folder / "evaluation"
+    report, figures = writable_file("--out", out / "report.html"), _json_file(command, out)
     say: Say = partial(print, file=sys.stderr if command.json == "-" else sys.stdout, flush=True)
 
     held_out = open_source(profile.data, profile.model, log=say).test
@@ -153,7 +129,8 @@ def _evaluate(command: EvaluateCommand, generation: Generation) -> None:
         raise ConfigError(
             f"KID needs at least {MIN_IMAGES} held-out images, not {images}: use --samples 0, or more data"
         )
-    say(f"{where}: {images} held-out images, {precision} on {device}, up to {micro_batch} images or draws per pass")
+    per_pass = f"up to {micro_batch} images or draws per pass"
+    say(f"{run.checkpoint}: {images} held-out images, {precision} on {device}, {per_pass}")
     batches = evaluation_batches(held_out, profile.model, profile.data, micro_batch, profile.training.seed)
     likelihood, pictures = measure_likelihood(
         model, _first(batches, images, device), command.iw_samples, micro_batch, precision, command.seed,
@@ -162,10 +139,10 @@ def _evaluate(command: EvaluateCommand, generation: Generation) -> None:
     if command.samples:
         # last of all: samples need other BatchNorm statistics than the posterior
         caption = f"samples at temperature {command.temperature}, {command.likelihood} of p(x|z)"
-        pictures[caption] = _compare_samples(generation.samples(model, where, request), caption, comparison)
+        pictures[caption] = _compare_samples(generation.samples(model, run.checkpoint, request), caption, comparison)
     found = Evaluation(
-        run=str(run_dir),
-        checkpoint=str(where),
+        run=str(run.folder),
+        checkpoint=str(run.checkpoint),
         model=profile.model,
         settings=_settings(command, precision, device, comparison),
         likelihood=likelihood,
@@ -312,28 +289,11 @@ def _settings(
     return settings | {"nvae-lowmem": __version__, "torch": torch.__version__}
 
 
-def _device(wanted: str) -> torch.device:
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: torch sees no CUDA GPU here; use --device cpu, or ask tools/doctor.py why")
-    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
-
-
 # --- what is written --------------------------------------------------------------------------------------------------
 
 
 def _json_file(command: EvaluateCommand, out: Path) -> Path | None:
-    """Where the figures go; None: to stdout."""
-    return None if command.json == "-" else Path(command.json) if command.json else out / "evaluation.json"
-
-
-def _check_writable(flag: str, file: Path) -> None:
-    """Raise ConfigError before the long work rather than after it."""
-    if file.is_dir():
-        raise ConfigError(f"{flag} {file}: is a folder; name a file")
-    probe = file.with_name(".writable")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ConfigError(f"{flag} {file}: cannot write there: {error.strerror or error}; name another place") from None
+    """Where the figures go; None: to stdout. Raises ConfigError where nothing can be written."""
+    if command.json == "-":
+        return None
+    return writable_file("--json", Path(command.json) if command.json else out / "evaluation.json")

@@ -22,11 +22,12 @@ from torch import Tensor
 
 from nvae_lowmem.config import ConfigError, ModelConfig
 from nvae_lowmem.generation import grids
-from nvae_lowmem.generation.images import numbers
-from nvae_lowmem.generation.reconstruct import Posterior, posterior_noise, reconstruct
-from nvae_lowmem.generation.sample import Progress
-from nvae_lowmem.model.latents import FlowFunction, FromPosterior, Given, Latent, Noise, Normal
+from nvae_lowmem.generation.images import Posterior, numbers
+from nvae_lowmem.generation.reconstruct import posterior_noise, reconstruct
+from nvae_lowmem.generation.sample import decoded_mean
+from nvae_lowmem.model.latents import FlowFunction, FromPosterior, Latent, Noise, Normal
 from nvae_lowmem.model.nvae import NVAE
+from nvae_lowmem.training.commands import Progress
 
 Mode = Literal["linear", "scales", "simple"]
 A_SLOT, B_SLOT = 0, 1  # of the noise, as `reconstruct` numbers them
@@ -80,6 +81,20 @@ class Blend:
         mixed = mix_normals(a, b, weight).draw(spherical(eps_a, eps_b, weight))
         z0 = torch.cat([mixed, mixed])
         return Latent(z0 if flow is None else flow(z0))
+
+
+@dataclass(frozen=True)
+class Between:
+    """z = (1 - w) z_A + w z_B in every group; latents (2, L, h, w) of A and B per group, weights (groups, P)."""
+
+    latents: Sequence[Tensor | None]
+    weights: Tensor
+
+    def latent(self, group: int, prior: Normal, posterior: Normal | None, flow: FlowFunction | None) -> Latent:
+        """The mixed z, made when its group is reached: of all groups at once they would fill memory for nothing."""
+        z = self.latents[group]
+        assert z is not None, "the pass must keep its z"
+        return Latent(torch.lerp(z[:1], z[1:], self.weights[group].to(z.device).view(-1, 1, 1, 1)))
 
 
 # --- where a blend goes -----------------------------------------------------------------------------------------------
@@ -202,38 +217,34 @@ def blend_images(
     # Kernels round differently at other batch sizes: taken from the reconstructions' own pass, the ends of a strip
     # are the reconstructions to the last bit.
     ends = reconstruct(model, pair, seed, micro_batch, posterior).images
-    out = torch.stack([ends[1 if bool((row == 1).all()) else 0] for row in weights])
-    between = [i for i, row in enumerate(weights) if not bool((row == 0).all() or (row == 1).all())]
+    points = [set(row) for row in weights.tolist()]
+    out = torch.stack([ends[1 if weights_of_point == {1.0} else 0] for weights_of_point in points])
+    between = [i for i, weights_of_point in enumerate(points) if weights_of_point not in ({0.0}, {1.0})]
     maps = model.encode(pair.to(next(model.parameters()).device))
     make, images_per_point = (_simple, 1) if mode == "simple" else (_merged, 2)
     points_per_pass = max(1, micro_batch // images_per_point)
     for first in range(0, len(between), points_per_pass):
-        points = between[first : first + points_per_pass]
-        out[points] = model.likelihood.mean(make(model, maps, weights[points], posterior, seed)).cpu()
+        chunk = between[first : first + points_per_pass]
+        out[chunk] = make(model, maps, weights[chunk], posterior, seed)
         if progress is not None:
-            progress(first + len(points), len(between))
+            progress(first + len(chunk), len(between))
     return out
 
 
 def _merged(model: NVAE, maps: list[Tensor], weights: Tensor, posterior: Posterior, seed: int) -> Tensor:
-    """The likelihood's parameters (P, ...) of blends merged group by group."""
+    """Blends (P, C, S, S) merged group by group, on the host."""
     points = len(weights)
     noise = posterior_noise(posterior, seed, [A_SLOT] * points + [B_SLOT] * points)
-    rows = [encoded.repeat_interleave(points, dim=0) for encoded in maps]
+    rows = [encoded.repeat_interleave(points, dim=0) for encoded in maps] if points > 1 else [*maps]
     parameters, _ = model.decode(Blend(weights.T, noise), rows)
-    return parameters[:points]  # both rows of a pair have the same state
+    return model.likelihood.mean(parameters[:points]).cpu()  # both rows of a pair have the same state
 
 
 def _simple(model: NVAE, maps: list[Tensor], weights: Tensor, posterior: Posterior, seed: int) -> Tensor:
-    """The likelihood's parameters (P, ...) of z = (1 - w) z_A + w z_B in every group, z of two independent passes."""
+    """Blends (P, C, S, S) of z = (1 - w) z_A + w z_B in every group, z of two independent passes, on the host."""
     noise = posterior_noise(posterior, seed, [A_SLOT, B_SLOT])
-    _, latents = model.decode(FromPosterior(noise), maps, keep_z=True)
-    mixed = [
-        torch.lerp(latent.z[:1], latent.z[1:], weight.to(latent.z.device).view(-1, 1, 1, 1))
-        for latent, weight in zip(latents, weights.T, strict=True)
-        if latent.z is not None
-    ]
-    return model.decode(Given(mixed), batch=len(weights))[0]
+    _, latents = model.top_down(FromPosterior(noise), [*maps], keep_z=True)
+    return decoded_mean(model, Between([latent.z for latent in latents], weights.T), None, len(weights))
 
 
 # --- for people -------------------------------------------------------------------------------------------------------

@@ -18,7 +18,8 @@ from nvae_lowmem.config import Profile
 from nvae_lowmem.generation.recalibrate import recalibrated
 from nvae_lowmem.generation.sample import reconstruct_images, sample_images, temperature_text, without_padding
 from nvae_lowmem.model.nvae import NVAE
-from nvae_lowmem.training.objective import AUTOCAST_DTYPES
+from nvae_lowmem.training.commands import images_per_pass
+from nvae_lowmem.training.validation import activations_in
 
 if TYPE_CHECKING:  # the trainer brings TensorBoard and the data along
     from nvae_lowmem.training.trainer import Pictures
@@ -114,27 +115,43 @@ def training_pictures(profile: Profile) -> Pictures:
     `step-STEP-t0.7.png` ... at four temperatures, with BatchNorm statistics from a few passes; all drawn from the same
     noise in every call, so that the pictures of two steps can be compared.
     """
-    seed, micro_batch = profile.training.seed, min(PREVIEW_IMAGES, profile.plan.micro_batch or PREVIEW_IMAGES)
-    dtype = AUTOCAST_DTYPES.get(profile.plan.precision)
 
     def draw(model: NVAE, images: Tensor, folder: Path, step: int) -> dict[str, np.ndarray]:
         columns = default_columns(model.config.image_size)
-        kind = images.device.type
-        with torch.autocast(kind, dtype=dtype or torch.bfloat16, enabled=dtype is not None, cache_enabled=False):
-            reconstructions = pairs(images, reconstruct_images(model, images, seed, micro_batch), model)
-            pictures = {"reconstructed": reconstructions}
-            for t in TEMPERATURES:
-                with recalibrated(model, t, PREVIEW_PASSES, micro_batch, seed):
-                    samples = sample_images(model, PREVIEW_IMAGES, t, seed, micro_batch)
-                pictures[f"generated_{t}"] = grid(samples, columns)
+        reconstructed, samples = preview(model, images, profile)
+        pictures = {"reconstructed": pairs(images, reconstructed, model)}
+        pictures |= {f"generated_{t}": grid(drawn, columns) for t, drawn in samples.items()}
         if not (folder / "reals.png").exists():
             save_png(grid(without_padding(images, model.config), columns), folder / "reals.png")
-        save_png(reconstructions, folder / f"reconstructions-{step}.png")
+        save_png(pictures["reconstructed"], folder / f"reconstructions-{step}.png")
         for t in TEMPERATURES:
             save_png(pictures[f"generated_{t}"], folder / f"step-{step}-t{temperature_text(t)}.png")
         return pictures
 
     return draw
+
+
+@torch.no_grad()
+def preview(
+    model: NVAE,
+    images: Tensor,
+    profile: Profile,
+    temperatures: Sequence[float] = TEMPERATURES,
+    passes: int = PREVIEW_PASSES,
+) -> tuple[Tensor, dict[float, Tensor]]:
+    """Reconstructions (B, C, S, S) of images (B, C, padded, padded), and 16 samples at each temperature, on the host.
+
+    With as many images per pass as training takes, in its precision, from a model in evaluation mode. passes: over
+    which BatchNorm statistics are taken.
+    """
+    seed, micro_batch = profile.training.seed, min(PREVIEW_IMAGES, images_per_pass(profile, profile.plan.precision))
+    samples = {}
+    with activations_in(profile.plan.precision, images.device):
+        reconstructions = reconstruct_images(model, images, seed, micro_batch)
+        for t in temperatures:
+            with recalibrated(model, t, passes, micro_batch, seed):
+                samples[t] = sample_images(model, PREVIEW_IMAGES, t, seed, micro_batch)
+    return reconstructions, samples
 
 
 def pairs(images: Tensor, reconstructions: Tensor, model: NVAE) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""What the picture commands share: a run opened for pictures, the images that go into it, and how a command ends.
+"""What the picture commands share: their flags, the run they open, the images that go into it, lists and tables.
 
 Legend: B images, C image channels, S pixels per side, S' = S + 2 padding pixels per side inside the network.
 """
@@ -7,66 +7,55 @@ from __future__ import annotations
 
 import itertools
 import os
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, NamedTuple, TypeVar
+from typing import Annotated, Literal, NamedTuple, TypeVar
 
 import torch
+import tyro
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from nvae_lowmem.config import ConfigError, Profile
 from nvae_lowmem.data.picture import MAX_FILE_BYTES, Preparation, UnreadableImage, decode
 from nvae_lowmem.data.pipeline import evaluation_batches, to_network
 from nvae_lowmem.data.sources import open_source
-from nvae_lowmem.generation.sample import Progress
-from nvae_lowmem.model.nvae import NVAE
-from nvae_lowmem.training import checkpoint, runs
+from nvae_lowmem.training.commands import OpenRun, Progress, RunCommand, open_run, writable_folder
 
-EXIT_BAD_INPUT, EXIT_OUT_OF_MEMORY = 2, 5
-DEFAULT_MICRO_BATCH = 16
-PROGRESS_DELAY_SECONDS = 2.0
-"""Work that is done sooner shows no progress bar."""
-
-DeviceChoice = Literal["auto", "cpu", "cuda"]
+Posterior = Literal["sample", "mean"]
+"""Which z an image has: a draw from q(z|x), or the mean of every group's q given the groups above it."""
 Number = TypeVar("Number", int, float)
 
 
-# --- the run ----------------------------------------------------------------------------------------------------------
+# --- the command and its run ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
-class OpenRun:
-    """A trained model in evaluation mode, and what pictures of it need to know."""
+class PictureCommand(RunCommand):
+    """The flags of every command that sends images through a model and draws a picture."""
 
-    folder: Path
-    profile: Profile
-    model: NVAE
-    device: torch.device
-    micro_batch: int
-    """Images per forward pass."""
+    box: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """x,y,w,h in pixels of the square to take from the images; once for all of them, or repeated for each."""
+    posterior: Posterior = "sample"
+    """z of an image: a draw from q(z|x), as in training, or each group's mean: smoother, and without a likelihood."""
+    seed: int = 0
+    """Seed of all draws."""
+    out: str = ""
+    """Folder to write to; empty: samples/ in the run's folder."""
 
 
-def open_run(run: str, runs_dir: str, device: DeviceChoice = "auto", micro_batch: int = 0) -> OpenRun:
-    """The newest checkpoint of a run. micro_batch 0: the one of the run's memory plan, or 16 if it has none.
+def opened(command: PictureCommand) -> OpenRun:
+    """The run of a command, which is told what was opened. Raises ConfigError as `open_run` does."""
+    run = open_run(command.run, command.runs_dir, command.device, command.micro_batch)
+    print(run.describe(), flush=True)
+    return run
 
-    Raises ConfigError: no such run, no whole checkpoint, one of another version, no GPU though asked for.
-    """
-    if micro_batch < 0:
-        raise ConfigError(f"--micro-batch {micro_batch}: must be at least 1, or 0 for the one of the run's memory plan")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: torch sees no CUDA GPU here; use --device cpu, or ask tools/doctor.py why")
-    where = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
-    folder = runs.find_run(run, runs_dir)
-    profile, model, saved = checkpoint.load_run(folder, where)
-    images_per_pass = micro_batch or profile.plan.micro_batch or DEFAULT_MICRO_BATCH
-    groups = model.config.total_groups
-    print(f"{saved}: {groups} latent groups, on {where}, {images_per_pass} images per pass", flush=True)
-    return OpenRun(folder=folder, profile=profile, model=model, device=where, micro_batch=images_per_pass)
+
+def output_folder(given: str, run: OpenRun) -> Path:
+    """The folder that was asked for, or samples/ in the run's. Raises ConfigError where nothing can be written."""
+    return writable_folder("--out", Path(given) if given else run.folder / "samples")
 
 
 # --- images -----------------------------------------------------------------------------------------------------------
@@ -139,7 +128,7 @@ def _cut(picture: Image.Image, box: Box, path: str) -> Image.Image:
 
 
 def held_out_batches(run: OpenRun, count: int, progress: Progress | None = None) -> Iterator[Tensor]:
-    """The first `count` held-out images of the run's data, (b, C, S', S') each, on the run's device; 0: all of them.
+    """The first `count` held-out images of the run's data, (b, C, S', S') each, on the host; 0: all of them.
 
     Raises ConfigError when the data cannot be opened, at once and not with the first batch.
     """
@@ -152,9 +141,8 @@ def held_out_batches(run: OpenRun, count: int, progress: Progress | None = None)
         for x in evaluation_batches(held_out, profile.model, profile.data, run.micro_batch, profile.training.seed):
             if done >= wanted:
                 return
-            x = x[: wanted - done].to(run.device)
-            yield x
-            done += len(x)
+            yield x[: wanted - done]
+            done = min(done + len(x), wanted)
             if progress is not None:
                 progress(done, wanted)
 
@@ -162,12 +150,12 @@ def held_out_batches(run: OpenRun, count: int, progress: Progress | None = None)
 
 
 def given_or_held_out(run: OpenRun, paths: Sequence[str], boxes: Sequence[str], count: int) -> tuple[Tensor, list[str]]:
-    """Images (B, C, S', S') and their names: the given files, or without any the first `count` held-out images.
+    """Images (B, C, S', S') on the host, and their names: the given files, or the first `count` held-out images.
 
     Raises ConfigError: images that cannot be used, data that cannot be opened, a count below 1.
     """
     if paths:
-        return load_images(paths, run.profile, boxes).to(run.device), [Path(path).name for path in paths]
+        return load_images(paths, run.profile, boxes), [Path(path).name for path in paths]
     if count < 1:
         raise ConfigError(f"--count {count}: must be at least 1")
     if boxes:
@@ -176,7 +164,7 @@ def given_or_held_out(run: OpenRun, paths: Sequence[str], boxes: Sequence[str], 
     return images, [f"held-out {number}" for number in range(len(images))]
 
 
-# --- how a command speaks and ends ------------------------------------------------------------------------------------
+# --- words ------------------------------------------------------------------------------------------------------------
 
 
 def numbers(text: str, flag: str, kind: Callable[[str], Number]) -> list[Number]:
@@ -185,18 +173,6 @@ def numbers(text: str, flag: str, kind: Callable[[str], Number]) -> list[Number]
         return [kind(part) for part in text.split(",")]
     except ValueError:
         raise ConfigError(f"{flag} {text}: must be numbers with commas between them, for example 1,3,6") from None
-
-
-def output_folder(given: str, run: OpenRun) -> Path:
-    """The folder that was asked for, or samples/ in the run's. Raises ConfigError where nothing can be written."""
-    folder = Path(given) if given else run.folder / "samples"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"--out {folder}: cannot be made: {error.strerror or error}; name another folder") from None
-    if not os.access(folder, os.W_OK):
-        raise ConfigError(f"--out {folder}: cannot write there; name another folder")
-    return folder
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -210,34 +186,3 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         )
         lines.append("  ".join([first, *others]).rstrip())
     return "\n".join(lines)
-
-
-def progress_bar(what: str) -> Progress:
-    """Progress with ETA on stderr, once the work has taken two seconds; in a log, a line every ten seconds."""
-    interval = 0.1 if sys.stderr.isatty() else 10.0
-    bar = tqdm(desc=what, delay=PROGRESS_DELAY_SECONDS, leave=False, dynamic_ncols=True, mininterval=interval)
-
-    def report(done: int, total: int) -> None:
-        bar.total = total
-        bar.update(done - bar.n)
-        if done >= total:
-            bar.close()
-
-    return report
-
-
-def exit_code(program: str, work: Callable[[], None]) -> int:
-    """Do the work of a command: 0 done, 2 what the user gave is at fault, 5 out of GPU memory; no tracebacks."""
-    try:
-        work()
-    except ConfigError as error:
-        print(f"{program}: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
-    except torch.OutOfMemoryError as error:
-        print(f"{program}: out of GPU memory: {str(error).splitlines()[0]}", file=sys.stderr)
-        print("Halve --micro-batch, or use --device cpu.", file=sys.stderr)
-        return EXIT_OUT_OF_MEMORY
-    except OSError as error:  # a full disk, a folder that went away: everything else was checked before
-        print(f"{program}: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
-    return 0

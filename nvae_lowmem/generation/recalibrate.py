@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from nvae_lowmem.config import ConfigError
-from nvae_lowmem.generation.sample import Progress, Temperature, group_temperatures, temperature_text
+from nvae_lowmem.generation.sample import Temperature, group_temperatures, temperature_text
 from nvae_lowmem.model.latents import FromPrior, SeededNoise
 from nvae_lowmem.model.layers import Normed
 from nvae_lowmem.model.nvae import NVAE
+from nvae_lowmem.training.commands import Progress
 
 GPU_PASSES = 300
 CPU_IMAGES, CPU_MIN_PASSES = 640, 20

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
@@ -17,8 +16,8 @@ from torch import Tensor
 
 from nvae_lowmem.config import ConfigError, ModelConfig
 from nvae_lowmem.generation import grids
-from nvae_lowmem.generation.images import numbers, text_table
-from nvae_lowmem.generation.sample import Progress, without_padding
+from nvae_lowmem.generation.images import Posterior, numbers, text_table
+from nvae_lowmem.generation.sample import decoded_mean, without_padding
 from nvae_lowmem.model.latents import (
     FlowFunction,
     FromPosterior,
@@ -30,14 +29,12 @@ from nvae_lowmem.model.latents import (
     SeededNoise,
     Source,
 )
-from nvae_lowmem.model.likelihoods import negative_log_likelihood
 from nvae_lowmem.model.nvae import NVAE
+from nvae_lowmem.training.commands import Progress
+from nvae_lowmem.training.validation import nll_of_decoded
 
 # Noise is a function of (seed, step, ...): neither training (steps from 0 up) nor sampling draws these.
 POSTERIOR_STEP, PRIOR_STEP = -5, -6
-
-Posterior = Literal["sample", "mean"]
-"""Which z an image has: a draw from q(z|x), or the mean of every group's q given the groups above it."""
 
 
 # --- sources ----------------------------------------------------------------------------------------------------------
@@ -137,30 +134,36 @@ def reconstruct(
     prior at `temperature`. Image i has the noise of slot i, whatever the chunks.
     """
     assert not model.training, "images must not lean on each other: put the model into evaluation mode"
-    device = next(model.parameters()).device
     parts: list[tuple[Tensor, ...]] = []
     for first in range(0, len(images), micro_batch):
-        x = images[first : first + micro_batch].to(device)
+        x = images[first : first + micro_batch]
         slots = tuple(range(first, first + len(x)))
         from_image = FromPosterior(posterior_noise(posterior, seed, slots))
         from_prior = FromPrior(RowNoise(seed, slots, PRIOR_STEP), temperature)
-        maps = model.encode(x)
-        parameters, latents = model.decode(from_image, maps)
-        nll = negative_log_likelihood(model.likelihood, parameters, without_padding(x, model.config))
-        kl = torch.stack([latent.kl.sum(1) for latent in latents if latent.kl is not None], dim=1)
-        pictures = [model.likelihood.mean(parameters)]
-        for count in first_groups:
-            parameters, _ = model.decode(FirstGroups(count, from_image, from_prior), maps)
-            pictures.append(model.likelihood.mean(parameters))
-        parts.append(tuple(value.cpu() for value in (nll, kl, *pictures)))
+        parts.append(_reconstruct_chunk(model, x, from_image, from_prior, first_groups))
         if progress is not None:
-            progress(min(first + micro_batch, len(images)), len(images))
+            progress(first + len(x), len(images))
     nll, kl, whole, *partial = (torch.cat(values) for values in zip(*parts, strict=True))
     originals = without_padding(images, model.config).cpu()
     from_first = dict(zip(first_groups, partial, strict=True))
     return Reconstructions(
         originals=originals, images=whole, from_first=from_first, nll=nll, kl=kl, posterior=posterior
     )
+
+
+def _reconstruct_chunk(
+    model: NVAE, x: Tensor, from_image: Source, from_prior: Source, first_groups: Sequence[int]
+) -> tuple[Tensor, ...]:
+    """(nll, kl, images, images from the first groups ...) of images that share a pass, all on the host."""
+    x = x.to(next(model.parameters()).device)
+    maps = model.encode(x)
+    parameters, latents = model.decode(from_image, [*maps])
+    nll = nll_of_decoded(model, parameters, without_padding(x, model.config)).cpu()
+    kl = torch.stack([latent.kl.sum(1) for latent in latents if latent.kl is not None], dim=1).cpu()
+    pictures = [model.likelihood.mean(parameters).cpu()]
+    del parameters, latents  # before another pass makes its own
+    pictures += [decoded_mean(model, FirstGroups(count, from_image, from_prior), [*maps]) for count in first_groups]
+    return nll, kl, *pictures
 
 
 # --- for people -------------------------------------------------------------------------------------------------------

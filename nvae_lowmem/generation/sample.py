@@ -8,21 +8,19 @@ Legend: B images of a chunk, C image channels, S x S pixels without padding.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from nvae_lowmem.config import ConfigError, ModelConfig
-from nvae_lowmem.model.latents import FromPosterior, FromPrior, SeededNoise
+from nvae_lowmem.model.latents import FromPosterior, FromPrior, SeededNoise, Source
 from nvae_lowmem.model.nvae import NVAE
+from nvae_lowmem.training.commands import Progress
 
 Temperature = float | Sequence[float]
 """What sigma of the prior is multiplied by: one number, or one per scale, highest resolution first."""
-
-Progress = Callable[[int, int], None]
-"""Called with (done, total) after each piece of long work."""
 
 # Noise is a function of (seed, step, ...): steps below zero are never taken in training, so nothing here repeats it.
 _SAMPLING_STEP, _RECONSTRUCTION_STEP = -2, -3
@@ -103,8 +101,11 @@ def sample_chunks(
     noise = SeededNoise(seed, step=_SAMPLING_STEP)
     for first in range(0, count, micro_batch):
         batch = min(micro_batch, count - first)
-        parameters, _ = model.decode(FromPrior(noise.at(first), temperatures), batch=batch)
-        yield _pixels(model, parameters, seed, first, likelihood_sample).cpu()
+        source = FromPrior(noise.at(first), temperatures)
+        if likelihood_sample:
+            yield _decoded_draw(model, source, batch, seed, first)
+        else:
+            yield decoded_mean(model, source, None, batch)
         if progress is not None:
             progress(first + batch, count)
 
@@ -118,26 +119,35 @@ def reconstruct_images(model: NVAE, images: Tensor, seed: int, micro_batch: int)
     out = []
     for first in range(0, len(images), micro_batch):
         maps = model.encode(images[first : first + micro_batch].to(device))
-        parameters, _ = model.decode(FromPosterior(noise.at(first)), maps)
-        out.append(model.likelihood.mean(parameters).cpu())
+        out.append(decoded_mean(model, FromPosterior(noise.at(first)), maps))
+        del maps  # before the next ones are made
     return torch.cat(out)
+
+
+# What a pass has on the device ends with these functions, so that the next one begins with none of it.
+
+
+def decoded_mean(model: NVAE, source: Source, maps: list[Tensor] | None, batch: int = 1) -> Tensor:
+    """The mean of p(x|z), (B, C, S, S) on the host, with z from the source; arguments as `NVAE.decode` takes them."""
+    parameters, _ = model.decode(source, maps, batch)
+    return model.likelihood.mean(parameters).cpu()
+
+
+def _decoded_draw(model: NVAE, source: Source, batch: int, seed: int, first_slot: int) -> Tensor:
+    """A draw from p(x|z) for each image, (B, C, S, S) on the host."""
+    parameters, _ = model.decode(source, batch=batch)
+    # one image at a time, each with a generator of its own: so its draws do not depend on the chunk it is in
+    drawn = [
+        model.likelihood.sample(row[None], _pixel_generator(seed, first_slot + i)).cpu()
+        for i, row in enumerate(parameters)
+    ]
+    return torch.cat(drawn)
 
 
 def without_padding(images: Tensor, config: ModelConfig) -> Tensor:
     """(B, C, padded, padded) -> (B, C, S, S)."""
     p = config.padding
     return images[:, :, p:-p, p:-p] if p else images
-
-
-def _pixels(model: NVAE, parameters: Tensor, seed: int, first_slot: int, likelihood_sample: bool) -> Tensor:
-    """The likelihood's parameters (B, P, S, S) -> images (B, C, S, S)."""
-    if not likelihood_sample:
-        return model.likelihood.mean(parameters)
-    # one image at a time, each with a generator of its own: so its draws do not depend on the chunk it is in
-    drawn = [
-        model.likelihood.sample(row[None], _pixel_generator(seed, first_slot + i)) for i, row in enumerate(parameters)
-    ]
-    return torch.cat(drawn)
 
 
 def _pixel_generator(seed: int, slot: int) -> torch.Generator:

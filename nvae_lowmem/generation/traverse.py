@@ -18,11 +18,12 @@ from torch import Tensor
 
 from nvae_lowmem.config import ConfigError, ModelConfig
 from nvae_lowmem.generation import grids
-from nvae_lowmem.generation.images import numbers, text_table
-from nvae_lowmem.generation.reconstruct import Posterior, posterior_noise
-from nvae_lowmem.generation.sample import Progress
+from nvae_lowmem.generation.images import Posterior, numbers, text_table
+from nvae_lowmem.generation.reconstruct import posterior_noise
+from nvae_lowmem.generation.sample import decoded_mean
 from nvae_lowmem.model.latents import FlowFunction, FromPosterior, Latent, Normal, SeededNoise, Source
 from nvae_lowmem.model.nvae import NVAE
+from nvae_lowmem.training.commands import Progress
 from nvae_lowmem.training.validation import ACTIVE_NATS
 
 MOST_ROWS = 12
@@ -91,8 +92,7 @@ def traverse(
     out = []
     for first in range(0, len(moves), micro_batch):
         chunk = moves[first : first + micro_batch]
-        parameters, _ = model.decode(Moved(recorded.relative, chunk), batch=len(chunk))
-        out.append(model.likelihood.mean(parameters).cpu())
+        out.append(decoded_mean(model, Moved(recorded.relative, chunk), None, len(chunk)))
         if progress is not None:
             progress(first + len(chunk), len(moves))
     return torch.cat(out)
@@ -106,8 +106,10 @@ def channel_kl(model: NVAE, batches: Iterable[Tensor], seed: int) -> tuple[Tenso
     """(mean KL per group and latent channel (groups, L), nats; number of images) over batches (b, C, S', S') each."""
     total, images = torch.zeros(model.config.total_groups, model.config.latents, dtype=torch.float64), 0
     for x in batches:
-        _, latents = model.top_down(FromPosterior(SeededNoise(seed, ACTIVITY_STEP, images)), model.encode(x))
-        total += torch.stack([latent.kl.double().sum(0).cpu() for latent in latents if latent.kl is not None])
+        maps = model.encode(x.to(next(model.parameters()).device))
+        latents = model.top_down(FromPosterior(SeededNoise(seed, ACTIVITY_STEP, images)), maps)[1]
+        total += torch.stack([latent.kl.double().sum(0) for latent in latents if latent.kl is not None]).cpu()
+        del maps, latents  # before the next ones are made
         images += len(x)
     assert images, "there is no mean over no images"
     return total / images, images

@@ -7,7 +7,6 @@ of its bytes; the storage's death is the free. Tensors on device "cpu" stand in 
 
 from __future__ import annotations
 
-import bisect
 import contextlib
 import functools
 import gc
@@ -22,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nvae_lowmem.config import Profile
 from nvae_lowmem.memory.trace_events import CATEGORIES, Allocation, Peak, Trace
+from nvae_lowmem.memory.trace_filing import file_by_life
 from nvae_lowmem.memory.trace_ghosts import Ghosts, nature_of
 from nvae_lowmem.model.blocks import Head
 from nvae_lowmem.model.functional import as_on_card
@@ -32,7 +32,10 @@ from nvae_lowmem.training.engine import TorchEngine
 from nvae_lowmem.training.objective import Objective
 from nvae_lowmem.training.step import BatchPlan, training_step
 
-__all__ = ["CATEGORIES", "Allocation", "Peak", "Trace", "quiet_gc", "trace_training"]
+__all__ = [
+    "CATEGORIES", "Allocation", "Peak", "Trace", "Watcher", "finished", "quiet_gc", "trace_training", "watch",
+    "watched_engine",
+]  # fmt: skip
 
 aten = torch.ops.aten
 _CONSTANTS: dict[str, Callable[[Any], float]] = {"aten::full": lambda a: a[1], "aten::zeros": lambda a: 0.0}
@@ -110,6 +113,11 @@ class Watcher(TorchDispatchMode):
         tie = self._ties.get(_key(tensor))
         if tie is not None and self.trace.allocations[tie.number].category != "host":
             self.trace.allocations[tie.number].category = category
+
+    def is_on_card(self, tensor: Tensor) -> bool:
+        """Whether the tensor's storage is one of the card's; what was made before the watcher came is the host's."""
+        tie = self._ties.get(_key(tensor))
+        return tie is not None and self.trace.allocations[tie.number].category != "host"
 
     def mark(self, name: str) -> None:
         """Remember this moment."""
@@ -244,7 +252,7 @@ def trace_training(
         training=replace(profile.training, total_batch=total),
     )
     with quiet_gc(), as_on_card(), watcher:
-        engine = _set_up(profile, accumulation, watcher)
+        engine = watched_engine(NVAE(profile.model).train(), profile, accumulation, watcher)
         watcher.mark("setup done")
         split = BatchPlan(total, micro_batch, accumulation, 1)
         size = profile.model.network_size
@@ -260,29 +268,39 @@ def trace_training(
             training_step(engine, profile, split, images, step, 100, 1e-3)
         watcher.mark("end")
         trace = watcher.close()
-    _file_by_life(trace)
+    return finished(trace, engine.model, micro_batch)
+
+
+def finished(trace: Trace, model: NVAE, micro_batch: int) -> Trace:
+    """The trace from the end of the set-up on, with what stays of that, every allocation filed."""
+    file_by_life(trace)
     trace.micro_batch = micro_batch
-    trace.parameter_bytes = tuple(p.numel() * p.element_size() for p in engine.model.parameters())
-    trace.chunk_images = _images_per_chunk(engine.model)
+    trace.parameter_bytes = tuple(p.numel() * p.element_size() for p in model.parameters())
+    trace.chunk_images = _images_per_chunk(model)
     return trace.without_temporaries(trace.marks["setup done"])
 
 
-def _set_up(profile: Profile, accumulation: int, watcher: Watcher) -> WatchedEngine:
-    model = NVAE(profile.model).train()
+def watched_engine(model: NVAE, profile: Profile, accumulation: int, watcher: Watcher) -> WatchedEngine:
+    """The engine that trains the model under the profile's plan, watched."""
     apply_plan(model, profile.plan)
-    model.run_block = WatchedRunner(model.run_block, watcher)
-    head = model.blocks["head"]
-    assert isinstance(head, Head)
-    head.likelihood = WatchedLikelihood(head.likelihood, watcher)  # type: ignore[assignment]
+    watch(model, watcher)
     objective = Objective(model, profile.training, profile.plan.precision)
     # on the card an optimiser's temporaries count; on the host nobody needs to compute for the card's sake
     offloaded = profile.plan.offload_optimizer
     optimizer = AbsentAdamax if offloaded else functools.partial(torch.optim.Adamax, foreach=False)
     engine = WatchedEngine(objective, profile, torch.device("cpu"), accumulation, optimizer)
     engine.watcher, engine.offloaded = watcher, offloaded
+    return engine
+
+
+def watch(model: NVAE, watcher: Watcher) -> None:
+    """Have the model tell the watcher which block is at work and when a chunk of the likelihood begins."""
+    model.run_block = WatchedRunner(model.run_block, watcher)
+    head = model.blocks["head"]
+    assert isinstance(head, Head)
+    head.likelihood = WatchedLikelihood(head.likelihood, watcher)  # type: ignore[assignment]
     for tensor in [*model.parameters(), *model.buffers()]:
         watcher.refile(tensor, "weight")
-    return engine
 
 
 def _images_per_chunk(model: NVAE) -> int:
@@ -291,39 +309,6 @@ def _images_per_chunk(model: NVAE) -> int:
     assert isinstance(head, Head)
     image_bytes = head.likelihood.working_values_per_pixel * model.config.image_size**2 * 4
     return max(1, min(head.chunk_images, head.chunk_bytes // image_bytes))
-
-
-def _file_by_life(trace: Trace) -> None:
-    """Tell saved activations, gradients and noise from temporaries by when they lived."""
-    phases = _phase_starts(trace)
-    for a in trace.allocations:
-        if a.category in ("temporary", "block input", "optimizer state"):
-            died = a.died if a.died >= 0 else len(trace.events)
-            if a.phase == "update":
-                a.category = "optimizer state" if a.died < 0 else "temporary"
-            elif a.phase == "forward" and _crosses(phases, a.born, died):
-                if a.category != "block input":
-                    a.category = "noise" if "normal" in a.operation else "saved activation"
-            elif a.phase == "backward" and _crosses(phases, a.born, died):
-                a.category = "gradient"
-            else:
-                a.category = "temporary"
-
-
-def _phase_starts(trace: Trace) -> list[int]:
-    starts, last = [], ""
-    for i, event in enumerate(trace.events):
-        if event >= 0:
-            phase = trace.allocations[event].phase
-            if phase != last:
-                starts.append(i)
-                last = phase
-    return starts
-
-
-def _crosses(starts: list[int], born: int, died: int) -> bool:
-    """Whether a new phase began during the life (born, died)."""
-    return bisect.bisect_right(starts, born) < bisect.bisect_right(starts, died)
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ class Allocation:
     nbytes: int
     category: str
     block: str
-    phase: str  # setup, forward, backward, update
+    phase: str  # setup, forward, backward, update, evaluation
     operation: str
     born: int
     died: int = -1

@@ -156,19 +156,19 @@ class NVAE(nn.Module):
     ) -> tuple[Tensor, list[Latent]]:
         """THE pass: from the learned start through all groups. Returns (what the head reads, one Latent per group).
 
-        maps: what `encode` returned, for sources that use the posterior; without it `batch` latents are made.
+        maps: what `encode` returned, for sources that use the posterior; without it `batch` latents are made. They are
+        taken out of the list one by one, so that none outlives its group: whoever needs them again hands over a copy.
         keep_z: whether the Latents hold their z; it is in the state anyway, and only some callers need it.
         """
         parameter = next(self.parameters())
         dtype = maps[0].dtype if maps is not None else _compute_dtype(parameter)
         batch = len(maps[0]) if maps is not None else batch
         latents: list[Latent] = []
-        waiting = list(maps) if maps is not None else []
         with _no_autocast(parameter.device):
             state = self._start(batch, dtype, parameter.device)
             for name in self._decoder_order:
                 if isinstance(self.blocks[name], DecoderGroup):
-                    state, latent = self._block(name, state, waiting.pop(0) if maps is not None else None, source)
+                    state, latent = self._block(name, state, maps.pop(0) if maps is not None else None, source)
                     latents.append(latent if keep_z else latent._replace(z=None))
                 else:
                     state = self._block(name, state)

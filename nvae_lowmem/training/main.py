@@ -21,6 +21,7 @@ from nvae_lowmem.model.latents import SeededNoise
 from nvae_lowmem.model.nvae import NVAE
 from nvae_lowmem.training import card, checkpoint, distributed, runs
 from nvae_lowmem.training.allocation import keep_freed_memory
+from nvae_lowmem.training.commands import EXIT_BAD_INPUT, EXIT_OUT_OF_MEMORY, DeviceChoice, choose_device
 from nvae_lowmem.training.ema import WeightEma
 from nvae_lowmem.training.engine import TorchEngine
 from nvae_lowmem.training.objective import Objective
@@ -29,7 +30,7 @@ from nvae_lowmem.training.setup import RunPlan, plan_run, split_batch
 from nvae_lowmem.training.step import Diverged, Engine
 from nvae_lowmem.training.trainer import Pictures, Trainer
 
-EXIT_BAD_INPUT, EXIT_NOTHING_FITS, EXIT_DIVERGED, EXIT_OUT_OF_MEMORY = 2, 3, 4, 5
+EXIT_NOTHING_FITS, EXIT_DIVERGED = 3, 4
 # what may differ when a run goes on: how memory is used, and how often the run reports
 _FREE_TO_CHANGE = {"plan", "provenance", "name"}
 _FREE_TRAINING = {
@@ -81,7 +82,7 @@ class TrainCommand:
     """Dtype of activations instead of the profile's."""
     engine: EngineName | None = None
     """torch, deepspeed or auto, instead of the profile's."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: DeviceChoice = "auto"
     """auto: the GPU where there is one."""
     auto_fit: bool = False
     """First find the memory plan that fits the GPU, as tools/fit_memory.py does (up to a minute), then train."""
@@ -133,7 +134,7 @@ def profile_of(command: TrainCommand) -> Profile:
 
 def _train(command: TrainCommand, pictures_for: Callable[[Profile], Pictures], fitted: Fitter) -> int:
     profile = profile_of(command)
-    device = _device(command.device)
+    device = choose_device(command.device)
     if command.auto_fit:
         profile = _auto_fitted(command, profile, device, fitted)
     elif command.gpu_mem:
@@ -232,12 +233,6 @@ def _auto_fitted(command: TrainCommand, profile: Profile, device: torch.device, 
     )
     out = fitted(profile, command.gpu_mem, engine)
     return out if device.type == "cuda" else replace(out, plan=replace(out.plan, precision=profile.plan.precision))
-
-
-def _device(wanted: str) -> torch.device:
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: torch sees no CUDA GPU here; use --device cpu, or ask tools/doctor.py why")
-    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def _run_dir(command: TrainCommand, profile: Profile) -> Path:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from nvae_lowmem.model.blocks import Head
 from nvae_lowmem.model.latents import SeededNoise
+from nvae_lowmem.model.likelihoods import negative_log_likelihood
 from nvae_lowmem.model.nvae import NVAE
 from nvae_lowmem.training.objective import AUTOCAST_DTYPES
 
@@ -31,21 +34,12 @@ class Validation(NamedTuple):
 @torch.no_grad()
 def validate(model: NVAE, batches: Iterable[Tensor], seed: int, precision: str = "fp32") -> Validation:
     """-ELBO of the images in `batches` ((b, C, S, S) each), one posterior sample per image, in evaluation mode."""
-    was_training = model.training
-    model.eval()
-    dtype, images, nll, kl = AUTOCAST_DTYPES[precision], 0, 0.0, None
-    try:
+    images, nll, kl = 0, 0.0, torch.zeros(())
+    with evaluating(model, next(model.parameters()).device, precision):
         for x in batches:
-            kind = x.device.type
-            with torch.autocast(kind, dtype=dtype or torch.bfloat16, enabled=dtype is not None, cache_enabled=False):
-                terms = model(x, SeededNoise(seed, step=-1, first_slot=images))
-            per_channel = torch.stack([k.sum(0) for k in terms.kl]).double()  # (groups, L)
-            kl = per_channel if kl is None else kl + per_channel
-            nll += float(terms.nll.double().sum())
-            images += len(x)
-    finally:
-        model.train(was_training)
-    if kl is None:
+            batch_nll, batch_kl = _sums(model, x, SeededNoise(seed, step=-1, first_slot=images))
+            nll, kl, images = nll + batch_nll, kl + batch_kl, images + len(x)
+    if not images:
         raise ValueError("there are no held-out images to evaluate on")
     mean_kl = kl / images
     nelbo = nll / images + float(mean_kl.sum())
@@ -56,4 +50,46 @@ def validate(model: NVAE, batches: Iterable[Tensor], seed: int, precision: str =
         active=(mean_kl > ACTIVE_NATS).double().mean(1).tolist(),
         bits_per_dim=nelbo / (model.config.image_dims * math.log(2)),
         images=images,
+    )
+
+
+def _sums(model: NVAE, x: Tensor, noise: SeededNoise) -> tuple[float, Tensor]:
+    """Sums over the images x: -log p(x|z), and the KL of every group and channel (groups, L), float64 on the host.
+
+    A function of its own, so that nothing of a batch is on the device when the next one comes.
+    """
+    terms = model(x, noise)
+    return float(terms.nll.double().sum()), torch.stack([k.sum(0) for k in terms.kl]).double().cpu()
+
+
+@contextlib.contextmanager
+def evaluating(model: NVAE, device: torch.device, precision: str) -> Iterator[None]:
+    """Inside, the model is in evaluation mode and computes activations in `precision`."""
+    was_training = model.training
+    model.eval()
+    try:
+        with activations_in(precision, device):
+            yield
+    finally:
+        model.train(was_training)
+
+
+def activations_in(precision: str, device: torch.device) -> torch.autocast:
+    """A context in which models compute activations in `precision`, without autocast's copies of the weights.
+
+    An "auto" that nobody has decided is fp32.
+    """
+    dtype = AUTOCAST_DTYPES.get(precision)
+    return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None, cache_enabled=False)
+
+
+def nll_of_decoded(model: NVAE, parameters: Tensor, x: Tensor) -> Tensor:
+    """-log p(x|z) (B,) of images x (B, C, S, S) without padding, from what `NVAE.decode` returned.
+
+    In the chunks that the model's own head takes.
+    """
+    head = model.blocks["head"]
+    assert isinstance(head, Head)
+    return negative_log_likelihood(
+        model.likelihood, parameters, x, chunk_images=head.chunk_images, chunk_bytes=head.chunk_bytes
     )
