@@ -10,10 +10,11 @@ RUN := $(VENV)/bin/python
 TEST_EXTRAS := deepspeed,faces,metrics,test
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format env env-test clean
+.PHONY: help demo demo-faces test test-slow lint format env env-faces env-test clean
 
 help:
 	@echo "make demo         train a small NVAE on real MNIST digits and draw samples from it"
+	@echo "make demo-faces   train on cartoon faces in colour; samples, reconstructions, a blend, a traverse"
 	@echo "make test         lint, types, spelling and the whole test suite (PYTEST_ARGS=... is passed on)"
 	@echo "make test-slow    the checks that take long, for every night rather than every change"
 	@echo "make lint         lint, types and spelling only"
@@ -27,11 +28,20 @@ help:
 env:
 	@$(PYTHON) tools/setup_env.py --venv $(VENV) --extras deepspeed
 
+env-faces:
+	@$(PYTHON) tools/setup_env.py --venv $(VENV) --extras deepspeed,faces
+
 env-test:
 	@$(PYTHON) tools/setup_env.py --venv $(VENV) --extras $(TEST_EXTRAS)
 
 demo: env
 	@$(call demonstrate,demo-mnist)
+
+demo-faces: env-faces
+	@$(call demonstrate,demo-faces)
+	@$(RUN) launch/reconstruct.py --run latest
+	@$(RUN) launch/blend.py --run latest --matrix 5
+	@$(RUN) launch/traverse.py --run latest
 
 test: lint
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n $(JOBS) --dist worksteal $(PYTEST_ARGS)

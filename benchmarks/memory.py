@@ -1,6 +1,6 @@
 """Peak bytes of one training step of the six recipes at the published batch per GPU, counted on fake tensors.
 
-Each recipe runs under its shipped 4 GB plan (profiles/4g-RECIPE.toml): half precision, optimiser states on the host.
+Each recipe runs under its leanest plan (profiles/lean-RECIPE.toml): half precision, optimiser states on the host.
 The baseline is what a determined user gets from the published model with one checkpoint per cell, half precision, fused
 BN-swish, a head checkpointed per image, and gradients dropped as they appear, counted the same way.
 """
@@ -38,7 +38,7 @@ def block_peaks(trace: Trace) -> dict[str, int]:
 
 def measure(name: str, steps: int) -> dict[str, float | str]:
     """One recipe's row: sizes in GiB."""
-    profile = profiles.load(f"4g-{name}")
+    profile = profiles.load(f"lean-{name}")
     began = time.monotonic()
     trace = trace_training(profile, profile.plan.micro_batch, steps=steps)
     peak, blocks = trace.peak(), block_peaks(trace)

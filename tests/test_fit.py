@@ -252,6 +252,18 @@ def test_what_the_predictor_adds_to_the_table_is_learnt() -> None:
     assert found.reserved_bytes > 0.8 * 3 * GIB  # and not more than that is set aside
 
 
+def test_room_that_one_micro_batch_cannot_use_is_not_lost_to_the_others() -> None:
+    """The largest micro-batch takes far more than the table says and fails; smaller ones do not and get their room."""
+    cap = 2 * GIB
+    whole = run(WIDE, cap).chosen.micro_batch
+
+    def fragmented(profile: Profile, micro_batch: int, accumulation: int) -> Prediction:
+        return priced(profile, micro_batch, accumulation, share=1.6 if micro_batch >= whole else 1.06)
+
+    found = run(WIDE, cap, fragmented)
+    assert found.fits and found.reserved_bytes > 0.9 * cap
+
+
 @pytest.fixture(scope="module")
 def shrinking() -> list[tuple[str, Fit]]:
     out = []
@@ -416,6 +428,7 @@ def test_nothing_fits_is_exit_status_three_with_the_nearest_miss(
         ("--gpu-mem 4G --json .", "--json ."),
         ("--gpu-mem 4G --picture step.gif", "--picture step.gif"),
         ("--gpu-mem 4G --set model.groupz=1", "groupz"),
+        ("--gpu-mem 4G --calibration nowhere.toml", "calibration file nowhere.toml"),
         ("--gpu-mem 4G --set plan.precision=bf16", "bf16"),
     ],
 )
@@ -428,6 +441,24 @@ def test_bad_input_is_one_message_and_exit_status_two(
     assert said in captured.err and captured.out == ""
     assert captured.err.count("fit_memory:") == 1
     assert sorted(path.name for path in here.iterdir()) == ["own.toml", "small.toml"]
+
+
+def test_a_file_that_may_not_be_written_is_said_so_before_the_work_begins(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # permissions do not bind an administrator
+    assert run_fit("--profile small.toml --gpu-mem 4G --out plan.toml".split()) == 2
+    captured = capsys.readouterr()
+    assert "--out plan.toml cannot be written" in captured.err and "pricing" not in captured.err
+
+
+def test_what_was_measured_on_the_card_takes_the_place_of_the_margin(here: Path) -> None:
+    (here / "measured.toml").write_text("[cudnn-workspace]\nnbytes = 0\n[reductions]\nnbytes = 0\n")
+    asked = "--profile small.toml --gpu-mem 4G --os linux --out"
+    assert run_fit([*asked.split(), "bounds.toml"]) == 0
+    assert run_fit([*asked.split(), "measured-plan.toml", "--calibration", "measured.toml"]) == 0
+    bounds, measured = (load(here / f"{name}.toml").provenance["margin_bytes"] for name in ("bounds", "measured-plan"))
+    assert bounds > 0 and measured == 0
 
 
 def test_a_card_that_is_not_there_is_said_so(

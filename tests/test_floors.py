@@ -36,6 +36,7 @@ LONGEST_FILE = 350
 
 FILES = sorted(path for top in (PACKAGE, "launch", "tools") for path in (REPOSITORY / top).rglob("*.py"))
 IDS = [str(path.relative_to(REPOSITORY)) for path in FILES]
+TESTS = sorted((REPOSITORY / "tests").glob("*.py"))
 
 
 def module_of(path: Path) -> str:
@@ -119,7 +120,7 @@ def test_a_breach_of_the_floors_would_be_seen(file: str, source: str, is_breach:
     assert bool(breaches(REPOSITORY / file, source)) == is_breach
 
 
-@pytest.mark.parametrize("path", FILES, ids=IDS)
+@pytest.mark.parametrize("path", [*FILES, *TESTS], ids=[*IDS, *(f"tests/{path.name}" for path in TESTS)])
 def test_file_is_short_enough_to_read(path: Path) -> None:
     assert len(path.read_text(encoding="utf-8").splitlines()) <= LONGEST_FILE
 

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from generation_runs import TINY
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nvae_lowmem.config import ConfigError, ModelConfig, Profile, TrainConfig
+from nvae_lowmem.config import ConfigError, Profile, TrainConfig
 from nvae_lowmem.memory.trace import Trace, trace_training
 from nvae_lowmem.memory.trace_generation import WORKS, Work, generation_peaks, trace_generation
 from nvae_lowmem.model.nvae import NVAE
@@ -25,11 +26,7 @@ from nvae_lowmem.training.validation import validate
 DRAWS = 100
 LEAN_BATCHES = {"mnist": 200, "cifar10": 32, "celeba64": 16, "imagenet32": 24, "celebahq256": 4, "ffhq256": 4}
 """The published batch per GPU, which the shipped plans for 4 GB cards take in one micro-batch."""
-RGB = ModelConfig(
-    image_channels=3, image_size=8, mixtures=2, channels_encoder=8, channels_decoder=8, scales=2, groups=2,
-    adaptive=False, latents=3, cells_encoder=1, cells_decoder=1, preprocess_blocks=1, preprocess_cells=1,
-    postprocess_blocks=1, postprocess_cells=1, flows=1,
-)  # fmt: skip
+RGB = replace(TINY, image_channels=3, image_size=8, padding=0, bits=8, mixtures=2, latents=3)
 
 
 def lean(profile: Profile, **plan: Any) -> Profile:

@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from generation_runs import DIGITS, GREY, RGB, images_for, picture_file, untrained, write_run
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from torch import Tensor
 
 from launch.reconstruct import main
-from nvae_lowmem.config import ConfigError, DataConfig, MemoryPlan, ModelConfig, Profile
+from nvae_lowmem.config import ConfigError, DataConfig, ModelConfig, Profile
 from nvae_lowmem.generation import grids
 from nvae_lowmem.generation.images import held_out_batches, load_images, open_run, parse_box, text_table
 from nvae_lowmem.generation.reconstruct import (
@@ -29,39 +29,8 @@ from nvae_lowmem.generation.reconstruct import (
 )
 from nvae_lowmem.generation.sample import without_padding
 from nvae_lowmem.model.latents import FromPosterior, FromPrior, NoNoise
-from nvae_lowmem.model.nvae import NVAE
-from nvae_lowmem.training.checkpoint import export_weights
 
-SMALL = {
-    "channels_encoder": 4, "channels_decoder": 4, "scales": 2, "groups_per_scale": (2, 1), "latents": 2,
-    "cells_encoder": 1, "cells_decoder": 1, "preprocess_blocks": 1, "preprocess_cells": 1, "postprocess_blocks": 1,
-    "postprocess_cells": 1,
-}  # fmt: skip
-GREY = ModelConfig(image_channels=1, image_size=12, padding=2, bits=1, **SMALL)
-RGB = ModelConfig(image_channels=3, image_size=16, bits=5, mixtures=2, flows=1, **SMALL)
-DIGITS = ModelConfig(image_channels=1, image_size=28, padding=2, bits=1, **SMALL)
-
-
-def build(config: ModelConfig) -> NVAE:
-    torch.manual_seed(0)
-    return NVAE(config).eval()
-
-
-def images_for(config: ModelConfig, count: int) -> Tensor:
-    side = config.network_size
-    return torch.rand(count, config.image_channels, side, side, generator=torch.Generator().manual_seed(1)).round()
-
-
-def run_of(model: ModelConfig, folder: Path, source: str = "mnist5k") -> Path:
-    profile = Profile(name="t", model=model, data=DataConfig(source=source), plan=MemoryPlan(micro_batch=2))
-    export_weights(folder, profile, build(model).state_dict())
-    return folder
-
-
-def picture_file(path: Path, width: int = 40, height: int = 24, seed: int = 0) -> str:
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(path)
-    return str(path)
+MICRO_BATCH = 2
 
 
 # --- the pass ---------------------------------------------------------------------------------------------------------
@@ -77,7 +46,7 @@ def test_noise_belongs_to_the_image_whichever_row_it_is_in(slots: list[int]) -> 
 
 @pytest.mark.parametrize("config", [GREY, RGB], ids=["grey", "rgb"])
 def test_reconstructions_have_the_elbo_of_the_model_whatever_the_chunks(config: ModelConfig) -> None:
-    model, images = build(config), images_for(config, 5)
+    model, images = untrained(config), images_for(config, 5)
     result = reconstruct(model, images, seed=3, micro_batch=2)
     with torch.no_grad():
         terms = model.elbo_terms(images, FromPosterior(RowNoise(3, (0, 1, 2, 3, 4))))
@@ -94,7 +63,7 @@ def test_reconstructions_have_the_elbo_of_the_model_whatever_the_chunks(config: 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 3])
 def test_first_groups_are_the_images_and_the_later_ones_the_priors(count: int) -> None:
-    model, images = build(GREY), images_for(GREY, 2)
+    model, images = untrained(GREY), images_for(GREY, 2)
     with torch.no_grad():
         maps = model.encode(images)
         _, own = model.top_down(FromPosterior(NoNoise()), [*maps], keep_z=True)
@@ -107,7 +76,7 @@ def test_first_groups_are_the_images_and_the_later_ones_the_priors(count: int) -
 
 
 def test_all_groups_are_the_reconstruction_and_a_colder_prior_is_nearer_its_mean() -> None:
-    model, images = build(RGB), images_for(RGB, 3)
+    model, images = untrained(RGB), images_for(RGB, 3)
     result = reconstruct(model, images, 0, 2, first_groups=(1, 3), temperature=1.0)
     assert torch.equal(result.from_first[3], result.images)
     still, cool, warm = (
@@ -127,7 +96,7 @@ def test_automatic_first_groups_fit_every_model(groups: int, two_scales: bool) -
 
 def test_table_has_the_errors_and_the_elbo_in_the_literatures_unit() -> None:
     for config, unit, scale in ((GREY, "nats", 1.0), (RGB, "bits/dim", 1 / (3 * 16 * 16 * math.log(2)))):
-        result = reconstruct(build(config), images_for(config, 2), 0, 2, first_groups=(1,))
+        result = reconstruct(untrained(config), images_for(config, 2), 0, 2, first_groups=(1,))
         head, first, _, mean = error_table(result, ["a.png", "b.png"], config.bits).splitlines()
         assert head.split()[0] == "image" and f"-ELBO {unit}" in head and "MSE from 1" in head
         name, mse, l1, nll, kl, elbo, mse_first = first.split()
@@ -143,7 +112,7 @@ def test_table_has_the_errors_and_the_elbo_in_the_literatures_unit() -> None:
 
 
 def test_posterior_means_have_errors_but_no_bound() -> None:
-    model, images = build(GREY), images_for(GREY, 2)
+    model, images = untrained(GREY), images_for(GREY, 2)
     drawn, mean = (reconstruct(model, images, 0, 2, posterior) for posterior in ("sample", "mean"))
     assert not torch.equal(drawn.images, mean.images)
     assert torch.equal(mean.images, reconstruct(model, images, 9, 2, "mean").images)  # no seed in it
@@ -151,7 +120,7 @@ def test_posterior_means_have_errors_but_no_bound() -> None:
 
 
 def test_picture_has_a_labelled_row_of_each_kind() -> None:
-    result = reconstruct(build(GREY), images_for(GREY, 3), 0, 3, first_groups=(1, 2))
+    result = reconstruct(untrained(GREY), images_for(GREY, 3), 0, 3, first_groups=(1, 2))
     picture = picture_of(result, 3, 0.3)
     caption, row = grids.CAPTION_PIXELS + 2 * grids.CAPTION_MARGIN_PIXELS, grids.grid(result.originals, 3)
     assert picture.shape[0] == 4 * (caption + row.shape[0])
@@ -204,7 +173,7 @@ def test_bad_box_is_named(text: str) -> None:
 
 @pytest.mark.parametrize("count", [1, 3, 4])
 def test_held_out_images_are_as_many_as_asked_for(tmp_path: Path, count: int) -> None:
-    run = open_run(str(run_of(DIGITS, tmp_path / "run")), "runs", "cpu")
+    run = open_run(str(write_run(tmp_path / "run", untrained(DIGITS), micro_batch=MICRO_BATCH)), "runs", "cpu")
     seen: list[tuple[int, int]] = []
     images = torch.cat(list(held_out_batches(run, count, lambda done, total: seen.append((done, total)))))
     assert images.shape == (count, 1, 32, 32) and seen[-1] == (count, count)
@@ -215,18 +184,19 @@ def test_held_out_images_are_as_many_as_asked_for(tmp_path: Path, count: int) ->
 
 
 def test_command_reconstructs_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = run_of(RGB, tmp_path / "run", source=str(tmp_path / "gone"))  # files need no data
+    gone = str(tmp_path / "gone")  # files need no data
+    run = write_run(tmp_path / "run", untrained(RGB), gone, MICRO_BATCH)
     paths = [picture_file(tmp_path / f"{seed}.png", seed=seed) for seed in range(3)]
     assert main([*paths, "--run", str(run), "--first-groups", "1,2", "--device", "cpu"]) == 0
     out = capsys.readouterr().out
     assert all(f"\n{seed}.png " in out for seed in range(3)) and "MSE from 2" in out
     images = load_images(paths, Profile(model=RGB))
-    result = reconstruct(build(RGB), images, 0, 2, first_groups=(1, 2))
+    result = reconstruct(untrained(RGB), images, 0, 2, first_groups=(1, 2))
     assert np.array_equal(np.asarray(Image.open(run / "samples" / "reconstructions.png")), picture_of(result, 3, 0.3))
 
 
 def test_command_reconstructs_held_out_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = run_of(DIGITS, tmp_path / "runs" / "00000-t")
+    run = write_run(tmp_path / "runs" / "00000-t", untrained(DIGITS), micro_batch=MICRO_BATCH)
     arguments = [
         "--runs-dir",
         str(run.parent),
@@ -264,7 +234,7 @@ def test_command_reconstructs_held_out_images(tmp_path: Path, capsys: pytest.Cap
 def test_bad_input_is_one_message_and_exit_code_2(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
-    run_of(RGB, tmp_path / "runs" / "00000-t", source=str(tmp_path / "gone"))
+    write_run(tmp_path / "runs" / "00000-t", untrained(RGB), str(tmp_path / "gone"), MICRO_BATCH)
     text = tmp_path / "note.png"
     text.write_text("no image")
     arguments = [str(text) if argument == "TEXT" else argument for argument in arguments]
@@ -277,7 +247,7 @@ def test_bad_input_is_one_message_and_exit_code_2(
 def test_run_without_a_usable_checkpoint_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str
 ) -> None:
-    run = run_of(RGB, tmp_path / "run")
+    run = write_run(tmp_path / "run", untrained(RGB), micro_batch=MICRO_BATCH)
     state = run / "checkpoints" / "step-00000000" / "state.json"
     if damage == "missing":
         state.unlink()

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
+import generation_runs as runs
 import pytest
 import torch
+from generation_runs import images_for, picture_file, responsive, write_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
 from launch.traverse import main
-from nvae_lowmem.config import ConfigError, DataConfig, MemoryPlan, ModelConfig, Profile
+from nvae_lowmem.config import ConfigError, ModelConfig
 from nvae_lowmem.generation import grids
 from nvae_lowmem.generation.reconstruct import reconstruct
 from nvae_lowmem.generation.traverse import (
@@ -36,33 +38,9 @@ from nvae_lowmem.generation.traverse import (
 )
 from nvae_lowmem.model.latents import FromPosterior, NoNoise
 from nvae_lowmem.model.nvae import NVAE
-from nvae_lowmem.training.checkpoint import export_weights
 
-SMALL = {
-    "channels_encoder": 4, "channels_decoder": 4, "scales": 2, "groups_per_scale": (2, 1), "latents": 3,
-    "cells_encoder": 1, "cells_decoder": 1, "preprocess_blocks": 1, "preprocess_cells": 1, "postprocess_blocks": 1,
-    "postprocess_cells": 1,
-}  # fmt: skip
-GREY = ModelConfig(image_channels=1, image_size=12, padding=2, bits=1, **SMALL)
-RGB = ModelConfig(image_channels=3, image_size=16, bits=5, mixtures=2, flows=1, **SMALL)
-DIGITS = ModelConfig(image_channels=1, image_size=28, padding=2, bits=1, **SMALL)
-MANY = ModelConfig(image_channels=1, image_size=8, bits=1, **SMALL | {"groups_per_scale": (20, 10)})
-
-
-def build(config: ModelConfig) -> NVAE:
-    """A random model whose latents matter."""
-    torch.manual_seed(0)
-    model = NVAE(config).eval()
-    with torch.no_grad():
-        for name, value in model.named_parameters():
-            if "log_norm" in name and (".posterior." in name or ".combiner." in name or ".head." in name):
-                value += 0.5
-    return model
-
-
-def images_for(config: ModelConfig, count: int) -> Tensor:
-    side = config.network_size
-    return torch.rand(count, config.image_channels, side, side, generator=torch.Generator().manual_seed(1)).round()
+GREY, RGB, DIGITS = (replace(config, latents=3) for config in (runs.GREY, runs.RGB, runs.DIGITS))
+MANY = replace(GREY, image_size=8, padding=0, groups_per_scale=(20, 10))
 
 
 def relative_after(model: NVAE, recorded: Sequence[Tensor], moves: Sequence[Move]) -> list[Tensor]:
@@ -90,7 +68,7 @@ def relative_after(model: NVAE, recorded: Sequence[Tensor], moves: Sequence[Move
     )
 )
 def test_a_move_adds_sigmas_to_its_group_and_channels_and_to_nothing_else(moves: list[Move]) -> None:
-    model = build(GREY)
+    model = responsive(GREY)
     recorded = Recorded(FromPosterior(NoNoise()))
     with torch.no_grad():
         model.top_down(recorded, model.encode(images_for(GREY, 1)))
@@ -106,13 +84,13 @@ def test_a_move_adds_sigmas_to_its_group_and_channels_and_to_nothing_else(moves:
 @pytest.mark.parametrize("config", [GREY, RGB], ids=["grey", "rgb with flows"])
 @pytest.mark.parametrize("posterior", ["sample", "mean"])
 def test_unmoved_is_the_reconstruction(config: ModelConfig, posterior: str) -> None:
-    model, image = build(config), images_for(config, 1)
+    model, image = responsive(config), images_for(config, 1)
     unmoved = traverse(model, image, [Move(1, None, 0.0)], posterior, seed=3)
     torch.testing.assert_close(unmoved, reconstruct(model, image, 3, 1, posterior).images, rtol=0, atol=1e-5)
 
 
 def test_moves_change_the_picture_the_more_the_further_and_not_by_chunks() -> None:
-    model, image = build(RGB), images_for(RGB, 1)
+    model, image = responsive(RGB), images_for(RGB, 1)
     moves = [Move(group, None, sigmas) for group in range(3) for sigmas in (0.0, 1.0, 2.0)]
     seen: list[tuple[int, int]] = []
     whole = traverse(model, image, moves, micro_batch=9)
@@ -128,7 +106,7 @@ def test_moves_change_the_picture_the_more_the_further_and_not_by_chunks() -> No
 
 
 def test_channel_kl_is_the_mean_over_images_whatever_the_batches() -> None:
-    model, images = build(GREY), images_for(GREY, 5)
+    model, images = responsive(GREY), images_for(GREY, 5)
     kl, count = channel_kl(model, images.split(5), seed=0)
     in_parts, _ = channel_kl(model, images.split(2), seed=0)
     assert kl.shape == (3, 3) and count == 5
@@ -218,20 +196,8 @@ def test_map_is_brightest_where_the_row_differs_most() -> None:
 # --- launch/traverse.py -----------------------------------------------------------------------------------------------
 
 
-def run_of(config: ModelConfig, folder: Path, source: str = "mnist5k") -> Path:
-    profile = Profile(name="t", model=config, data=DataConfig(source=source), plan=MemoryPlan(micro_batch=4))
-    export_weights(folder, profile, build(config).state_dict())
-    return folder
-
-
-def picture_file(path: Path) -> str:
-    pixels = np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(path)
-    return str(path)
-
-
 def test_command_shows_every_group_around_a_held_out_image(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = run_of(DIGITS, tmp_path / "runs" / "00000-t")
+    run = write_run(tmp_path / "runs" / "00000-t", responsive(DIGITS))
     assert main(["--runs-dir", str(run.parent), "--count", "6", "--steps", "3", "--device", "cpu"]) == 0
     out = capsys.readouterr().out
     assert "over 6 images" in out and out.count(" of 3\n") == 3
@@ -240,7 +206,7 @@ def test_command_shows_every_group_around_a_held_out_image(tmp_path: Path, capsy
 
 
 def test_without_its_data_activity_is_that_of_the_image(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = run_of(RGB, tmp_path / "run", source=str(tmp_path / "gone"))
+    run = write_run(tmp_path / "run", responsive(RGB), source=str(tmp_path / "gone"))
     path = picture_file(tmp_path / "a.png")
     assert main([path, "--run", str(run), "--groups", "2", "--channels", "2", "--out", str(tmp_path)]) == 0
     captured = capsys.readouterr()
@@ -266,7 +232,7 @@ def test_without_its_data_activity_is_that_of_the_image(tmp_path: Path, capsys: 
 def test_bad_input_is_one_message_and_exit_code_2(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
-    run_of(RGB, tmp_path / "runs" / "00000-t", source=str(tmp_path / "gone"))
+    write_run(tmp_path / "runs" / "00000-t", responsive(RGB), source=str(tmp_path / "gone"))
     path = picture_file(tmp_path / "a.png")
     words = [path if word == "A" else word for word in arguments]
     assert main(["--runs-dir", str(tmp_path / "runs"), *words]) == 2

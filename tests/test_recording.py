@@ -1,26 +1,22 @@
-"""Recordings of an allocator: from snapshots in PyTorch's form to files that replay to the byte.
-
-`FakeCuda` stands for torch.cuda: it serves requests with the simulated allocator, keeps the counters of memory_stats()
-and writes the history that `_snapshot()` returns, with all that is in it beside allocations and frees.
-"""
+"""Recordings of an allocator: from snapshots in PyTorch's form to files that replay to the byte."""
 
 from __future__ import annotations
 
 import json
 import random
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from fake_cuda import CONTEXT_BYTES, WORKSPACE_BYTES, FakeCuda, watched
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nvae_lowmem.config import ConfigError, MemoryPlan
 from nvae_lowmem.memory import allocator_replay
-from nvae_lowmem.memory.allocator import AllocatorSettings, AllocatorStats, CachingAllocator, OutOfMemory
+from nvae_lowmem.memory.allocator import AllocatorStats, OutOfMemory
 from nvae_lowmem.memory.allocator_segments import Block
 from nvae_lowmem.memory.measure_cuda import CudaMonitor
 from nvae_lowmem.memory.recording import (
@@ -37,114 +33,6 @@ from nvae_lowmem.memory.recording import (
 )
 from nvae_lowmem.memory.trace_events import Allocation, Trace
 from nvae_lowmem.units import GIB, MIB
-
-CPU = torch.device("cpu")
-CONTEXT_BYTES = 160 * MIB
-WORKSPACE_BYTES = 128 << 10
-
-
-class FakeCuda:
-    """torch.cuda of a card of 4 GiB with a context of 160 MiB, the allocator capped at `cap_bytes`."""
-
-    def __init__(self, cap_bytes: int = 0, text: str = "") -> None:
-        self.total_bytes = 4 * GIB
-        fraction = (cap_bytes + 0.5) / self.total_bytes if cap_bytes else 0.0
-        parsed = AllocatorSettings.from_string(text)
-        self.allocator = CachingAllocator(parsed, self.total_bytes, CONTEXT_BYTES, fraction)
-        self.history: list[dict[str, Any]] = []
-        self.memory = SimpleNamespace(
-            _record_memory_history=lambda **_: None, _snapshot=lambda: {"segments": [], "device_traces": [self.history]}
-        )
-        self.observers: list[Any] = []
-        self._addresses: dict[int, int] = {}
-        self._waiting: dict[int, int] = {}  # block sizes by address: freed, but still read by another stream
-        self._counts = {"allocated": 0, "freed": 0}
-        self._looks = 0
-        self._time = 0
-
-    # -- what a program does to the card --
-
-    def malloc(self, nbytes: int, stream: int = 0) -> Block:
-        try:
-            block = self.allocator.malloc(nbytes)
-        except OutOfMemory:
-            size = self.allocator.settings.round_size(nbytes)
-            self.history.append({"action": "oom", "device_free": 0, "size": size, "stream": stream})
-            for observer in self.observers:
-                observer(0, nbytes, 0, 0)
-            raise
-        self._note("segment_alloc", 1 << 40, 2 * MIB, stream)  # the history tells of segments, too
-        self._note("alloc", self._address(block), nbytes, stream)
-        self._counts["allocated"] += 1
-        return block
-
-    def free(self, block: Block) -> None:
-        self.ask_free(block)
-        self.complete_free(block)
-
-    def ask_free(self, block: Block) -> None:
-        self._note("free_requested", self._address(block), block.requested, 0)
-        self._waiting[id(block)] = block.size
-
-    def complete_free(self, block: Block) -> None:
-        del self._waiting[id(block)]
-        self._note("free_completed", self._addresses.pop(id(block)), block.requested, 0)
-        self.allocator.free(block)
-        self._counts["freed"] += 1
-
-    def _address(self, block: Block) -> int:
-        return self._addresses.setdefault(id(block), 1 << 30 | id(block) << 4)
-
-    def _note(self, action: str, address: int, size: int, stream: int) -> None:
-        self._time += 1
-        self.history.append(
-            {"action": action, "addr": address, "size": size, "stream": stream, "time_us": self._time, "frames": []}
-        )
-
-    # -- what torch.cuda is asked --
-
-    def memory_stats(self, device: torch.device) -> dict[str, int]:
-        s = self.allocator.stats
-        return {
-            "active.all.allocated": self._counts["allocated"],
-            "active.all.freed": self._counts["freed"],
-            "active_bytes.all.current": s.allocated_bytes,
-            "active_bytes.all.peak": s.peak_allocated_bytes,
-            "allocated_bytes.all.current": s.allocated_bytes - sum(self._waiting.values()),
-            "allocated_bytes.all.peak": s.peak_allocated_bytes,
-            "requested_bytes.all.current": s.requested_bytes,
-            "requested_bytes.all.peak": s.peak_requested_bytes,
-            "reserved_bytes.all.current": s.reserved_bytes,
-            "reserved_bytes.all.peak": s.peak_reserved_bytes,
-            "num_alloc_retries": s.retries,
-            "num_ooms": s.ooms,
-        }
-
-    def memory_allocated(self, device: torch.device) -> int:
-        return self.memory_stats(device)["allocated_bytes.all.current"]
-
-    def reset_peak_memory_stats(self, device: torch.device) -> None:
-        self.allocator.reset_peaks()
-
-    def mem_get_info(self, device: torch.device) -> tuple[int, int]:
-        self._looks += 1
-        if self._looks == 3:  # the first matrix product is behind us: its library keeps a workspace
-            self.malloc(WORKSPACE_BYTES)
-        return self.total_bytes - CONTEXT_BYTES - self.allocator.stats.reserved_bytes, self.total_bytes
-
-    def set_device(self, device: torch.device) -> None: ...
-
-    def synchronize(self, device: torch.device) -> None: ...
-
-    def empty_cache(self) -> None:
-        self.allocator.empty_cache()
-        self._note("segment_free", 1 << 40, 2 * MIB, 0)
-
-
-def watched(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch | None = None) -> CudaMonitor:
-    if monkeypatch is not None:
-        monkeypatch.setattr(torch._C, "_cuda_attach_out_of_memory_observer", cuda.observers.append, raising=False)
-    return CudaMonitor(CPU, cuda)
 
 
 def exercise(cuda: FakeCuda, monitor: CudaMonitor, seed: int, rounds: int) -> None:

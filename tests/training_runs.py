@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from nvae_lowmem.generation.grids import training_pictures
+from nvae_lowmem.memory.auto_fit import auto_fitted
 from nvae_lowmem.training.main import run_training
 
 STEPS, EMA_DECAY = 4, 0.5
@@ -59,7 +60,7 @@ def run(profile: Path | str, *arguments: str) -> Finished:
     """The training command in this process."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = run_training(["--profile", str(profile), "--device", "cpu", *arguments], training_pictures)
+        code = run_training(["--profile", str(profile), "--device", "cpu", *arguments], training_pictures, auto_fitted)
     return Finished(code, out.getvalue(), err.getvalue())
 
 

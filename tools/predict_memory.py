@@ -17,22 +17,14 @@ from typing import get_args
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a checkout that is not installed, too
 
 from nvae_lowmem.config import ConfigError, Profile
-from nvae_lowmem.memory.cards import (
-    Budget,
-    Card,
-    OsName,
-    card_from_file,
-    detect_card,
-    find_card,
-    parse_gpu_mem,
-    this_os,
-    usable_bytes,
-)
+from nvae_lowmem.memory.cards import OsName, chosen_card, this_os
 from nvae_lowmem.memory.overlay import load_calibration
 from nvae_lowmem.memory.predict import as_text, decided, predict
+from nvae_lowmem.memory.trace_generation import generation_peaks
 from nvae_lowmem.profile import load, override
 from nvae_lowmem.recipes import RECIPES, recipe
 from nvae_lowmem.training.setup import split_batch
+from nvae_lowmem.units import format_bytes
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,7 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         profile = _profile(arguments)
         split = split_batch(profile, processes=1)
-        card, budget = _card(arguments)
+        chosen = chosen_card(arguments.card, arguments.gpu_mem, arguments.os or this_os())
+        card, budget = chosen or (None, None)
         calibration = load_calibration(arguments.calibration) if arguments.calibration else None
         profile = decided(profile, card, budget)
         began = time.monotonic()
@@ -50,7 +43,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             profile, split.micro, split.accumulation, card, budget, arguments.settings, calibration=calibration
         )
         print(f"... done in {time.monotonic() - began:.1f} s", file=sys.stderr, flush=True)
-        text = json.dumps(prediction.to_json(), indent=2)
+        found = prediction.to_json()
+        if arguments.generation:
+            print("... tracing sampling, evaluation and pictures", file=sys.stderr, flush=True)
+            peaks = generation_peaks(profile, split.micro)
+            found["generation_peak_bytes"] = {work: peak.nbytes for work, peak in peaks.items()}
+        text = json.dumps(found, indent=2)
         if arguments.json and arguments.json != "-":
             _write(Path(arguments.json), text)
     except ConfigError as error:
@@ -58,6 +56,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     cap_bytes = profile.plan.cap_bytes
     print(text if arguments.json == "-" else as_text(prediction, cap_bytes))
+    if arguments.generation and arguments.json != "-":
+        print("\nAllocated peaks of work without gradients, in a process of its own or while training")
+        for work, nbytes in found["generation_peak_bytes"].items():
+            print(f"  {work:<26}{format_bytes(nbytes)}")
     return 0 if not cap_bytes or prediction.fits(cap_bytes) else 3
 
 
@@ -76,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--settings", metavar="TEXT", default="", help="of PyTorch's allocator: expandable_segments:True, ...")
     add("--calibration", metavar="FILE", help="TOML or JSON with what was measured on a card")
+    add("--generation", action="store_true", help="also sampling, evaluation and pictures (half a minute more)")
     add("--json", metavar="FILE", help="write the prediction as JSON, too; - prints JSON and nothing else")
     return parser
 
@@ -87,20 +90,6 @@ def _profile(arguments: argparse.Namespace) -> Profile:
             raise ConfigError(f"--micro-batch {arguments.micro_batch} must be at least 1")
         profile = replace(profile, plan=replace(profile.plan, micro_batch=arguments.micro_batch))
     return override(profile, arguments.set)
-
-
-def _card(arguments: argparse.Namespace) -> tuple[Card | None, Budget | None]:
-    """The card and what is left of it; None where neither a card nor a size is named."""
-    size, name = arguments.gpu_mem, arguments.card
-    if size is None and name is None:
-        return None, None
-    size_bytes = parse_gpu_mem(size) if size is not None else None
-    card: Card | None = None
-    if name == "auto":
-        card = detect_card()
-    elif name is not None:
-        card = card_from_file(name) if name.endswith(".toml") else find_card(name)
-    return card, usable_bytes(card, arguments.os or this_os(), size_bytes)
 
 
 def _write(path: Path, text: str) -> None:

@@ -12,6 +12,7 @@ import re
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nvae_lowmem.config import ConfigError, Precision, unknown_name
@@ -26,6 +27,8 @@ __all__ = [
     "Card",
     "OsName",
     "card_from_file",
+    "card_of_size",
+    "chosen_card",
     "detect_card",
     "find_card",
     "fp16_convolution_selftest",
@@ -96,6 +99,26 @@ def detect_card(index: int = 0) -> Card:
         )
     properties = torch.cuda.get_device_properties(index)
     return _as_seen(properties.name, (properties.major, properties.minor), properties.total_memory)
+
+
+def card_of_size(total_bytes: int) -> Card:
+    """The plain card of the size class nearest to `total_bytes`, for when only a size is known."""
+    return _nearest(_size_classes(), total_bytes)
+
+
+def chosen_card(name: str | None, gpu_mem: str | None, on: OsName) -> tuple[Card, Budget] | None:
+    """The card and what is left of it for --card (a name, "auto", or a TOML file) and --gpu-mem; None without both.
+
+    Raises ConfigError for a card or a size that there is not.
+    """
+    size = parse_gpu_mem(gpu_mem) if gpu_mem is not None else None
+    if name is None:
+        return None if size is None else (card_of_size(size), usable_bytes(None, on, size))
+    if name == "auto":
+        card = detect_card()
+    else:
+        card = card_from_file(name) if name.endswith(".toml") or Path(name).is_file() else find_card(name)
+    return card, usable_bytes(card, on, size)
 
 
 def this_os() -> OsName:

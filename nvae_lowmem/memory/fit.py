@@ -82,7 +82,7 @@ def fit(
             chosen=nearest,
             prediction=None,
             budget=budget,
-            reserved_bytes=nearest.peak_bytes + planner.aside_bytes,
+            reserved_bytes=planner.needed_bytes(nearest),
             reasons=(budget.reason, why_precision),
             refused=(*refused, *_ways_out(planner, nearest)),
             frontier=frontier,
@@ -114,35 +114,57 @@ def decide_precision(profile: Profile, card: Card) -> tuple[Profile, str]:
 
 def _verified(planner: Planner, predictor: Predictor, deadline: float, say: Say) -> tuple[Candidate, Prediction] | None:
     """The best plan that the predictor agrees to, improved while there is time and something to gain."""
-    cap = planner.budget.cap_bytes
-    accepted: tuple[Candidate, Prediction] | None = None
+    cap, host_limit = planner.budget.cap_bytes, planner.wishes.host_mem_bytes
+    accepted: list[tuple[Candidate, Prediction]] = []
+    tried: list[Profile] = []
+    brackets: dict[tuple[Groups, int], _Bracket] = {}
     for attempt in range(_MOST_PREDICTIONS):
         candidate = planner.best()
         if candidate is None and attempt == 0:
             candidate = _nearest_miss(planner)  # what is set aside is only a guess as yet
-        if candidate is None or (accepted is not None and candidate.profile == accepted[0].profile):
+        if candidate is None or candidate.profile in tried:
             break
+        tried.append(candidate.profile)
         began = time.monotonic()
         say(f"predicting the step: groups {_join(candidate.groups)}, micro-batch {candidate.micro_batch}")
         prediction = predictor(candidate.profile, candidate.micro_batch, candidate.accumulation)
+        ends = 2 * time.monotonic() - began  # when another prediction would be done
         needed = prediction.reserved_peak_bytes + prediction.margin_bytes
-        host_limit = planner.wishes.host_mem_bytes
-        host_fits = host_limit is None or prediction.host_bytes <= host_limit
-        aside = max(0, needed - candidate.peak_bytes)
-        if prediction.fits(cap) and host_fits:
-            accepted = candidate, prediction
-            ends = 2 * time.monotonic() - began  # when another prediction would be done
-            whole = candidate.groups == planner.group_options(False)[0]
-            if (whole and cap - needed < _GOOD_ENOUGH * cap) or ends > deadline:
+        fits_card = prediction.fits(cap)
+        if fits_card and (host_limit is None or prediction.host_bytes <= host_limit):
+            accepted.append((candidate, prediction))
+            if candidate.groups == planner.group_options(False)[0] and cap - needed < _GOOD_ENOUGH * cap:
                 break
+        if accepted and ends > deadline:
+            break
+        bracket = brackets.setdefault((candidate.groups, candidate.micro_batch), _Bracket())
+        # where memory ran out the need is not known: ask for more and more, so that it comes to an end
+        least = 0 if fits_card else planner.aside_of(candidate) + (int(_STEP_SHARE * cap) << attempt)
+        wanted = max(least, needed - candidate.peak_bytes, 0)
+        aside = bracket.narrowed(planner.aside_of(candidate), fits_card, wanted)
+        planner.set_aside(candidate, aside, max(0, prediction.host_bytes - candidate.host_bytes))
+    if not accepted:
+        return None
+    best = planner.best_of([candidate for candidate, _ in accepted])
+    return next(pair for pair in accepted if pair[0] is best)
+
+
+@dataclass
+class _Bracket:
+    """What was set aside for plans of one size when one of them did not fit, and when one did."""
+
+    too_little: int | None = None
+    enough: int | None = None
+
+    def narrowed(self, aside: int, fits: bool, wanted: int) -> int:
+        """What to set aside next: `wanted`, but halfway between the two bounds where it lies outside of them."""
+        if fits:
+            self.enough = aside
         else:
-            if accepted is not None:
-                break
-            if not prediction.fits(cap):
-                # where memory ran out the need is not known: ask for more and more, so that it comes to an end
-                aside = max(aside, planner.aside_bytes + (int(_STEP_SHARE * cap) << attempt))
-        planner.set_aside(aside, max(0, prediction.host_bytes - candidate.host_bytes))
-    return accepted
+            self.too_little = aside
+        if self.too_little is None or self.enough is None or self.too_little < wanted < self.enough:
+            return wanted
+        return (self.too_little + self.enough) // 2
 
 
 def _nearest_miss(planner: Planner) -> Candidate:
@@ -186,27 +208,28 @@ def _reasons(planner: Planner, chosen: Candidate, prediction: Prediction) -> lis
 
 def _refused(planner: Planner, chosen: Candidate | None) -> tuple[str, ...]:
     """Simpler or larger plans than the chosen one that the cap forbids."""
-    cap, aside = planner.budget.cap_bytes, planner.aside_bytes
+    cap = planner.budget.cap_bytes
     out = []
     own = planner.group_options(False)[0]
     if chosen is None or chosen.groups != own:
         lean = planner.leanest(own, planner.micro_batches()[-1])
         out.append(
             f"groups {_join(own)}: at micro-batch {lean.micro_batch} the leanest plan takes "
-            f"{format_bytes(lean.peak_bytes + aside)} on the card and {format_bytes(lean.host_bytes)} on the host"
+            f"{format_bytes(planner.needed_bytes(lean))} on the card and {format_bytes(lean.host_bytes)} on the host"
         )
     if chosen is None:
         return tuple(out)
     for keep in KEEPS:
         alike = planner.uniform(chosen, keep)
-        if alike.peak_bytes + aside > cap:
-            out.append(f"every block on {keep}: {format_bytes(alike.peak_bytes + aside)}")
+        if planner.needed_bytes(alike) > cap:
+            out.append(f"every block on {keep}: {format_bytes(planner.needed_bytes(alike))}")
     larger = [m for m in planner.micro_batches() if m > chosen.micro_batch]
     too_large = [m for m in larger if not planner.candidates(chosen.groups, m)]
     if too_large:
         lean = planner.leanest(chosen.groups, too_large[-1])
-        out.append(f"micro-batch {too_large[-1]}: at least {format_bytes(lean.peak_bytes + aside)}")
-    slower = [c for m in larger for c in planner.candidates(chosen.groups, m)]
+        out.append(f"micro-batch {too_large[-1]}: at least {format_bytes(planner.needed_bytes(lean))}")
+    fitting = [c for m in larger for c in planner.candidates(chosen.groups, m)]
+    slower = [c for c in fitting if c.images_per_second < chosen.images_per_second]
     if slower:
         best = max(c.images_per_second for c in slower)
         out.append(
@@ -218,7 +241,7 @@ def _refused(planner: Planner, chosen: Candidate | None) -> tuple[str, ...]:
 
 def _ways_out(planner: Planner, nearest: Candidate) -> list[str]:
     """What would make it fit, from the leanest plan there is."""
-    cap, needed = planner.budget.cap_bytes, nearest.peak_bytes + planner.aside_bytes
+    cap, needed = planner.budget.cap_bytes, planner.needed_bytes(nearest)
     out = [
         f"nearest miss: groups {_join(nearest.groups)} at micro-batch {nearest.micro_batch} takes "
         f"{format_bytes(needed)} of {format_bytes(cap)} on the card, {format_bytes(nearest.host_bytes)} on the host"

@@ -11,9 +11,6 @@ with a prime batch that divides no other size, divisibility tells one from the o
 
 from __future__ import annotations
 
-import contextlib
-import gc
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,7 +20,7 @@ import torch
 
 from nvae_lowmem.config import KEEPS, ConfigError, Keep, MemoryPlan, ModelConfig, Profile
 from nvae_lowmem.memory.speed import Rates, Work, operation_work
-from nvae_lowmem.memory.trace import WatchedRunner, Watcher
+from nvae_lowmem.memory.trace import WatchedRunner, Watcher, quiet_gc
 from nvae_lowmem.memory.trace_events import BLOCK_BYTES
 from nvae_lowmem.memory.trace_ghosts import Ghosts
 from nvae_lowmem.model.functional import as_on_card
@@ -302,16 +299,3 @@ def _batch_prime(model: NVAE) -> int:
             "tell what grows with the batch: choose rounder channel numbers"
         )
     return prime
-
-
-@contextlib.contextmanager
-def quiet_gc() -> Iterator[None]:
-    """Frees happen by reference counting alone, as in a real step; a collection in between would move them."""
-    was = gc.isenabled()
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was:
-            gc.enable()

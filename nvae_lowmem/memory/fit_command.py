@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import os
 import platform
 import re
+import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -17,21 +19,11 @@ import torch
 
 from nvae_lowmem import __version__
 from nvae_lowmem.config import ConfigError, Profile
-from nvae_lowmem.memory.cards import (
-    Budget,
-    Card,
-    OsName,
-    card_from_file,
-    detect_card,
-    find_card,
-    load_cards,
-    parse_gpu_mem,
-    this_os,
-    usable_bytes,
-)
+from nvae_lowmem.memory.cards import Budget, Card, OsName, chosen_card, this_os
 from nvae_lowmem.memory.describe import table
 from nvae_lowmem.memory.fit import Fit, Predictor, fit
 from nvae_lowmem.memory.fit_planner import Prefer, Wishes
+from nvae_lowmem.memory.overlay import Entry, load_calibration
 from nvae_lowmem.memory.predict import predict
 from nvae_lowmem.memory.report import PICTURE_SUFFIXES, timeline_html, timeline_png
 from nvae_lowmem.profile import load, override, save
@@ -39,31 +31,41 @@ from nvae_lowmem.recipes import RECIPES, recipe
 from nvae_lowmem.units import format_bytes, format_seconds, parse_bytes
 
 FITS, BAD_INPUT, NOTHING_FITS = 0, 2, 3
-Bind = Callable[[Card, Budget], Predictor]
+Calibration = Mapping[str, Entry]
+Bind = Callable[[Card, Budget, "Calibration | None"], Predictor]
 
 
-def predictor_for(card: Card, budget: Budget) -> Predictor:
-    """The real predictor, for one card and what is left of it."""
-    return functools.partial(predict, card=card, budget=budget)
+def predictor_for(card: Card, budget: Budget, calibration: Calibration | None = None) -> Predictor:
+    """The real predictor, for one card, what is left of it, and what was measured on it."""
+    return functools.partial(predict, card=card, budget=budget, calibration=calibration)
 
 
 def run_fit(argv: Sequence[str], description: str | None = None, bind: Bind = predictor_for) -> int:
     """Run the command; returns the exit status. bind: makes the predictor for the card that was asked for."""
     arguments = _parser(description).parse_args(_joined(argv))
     try:
-        card, budget = _card(arguments)
+        on: OsName = arguments.os or this_os()
+        chosen = chosen_card(arguments.card, arguments.gpu_mem, on)
+        if chosen is None:
+            raise ConfigError("which card? Give --card NAME, --card auto, or --gpu-mem 4G")
+        card, budget = chosen
         profile = _profile(arguments)
+        calibration = load_calibration(arguments.calibration) if arguments.calibration is not None else None
         outputs = [
             _output("--out", arguments.out),
             _output("--json", arguments.json if arguments.json != "-" else None),
             _output("--picture", arguments.picture, PICTURE_SUFFIXES),
         ]
-        found = fit(profile, card, budget, _wishes(arguments), bind(card, budget), say=_say)
+        predictor = bind(card, budget, calibration)
+        found = fit(profile, card, budget, _wishes(arguments), predictor, say=_say)
         if arguments.json == "-":
             print(json.dumps(as_json(found, profile), indent=2))
         else:
             print(as_text(found, profile))
-        _write_all(found, profile, card, outputs, quiet=arguments.json == "-")
+        if found.fits:
+            command = shlex.join(["tools/fit_memory.py", *argv])
+            _write_plan(planned(found, card, on, command), found, outputs[0], quiet=arguments.json == "-")
+        _write_reports(found, profile, card, outputs[1:])
     except ConfigError as error:
         print(f"fit_memory: {error}", file=sys.stderr)
         return BAD_INPUT
@@ -95,6 +97,7 @@ def _parser(description: str | None) -> argparse.ArgumentParser:
     add("--groups", metavar="A..B", help="groups of the highest resolution; the other scales follow in proportion")
     add("--total-batch", metavar="N", type=int, help="images per optimiser step (the profile's)")
     add("--engine", choices=("auto", "torch", "deepspeed"), default="auto", help="auto: the profile's, else torch")
+    add("--calibration", metavar="FILE", help="TOML or JSON with what was measured on the card")
     add("--out", metavar="FILE", help="the profile to write (NAME-CARD.toml in this folder)")
     add("--json", metavar="FILE", help="write the answer as JSON, too; - prints JSON and nothing else")
     add("--picture", metavar="FILE", help="the step's memory over time: a file that ends in .png or .html")
@@ -110,24 +113,6 @@ def _joined(argv: Sequence[str]) -> list[str]:
         else:
             out.append(word)
     return out
-
-
-def _card(arguments: argparse.Namespace) -> tuple[Card, Budget]:
-    """The card to plan for and what is left of it."""
-    os: OsName = arguments.os or this_os()
-    size = parse_gpu_mem(arguments.gpu_mem) if arguments.gpu_mem is not None else None
-    name = arguments.card
-    if name is None:
-        if size is None:
-            raise ConfigError("which card? Give --card NAME, --card auto, or --gpu-mem 4G")
-        classes = [card for card in load_cards().values() if card.plain]
-        near = min(classes, key=lambda card: abs(card.total_bytes_linux - size))
-        return near, usable_bytes(None, os, size)
-    if name == "auto":
-        card = detect_card()
-    else:
-        card = card_from_file(name) if name.endswith(".toml") or Path(name).is_file() else find_card(name)
-    return card, usable_bytes(card, os, size)
 
 
 def _profile(arguments: argparse.Namespace) -> Profile:
@@ -174,6 +159,8 @@ def _output(flag: str, name: str | None, suffixes: Sequence[str] = ()) -> Path |
     if path.is_dir() or not path.parent.is_dir():
         why = "it is a folder" if path.is_dir() else f"there is no folder {path.parent}"
         raise ConfigError(f"{flag} {name}: {why}; name a file in a folder that exists")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ConfigError(f"{flag} {name} cannot be written: no permission; name a file in a folder of your own")
     return path
 
 
@@ -231,38 +218,42 @@ def frontier_rows(found: Fit) -> tuple[str, list[tuple[str, ...]]]:
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 
-def _write_all(found: Fit, profile: Profile, card: Card, outputs: Sequence[Path | None], quiet: bool) -> None:
-    out, table_file, picture = outputs
-    if table_file is not None:
-        _write("--json", table_file, json.dumps(as_json(found, profile), indent=2).encode() + b"\n")
-    if found.prediction is None:
-        return
-    if picture is not None:
-        _write("--picture", picture, _picture(found, profile, card, picture.suffix.lower()))
-    path = out or Path(f"{re.sub(r'[^A-Za-z0-9.]+', '-', f'{profile.name}-{card.id}')}.toml")
-    try:
-        save(_planned(found, card), path, header="\n".join(found.reasons))
-    except OSError as error:
-        raise ConfigError(
-            f"--out {path} cannot be written: {error.strerror}; name a file in a folder that is"
-        ) from None
-    if not quiet:
-        print(f"\nwrote {path}: train with launch/train.py --profile {path}")
-
-
-def _planned(found: Fit, card: Card) -> Profile:
-    """The chosen profile, with where it comes from."""
+def planned(found: Fit, card: Card, on: OsName, command: str) -> Profile:
+    """The chosen profile of a fit, with where it comes from."""
     c, p = found.chosen, found.prediction
     assert p is not None
     made = {
         "card": card.id,
+        "os": on,
+        "command": command,
         "versions": f"nvae-lowmem {__version__}, torch {torch.__version__}, python {platform.python_version()}",
+        "cap": found.budget.reason,
         "predicted_allocated_bytes": p.allocated_peak_bytes,
         "predicted_reserved_bytes": p.reserved_peak_bytes,
+        "margin_bytes": p.margin_bytes,
         "predicted_host_bytes": p.host_bytes,
         "predicted_seconds_per_step": round(c.seconds.total, 3),
     }
     return replace(c.profile, provenance={**c.profile.provenance, **made})
+
+
+def _write_plan(plan: Profile, found: Fit, out: Path | None, quiet: bool) -> None:
+    name = f"{plan.name}-{plan.provenance['card']}"
+    path = out or Path(f"{re.sub(r'[^A-Za-z0-9.]+', '-', name)}.toml")
+    try:
+        save(plan, path, header="\n".join(found.reasons))
+    except OSError as error:
+        raise _unwritable("--out", path, error) from None
+    if not quiet:
+        print(f"\nwrote {path}: train with launch/train.py --profile {path}")
+
+
+def _write_reports(found: Fit, profile: Profile, card: Card, outputs: Sequence[Path | None]) -> None:
+    table_file, picture = outputs
+    if table_file is not None:
+        _write("--json", table_file, json.dumps(as_json(found, profile), indent=2).encode() + b"\n")
+    if picture is not None and found.fits:
+        _write("--picture", picture, _picture(found, profile, card, picture.suffix.lower()))
 
 
 def _picture(found: Fit, profile: Profile, card: Card, suffix: str) -> bytes:
@@ -283,6 +274,8 @@ def _write(flag: str, path: Path, content: bytes) -> None:
     try:
         path.write_bytes(content)
     except OSError as error:
-        raise ConfigError(
-            f"{flag} {path} cannot be written: {error.strerror}; name a file in a folder that is"
-        ) from None
+        raise _unwritable(flag, path, error) from None
+
+
+def _unwritable(flag: str, path: Path, error: OSError) -> ConfigError:
+    return ConfigError(f"{flag} {path} cannot be written: {error.strerror}; name a file in a folder that is")

@@ -18,6 +18,8 @@ from nvae_lowmem.units import MIB
 Prefer = Literal["speed", "batch", "groups"]
 Groups = tuple[int, ...]
 T = TypeVar("T")
+PLAIN_VAE: Groups = (1,)
+"""No towers, so other blocks than those of the table."""
 ALIKE = 1.05
 """Plans whose seconds differ by less are taken as equally fast."""
 _FIRST_SHARE, _FIRST_BYTES = 0.05, 24 * MIB  # set aside until the predictor has said what the table leaves out
@@ -49,6 +51,8 @@ class Wishes:
             raise ConfigError(f"--groups {low}..{high} must be a rising range from 1 up, for example 8..20")
         if self.groups is not None and profile.model.vanilla:
             raise ConfigError("--groups: this model is a plain VAE without towers; leave the flag out")
+        if self.groups is not None and self.groups[1] == 1 and len(profile.model.scale_groups) == 1:
+            raise ConfigError("--groups 1: one group in one scale is a plain VAE without towers; ask for 2 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +91,11 @@ class FrontierRow:
 
 @dataclass
 class Planner:
-    """Searches plans of one profile for one card. `aside_bytes` is what the table's peak has to stay below the cap."""
+    """Searches plans of one profile for one card.
+
+    What the table's peak has to stay below the cap is set aside for each number of groups and micro-batch, which it
+    differs between; `aside_bytes` is for those that nothing is known of.
+    """
 
     profile: Profile
     card: Card
@@ -96,15 +104,25 @@ class Planner:
     table: BlockTable
     aside_bytes: int = 0
     host_aside_bytes: int = 0
+    _asides: dict[tuple[Groups, int], int] = field(default_factory=dict)
     _found: dict[tuple[Groups, int], list[Candidate]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.aside_bytes = int(_FIRST_SHARE * self.budget.cap_bytes) + _FIRST_BYTES
 
-    def set_aside(self, nbytes: int, host_bytes: int) -> None:
-        """Search anew with this much left free on the card and on the host."""
+    def set_aside(self, like: Candidate, nbytes: int, host_bytes: int) -> None:
+        """Search anew with this much left free: on the card for that size and unknown ones, and on the host."""
+        self._asides[like.groups, like.micro_batch] = nbytes
         self.aside_bytes, self.host_aside_bytes = nbytes, host_bytes
         self._found.clear()
+
+    def aside_of(self, like: Candidate) -> int:
+        """What is set aside on the card for plans of the candidate's groups and micro-batch."""
+        return self._asides.get((like.groups, like.micro_batch), self.aside_bytes)
+
+    def needed_bytes(self, candidate: Candidate) -> int:
+        """What the candidate takes of the card, as far as is known: the table's peak and what is set aside."""
+        return candidate.peak_bytes + self.aside_of(candidate)
 
     # -- what can be varied --
 
@@ -117,9 +135,15 @@ class Planner:
         """Groups per scale to choose from, most first; `fewer`: than the profile's, where none were asked for."""
         own = self.profile.model.scale_groups
         if self.wishes.groups is None:
-            return [scaled_groups(own, n) for n in range(own[0] - 1, 0, -1)] if fewer else [own]
-        low, high = self.wishes.groups
-        return [] if fewer else [scaled_groups(own, n) for n in range(high, low - 1, -1)]
+            if not fewer:
+                return [own]
+            low, high = 1, own[0] - 1
+        elif fewer:
+            return []
+        else:
+            low, high = self.wishes.groups
+        options = [scaled_groups(own, n) for n in range(high, low - 1, -1)]
+        return [groups for groups in options if groups != PLAIN_VAE]
 
     # -- plans --
 
@@ -178,7 +202,7 @@ class Planner:
         always = always_bytes(self.table, groups, plan, accumulation)
         rows = [row for _, row in named]
         host = host_bytes(plan, accumulation, parameters, self.profile.training.ema_on_host)
-        room = cap - self.aside_bytes - always
+        room = cap - self._asides.get((groups, micro_batch), self.aside_bytes) - always
         assignment = search(rows, room)
         if limit_host and assignment is not None and self._host_full(host + assignment.host_bytes):
             assignment = search([[c for c in row if c.keep != "host"] for row in rows], room)
@@ -222,12 +246,26 @@ class Planner:
                     return fastest_of(found)
         return None
 
+    def best_of(self, found: Sequence[Candidate]) -> Candidate:
+        """The best of these plans for the wishes."""
+        asked_for = self.group_options(False)
+
+        def rank(c: Candidate) -> tuple[bool, Groups | int, Groups | int]:
+            whole, prefer = c.groups in asked_for, self.wishes.prefer
+            if prefer == "speed":
+                return whole, c.groups, 0
+            return (whole, c.micro_batch, c.groups) if prefer == "batch" else (whole, c.groups, c.micro_batch)
+
+        highest = max(map(rank, found))
+        return fastest_of([c for c in found if rank(c) == highest])
+
     def frontier(self, most_rows: int = 24) -> tuple[FrontierRow, ...]:
         """Peak and speed over groups and micro-batches, thinned out; peaks by the table, with what is set aside."""
         options = self.group_options(False)
         if len(options) == 1:
             own = options[0]
-            options = [scaled_groups(own, n) for n in sorted({-(-own[0] * k // 4) for k in (1, 2, 3, 4)}, reverse=True)]
+            quarters = sorted({-(-own[0] * k // 4) for k in (1, 2, 3, 4)}, reverse=True)
+            options = [groups for groups in (scaled_groups(own, n) for n in quarters) if groups != PLAIN_VAE]
         options, batches = _thin(options, 4), _thin(self.micro_batches(), most_rows // 4)
         rows = []
         for groups in options:
@@ -238,7 +276,7 @@ class Planner:
                     FrontierRow(
                         groups=groups,
                         micro_batch=micro_batch,
-                        peak_bytes=c.peak_bytes + self.aside_bytes,
+                        peak_bytes=self.needed_bytes(c),
                         images_per_second=c.images_per_second if found else None,
                     )
                 )

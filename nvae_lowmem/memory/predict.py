@@ -88,14 +88,16 @@ def predict(
     """Predict training of the profile's model under its plan, in one process.
 
     budget: with it, steps run under its cap, where the allocator first gives back what it caches. settings: of
-    PyTorch's allocator (PYTORCH_CUDA_ALLOC_CONF). calibration: measured entries of the overlay, by name.
-    Raises ConfigError for a profile that cannot train, sizes below 1, and settings that PyTorch would refuse.
+    PyTorch's allocator (PYTORCH_CUDA_ALLOC_CONF) instead of the plan's. calibration: measured entries of the
+    overlay, by name. Raises ConfigError for a profile that cannot train, sizes below 1, and settings
+    that PyTorch would refuse.
     """
     problems = [*profile.model.problems(), *profile.plan.problems()]
     sizes = {"micro-batch": micro_batch, "accumulation": accumulation}
     problems += [f"{name} {value} must be at least 1" for name, value in sizes.items() if value < 1]
     raise_problems(problems, "prediction")
-    profile, parsed = decided(profile, card, budget), AllocatorSettings.from_string(settings)
+    parsed = AllocatorSettings.from_string(settings or profile.plan.allocator_settings)
+    profile = decided(profile, card, budget)
     trace = _traced(profile, micro_batch, accumulation)
     context = budget.context_bytes if budget is not None else None
     overlay = tuple(entries(profile, trace, accumulation, card, context, calibration))

@@ -1,0 +1,82 @@
+"""Measured runs of a nano model for the tests of measuring: a real one on the CPU, one on a card that is played."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from fake_cuda import CPU, WORKSPACE_BYTES, FakeCuda, watched
+from test_trace import NANO, profile_of
+
+from nvae_lowmem.config import Profile
+from nvae_lowmem.memory.allocator_segments import Block
+from nvae_lowmem.memory.measure import Ended, Job, Outcome, measure
+from nvae_lowmem.memory.measure_child import about_machine
+from nvae_lowmem.memory.recording import Recording
+from nvae_lowmem.memory.trace import trace_training
+from nvae_lowmem.units import GIB, MIB
+
+CAP_BYTES = GIB
+
+
+def nano(micro_batch: int = 2, total_batch: int = 4, **plan: Any) -> Profile:
+    base = profile_of(NANO, micro_batch=micro_batch, **{"keep": "input", "precision": "fp16", **plan})
+    return replace(base, name="nano", training=replace(base.training, total_batch=total_batch))
+
+
+@cache
+def on_cpu() -> Outcome:
+    """A real child of this machine."""
+    job = Job(name="nano", profile=nano(offload_optimizer=True), device="cpu")
+    with tempfile.TemporaryDirectory() as folder:
+        return measure(job, Path(folder))
+
+
+def played(profile: Profile, steps: int = 3, leak_bytes: int = 0) -> tuple[Recording, dict[str, Any]]:
+    """The traced steps asked of a pretended card: (recording, the child's result)."""
+    cuda = FakeCuda(CAP_BYTES)
+    monitor = watched(cuda)
+    cuda.malloc(WORKSPACE_BYTES)  # the backward thread's
+    accumulation = profile.training.total_batch // profile.plan.micro_batch
+    trace = trace_training(profile, profile.plan.micro_batch, accumulation, steps)
+    ends = {at: name for name, at in trace.marks.items()}
+    blocks: dict[int, Block] = {}
+    phase = ""
+    for i, event in enumerate(trace.events):
+        if i in ends:
+            monitor.checkpoint(ends[i])
+        a = trace.allocations[event if event >= 0 else ~event]
+        if a.category == "host":
+            continue
+        if event < 0:
+            cuda.free(blocks.pop(~event))
+            continue
+        if a.phase != phase:
+            phase = a.phase
+            monitor.phase(phase)
+        blocks[event] = cuda.malloc(a.nbytes)
+        if "convolution" in a.operation:
+            cuda.free(cuda.malloc(3 * MIB + 1))
+    if leak_bytes:
+        cuda.malloc(leak_bytes)
+    monitor.checkpoint("end")
+    result = {
+        "status": "ok", "settings": "", "accumulation": accumulation, "seconds": [2.0, 0.5, 0.25], "overflows": 0,
+        "host_bytes": [MIB, 2 * MIB, 2 * MIB], "statistics": monitor.statistics(), **about_machine(CPU),
+        "workspaces": [{"convolution": "c", "forward_bytes": 3 * MIB + 1, "input_gradient_bytes": 0,
+                        "weight_gradient_bytes": None}],
+    }  # fmt: skip
+    return monitor.recording("nano", profile.plan, ""), result
+
+
+@cache
+def on_card(leak_bytes: int = 0) -> Outcome:
+    profile = nano(total_batch=2, cap_bytes=CAP_BYTES, offload_optimizer=True)
+    recording, result = played(profile, leak_bytes=leak_bytes)
+    job = Job(name="nano", profile=profile, device="cuda")
+    return Outcome(
+        job=job, status="ok", ended=Ended(0, "step 3", ()), result=result, recording=recording, decided=profile
+    )
