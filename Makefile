@@ -40,7 +40,7 @@ demo: env
 demo-faces: env-faces
 	@$(call demonstrate,demo-faces)
 	@$(RUN) launch/reconstruct.py --run latest
-	@$(RUN) launch/blend.py --run latest --matrix 5
+	@$(RUN) launch/blend.py --run latest --matrix 5 --split scale:2
 	@$(RUN) launch/traverse.py --run latest
 
 test: lint
