@@ -24,7 +24,7 @@ from nvae_lowmem.memory.describe import table
 from nvae_lowmem.memory.fit import Fit, Predictor, fit
 from nvae_lowmem.memory.fit_planner import Prefer, Wishes
 from nvae_lowmem.memory.overlay import Entry, load_calibration
-from nvae_lowmem.memory.predict import predict
+from nvae_lowmem.memory.predict import Prediction, predict
 from nvae_lowmem.memory.report import PICTURE_SUFFIXES, timeline_html, timeline_png
 from nvae_lowmem.profile import load, override, save
 from nvae_lowmem.recipes import RECIPES, recipe
@@ -36,8 +36,24 @@ Bind = Callable[[Card, Budget, "Calibration | None"], Predictor]
 
 
 def predictor_for(card: Card, budget: Budget, calibration: Calibration | None = None) -> Predictor:
-    """The real predictor, for one card, what is left of it, and what was measured on it."""
-    return functools.partial(predict, card=card, budget=budget, calibration=calibration)
+    """The real predictor, for one card, what is left of it, and what was measured on it.
+
+    Under a cap a margin of so many bytes is not enough: they may be there in pieces. So a plan fits only if its steps
+    also run with everything that is unknown at its most.
+    """
+    predicted = functools.partial(predict, card=card, budget=budget)
+
+    def predictor(profile: Profile, micro_batch: int, accumulation: int) -> Prediction:
+        p = predicted(profile, micro_batch, accumulation, calibration=calibration)
+        bounds = {entry.name: entry for entry in p.overlay if entry.is_bound}
+        if p.oom is not None or not bounds:
+            return p
+        worst = predicted(profile, micro_batch, accumulation, calibration={**(calibration or {}), **bounds})
+        if worst.fits(budget.cap_bytes):
+            return p
+        return replace(p, oom=f"with the unknown at its most: {worst.oom or 'more than the cap'}")
+
+    return predictor
 
 
 def run_fit(argv: Sequence[str], description: str | None = None, bind: Bind = predictor_for) -> int:
