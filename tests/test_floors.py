@@ -36,11 +36,7 @@ LONGEST_FILE = 350
 
 FILES = sorted(path for top in (PACKAGE, "launch", "tools") for path in (REPOSITORY / top).rglob("*.py"))
 IDS = [str(path.relative_to(REPOSITORY)) for path in FILES]
-TOO_LONG = pytest.mark.xfail(strict=True, reason="to be split; then this mark goes")
-TESTS = [
-    pytest.param(path, id=f"tests/{path.name}", marks=TOO_LONG if path.name == "test_fit.py" else ())
-    for path in sorted((REPOSITORY / "tests").glob("*.py"))
-]
+TESTS = [pytest.param(path, id=f"tests/{path.name}") for path in sorted((REPOSITORY / "tests").glob("*.py"))]
 
 
 def module_of(path: Path) -> str:
