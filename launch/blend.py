@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _blend(command: BlendCommand) -> None:
     if len(command.images) not in (0, 2):
-        raise ConfigError(f"{len(command.images)} image given: name two of them, or none for two held-out ones")
+        raise ConfigError(f"two images are blended, not {len(command.images)}: name two, or none for two held-out ones")
     if command.split and command.mode != "scales" and not command.matrix:
         raise ConfigError(f"--split {command.split} belongs to --mode scales and to --matrix: add one of them")
     run = pictures.opened(command)

@@ -101,7 +101,7 @@ def test_bad_input_is_one_message_and_exit_code_2(
 
 def test_two_images_are_needed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["a.png"]) == 2
-    assert "1 image given: name two of them, or none for two held-out ones" in capsys.readouterr().err
+    assert "two images are blended, not 1: name two, or none" in capsys.readouterr().err
 
 
 def test_a_split_without_use_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
