@@ -11,7 +11,7 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-BESIDE_THE_PACKAGE = [name for name in ("launch", "profiles", "tools") if Path(name).is_dir()]
+BESIDE_THE_PACKAGE = [name for name in ("profiles",) if Path(name).is_dir()]
 
 setup(
     packages=find_packages(include=["nvae_lowmem*"]) + [f"nvae_lowmem.{name}" for name in BESIDE_THE_PACKAGE],

@@ -22,11 +22,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from nvae_lowmem.config.recipes import RECIPES, recipe
+from nvae_lowmem.hardware.cpu import keep_freed_memory
 from nvae_lowmem.model.functional import aten, depthwise_weight_gradient
 from nvae_lowmem.model.latents import FromPosterior, NoNoise
 from nvae_lowmem.model.nvae import NVAE
-from nvae_lowmem.recipes import RECIPES, recipe
-from nvae_lowmem.training.allocation import keep_freed_memory
 
 DEFAULT_RECIPES = ("tiny", "mnist", "cifar10", "celeba64")
 

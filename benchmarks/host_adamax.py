@@ -27,9 +27,9 @@ from typing import Any
 
 import torch
 
+from nvae_lowmem.config.recipes import RECIPES, recipe
 from nvae_lowmem.model.nvae import NVAE
-from nvae_lowmem.recipes import RECIPES, recipe
-from nvae_lowmem.training.host_adamax import CHUNK_ELEMENTS, HostAdamax
+from nvae_lowmem.training.engines.host_adamax import CHUNK_ELEMENTS, HostAdamax
 
 
 def count(text: str) -> int:

@@ -24,14 +24,15 @@ import psutil
 import torch
 from machine import headline, machine, write_json
 
-from nvae_lowmem.config import KEEPS, Keep, MemoryPlan, ModelConfig, Profile
-from nvae_lowmem.memory.trace import trace_training
+from nvae_lowmem.config.model import ModelConfig
+from nvae_lowmem.config.recipes import RECIPES, recipe, with_groups
+from nvae_lowmem.config.sections import KEEPS, Keep, MemoryPlan, Profile
+from nvae_lowmem.hardware.cpu import keep_freed_memory
+from nvae_lowmem.memory.trace.training import trace_training
 from nvae_lowmem.model.keep import apply_plan
 from nvae_lowmem.model.nvae import NVAE
-from nvae_lowmem.recipes import RECIPES, recipe, with_groups
-from nvae_lowmem.training.allocation import keep_freed_memory
-from nvae_lowmem.training.engine import TorchEngine
-from nvae_lowmem.training.objective import Objective
+from nvae_lowmem.model.objective import Objective
+from nvae_lowmem.training.engines.torch_engine import TorchEngine
 from nvae_lowmem.training.step import BatchPlan, training_step
 from nvae_lowmem.units import format_bytes, format_seconds
 

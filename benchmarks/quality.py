@@ -30,7 +30,7 @@ from nvae_lowmem.evaluation.distances import OTHER_HALF, PIXEL_NOISE, Comparison
 from nvae_lowmem.generation.grids import grid, labelled, save_png, stack
 from nvae_lowmem.generation.recalibrate import recalibrated
 from nvae_lowmem.generation.sample import reconstruct_images, sample_images, without_padding
-from nvae_lowmem.training.commands import OpenRun, open_run
+from nvae_lowmem.training.open_run import OpenRun, open_run
 
 CPU = torch.device("cpu")
 SHOWN = 12

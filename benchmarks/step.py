@@ -36,16 +36,17 @@ def run_case(name: str, engine_name: str, micro: int, keep: str, steps: int, thr
 
     import torch
 
-    from nvae_lowmem.config import MemoryPlan
+    from nvae_lowmem.config.recipes import recipe
+    from nvae_lowmem.config.sections import MemoryPlan
+    from nvae_lowmem.hardware.cpu import keep_freed_memory
     from nvae_lowmem.model.keep import apply_plan
     from nvae_lowmem.model.nvae import NVAE
-    from nvae_lowmem.recipes import recipe
-    from nvae_lowmem.training import distributed
-    from nvae_lowmem.training.allocation import keep_freed_memory
-    from nvae_lowmem.training.engine import TorchEngine
-    from nvae_lowmem.training.objective import Objective
-    from nvae_lowmem.training.step import BatchPlan, Engine, training_step
-    from nvae_lowmem.training.zero import ZeroEngine
+    from nvae_lowmem.model.objective import Objective
+    from nvae_lowmem.training.engines import distributed
+    from nvae_lowmem.training.engines.deepspeed_engine import ZeroEngine
+    from nvae_lowmem.training.engines.engine import Engine
+    from nvae_lowmem.training.engines.torch_engine import TorchEngine
+    from nvae_lowmem.training.step import BatchPlan, training_step
 
     torch.set_num_threads(threads)
     keep_freed_memory()

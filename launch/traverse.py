@@ -3,81 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
-
-import tyro
-from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a checkout that is not installed, too
 
-from nvae_lowmem.config import ConfigError
-from nvae_lowmem.generation import grids, traverse
-from nvae_lowmem.generation import images as pictures
-from nvae_lowmem.training.commands import OpenRun, exit_code, progress_bar
-
-
-@dataclass(frozen=True, kw_only=True)
-class TraverseCommand(pictures.PictureCommand):
-    """Move one latent group of an image at a time: a picture of what each controls, and a table of which ones live.
-
-    Examples:
-      python launch/traverse.py --run latest
-      python launch/traverse.py face.png --run 3 --groups 1,2,5 --sigmas 3
-      python launch/traverse.py face.png --groups 3 --channels 6
-    """
-
-    image: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="IMAGE")] = ()
-    """One image file, treated as the run's data were; none: the first held-out image of the run's data."""
-    groups: str = ""
-    """Groups to move, counted from the lowest resolution: 1,3,6; empty: all, or twelve of them evenly spread."""
-    channels: int = 0
-    """A row for each of so many of a group's most active channels; 0: a row per group, all channels moved together."""
-    sigmas: float = 2.0
-    """How far to move, in standard deviations of the prior, either way."""
-    steps: int = 7
-    """Pictures per row."""
-    count: int = 256
-    """Held-out images that KL and active channels are measured on; 0: all."""
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, traverse, write, and return the exit code: 0 done, 2 bad input, 5 out of memory."""
-    command = tyro.cli(TraverseCommand, args=argv, prog="traverse.py")
-    return exit_code("traverse.py", lambda: _traverse(command))
-
-
-def _traverse(command: TraverseCommand) -> None:
-    traverse.check_counts(len(command.image), command.count)
-    run = pictures.opened(command)
-    config = run.model.config
-    groups, channels = traverse.parse_groups(command.groups, config), traverse.check_channels(command.channels, config)
-    sigmas = traverse.sigma_steps(command.sigmas, command.steps)
-    image, (name,) = pictures.given_or_held_out(run, command.image, command.box, 1)
-    out = pictures.output_folder(command.out, run)
-    kl = _activity(run, image, command.count)
-    rows, bar = traverse.rows_of(groups, channels, kl, config), progress_bar("traversing")
-    moves, size = traverse.moves_of(rows, sigmas), run.micro_batch
-    images = traverse.traverse(run.model, image, moves, command.posterior, command.seed, size, bar)
-    picture = traverse.traversal_picture(rows, images, f"{name}: from {-command.sigmas:g} to {command.sigmas:g} sigmas")
-    print(grids.save_png(picture, out / f"traverse-{Path(name).stem.replace(' ', '-')}.png"))
-
-
-def _activity(run: OpenRun, image: Tensor, count: int) -> Tensor:
-    """KL per group and channel, (groups, L), also shown to the user."""
-    try:
-        batches = pictures.held_out_batches(run, count, progress_bar("measuring KL"))
-    except ConfigError as error:
-        print(f"KL is that of the given image, the data of this run cannot be opened: {error}", file=sys.stderr)
-        batches = iter([image])
-    kl, images = traverse.channel_kl(run.model, batches, run.profile.training.seed)
-    print(f"over {images} image{'s' * (images != 1)}:\n{traverse.activity_table(kl, run.model.config)}", flush=True)
-    for warning in traverse.collapse_warnings(kl, run.model.config):
-        print(warning, file=sys.stderr)
-    return kl
-
+from nvae_lowmem.commands.traverse import main
 
 if __name__ == "__main__":
     sys.exit(main())

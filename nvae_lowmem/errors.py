@@ -34,3 +34,7 @@ def at_least_one(section: Any, prefix: str, names: str) -> list[str]:
         for name in names.split()
         if getattr(section, name) < 1
     ]
+
+
+class NothingFits(RuntimeError):
+    """No plan of the profile fits the card; its text says by how much, and what would make it fit."""

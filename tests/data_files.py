@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nvae_lowmem.config import ConfigError, DataConfig, ModelConfig
+from nvae_lowmem.config.model import ModelConfig
+from nvae_lowmem.config.sections import DataConfig
 from nvae_lowmem.data.sources import Datasets, open_source
+from nvae_lowmem.errors import ConfigError
 
 GREY = ModelConfig(image_channels=1, image_size=8)
 RGB = ModelConfig(image_channels=3, image_size=8)

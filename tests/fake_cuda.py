@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from nvae_lowmem.memory.allocator import AllocatorSettings, CachingAllocator, OutOfMemory
-from nvae_lowmem.memory.allocator_segments import Block
-from nvae_lowmem.memory.measure_cuda import CudaMonitor
+from nvae_lowmem.memory.allocator.allocator import AllocatorSettings, CachingAllocator, OutOfMemory
+from nvae_lowmem.memory.allocator.segments import Block
+from nvae_lowmem.memory.measure.cuda import CudaMonitor
 from nvae_lowmem.units import GIB, MIB
 
 CPU = torch.device("cpu")

@@ -12,7 +12,8 @@ from data_files import write_folder
 from PIL import Image
 from torch import Tensor
 
-from nvae_lowmem.config import DataConfig, MemoryPlan, ModelConfig, Profile
+from nvae_lowmem.config.model import ModelConfig
+from nvae_lowmem.config.sections import DataConfig, MemoryPlan, Profile
 from nvae_lowmem.evaluation.distances import available
 from nvae_lowmem.model.nvae import NVAE
 from nvae_lowmem.training.checkpoint import export_weights

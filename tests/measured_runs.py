@@ -11,12 +11,12 @@ from typing import Any
 from fake_cuda import CPU, WORKSPACE_BYTES, FakeCuda, watched
 from test_trace import NANO, profile_of
 
-from nvae_lowmem.config import Profile
-from nvae_lowmem.memory.allocator_segments import Block
-from nvae_lowmem.memory.measure import Ended, Job, Outcome, measure
-from nvae_lowmem.memory.measure_child import about_machine
-from nvae_lowmem.memory.recording import Recording
-from nvae_lowmem.memory.trace import trace_training
+from nvae_lowmem.config.sections import Profile
+from nvae_lowmem.memory.allocator.recording import Recording
+from nvae_lowmem.memory.allocator.segments import Block
+from nvae_lowmem.memory.measure.job import Ended, Job, Outcome, measure
+from nvae_lowmem.memory.measure.worker import about_machine
+from nvae_lowmem.memory.trace.training import trace_training
 from nvae_lowmem.units import GIB, MIB
 
 CAP_BYTES = GIB

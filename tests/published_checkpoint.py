@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nvae_lowmem.config import ModelConfig
+from nvae_lowmem.config.model import ModelConfig
 from nvae_lowmem.model.cells import CELLS, Cell, Inverted, Kind, Residual, Side
 from nvae_lowmem.model.layers import ConvUnit, DownSkip, ResidualTail, UpSkip
 from nvae_lowmem.model.nvae import NVAE, DecoderGroup, EncoderGroup

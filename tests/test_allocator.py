@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nvae_lowmem.config import ConfigError
-from nvae_lowmem.memory.allocator import AllocatorSettings, CachingAllocator, OutOfMemory, Segment
+from nvae_lowmem.errors import ConfigError
+from nvae_lowmem.memory.allocator.allocator import AllocatorSettings, CachingAllocator, OutOfMemory, Segment
 from nvae_lowmem.units import GIB, MIB
 
 DEFAULT = AllocatorSettings()

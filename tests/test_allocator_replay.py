@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nvae_lowmem.memory.allocator_replay import RecordedTrace, load_traces, main
+from nvae_lowmem.memory.allocator.replay import RecordedTrace, load_traces, main
 
 RECORDED = Path(__file__).parent / "fixtures" / "allocator"
 TRACES = load_traces(RECORDED)

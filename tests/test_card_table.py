@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from nvae_lowmem.config import ConfigError
-from nvae_lowmem.memory.card_table import Card, card_from_file, load_cards
+from nvae_lowmem.errors import ConfigError
+from nvae_lowmem.hardware.card import Card, card_from_file, load_cards
 from nvae_lowmem.units import GIB, MIB
 
 OWN_CARD = """

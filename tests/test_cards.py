@@ -11,9 +11,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nvae_lowmem.config import ConfigError
-from nvae_lowmem.memory import cards
-from nvae_lowmem.memory.cards import (
+from nvae_lowmem.errors import ConfigError
+from nvae_lowmem.hardware import budget as cards
+from nvae_lowmem.hardware.budget import (
     Card,
     detect_card,
     find_card,

@@ -19,8 +19,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from nvae_lowmem import profile as profiles
-from nvae_lowmem.config import ConfigError, ModelConfig, Profile
+from nvae_lowmem.config import profile_file as profiles
+from nvae_lowmem.config.model import ModelConfig
+from nvae_lowmem.config.sections import Profile
+from nvae_lowmem.errors import ConfigError
 from nvae_lowmem.model.nvae import NVAE
 from nvae_lowmem.training import checkpoint
 from nvae_lowmem.training.checkpoint import MODEL, STATE, TRAINING

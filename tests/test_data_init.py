@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
+from nvae_lowmem.config.model import ModelConfig
 from nvae_lowmem.model.cells import Cell
 from nvae_lowmem.model.data_init import initialise_from_data
 from nvae_lowmem.model.latents import SeededNoise
 from nvae_lowmem.model.layers import ConvUnit
 from nvae_lowmem.model.nvae import NVAE
-from nvae_lowmem.model_config import ModelConfig
 
 
 def test_every_unit_of_a_cell_then_has_outputs_of_mean_zero_and_deviation_one_fifth() -> None:

@@ -9,7 +9,7 @@ import pytest
 from data_files import GREY, RGB, colours, first, message, opened, single, write_folder
 from PIL import Image
 
-from nvae_lowmem.config import ModelConfig
+from nvae_lowmem.config.model import ModelConfig
 
 # -- what is done to a picture --
 

@@ -11,7 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nvae_lowmem.config import DataConfig, ModelConfig
+from nvae_lowmem.config.model import ModelConfig
+from nvae_lowmem.config.sections import DataConfig
 from nvae_lowmem.data.dataset import ArrayDataset
 from nvae_lowmem.data.pipeline import Batches, evaluation_batches, prefetched, steps_per_epoch
 from nvae_lowmem.data.randomness import Stream, bernoulli, keys, permutation, words

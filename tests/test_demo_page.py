@@ -22,8 +22,8 @@ import pytest
 from generation_runs import demo_run
 
 from launch.demo import main
-from nvae_lowmem.config import ConfigError
-from nvae_lowmem.generation import demo_page
+from nvae_lowmem.demo import page as demo_page
+from nvae_lowmem.errors import ConfigError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

@@ -15,16 +15,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from nvae_lowmem.config import ConfigError, ModelConfig
+from nvae_lowmem.config.model import ModelConfig
+from nvae_lowmem.demo.state import DemoState, enlarged, group_names, picture, scale_names
+from nvae_lowmem.errors import ConfigError
 from nvae_lowmem.generation import grids
 from nvae_lowmem.generation.blend import Mode
-from nvae_lowmem.generation.demo_state import DemoState, enlarged, group_names, picture, scale_names
-from nvae_lowmem.generation.images import held_out_batches
-from nvae_lowmem.generation.recalibrate import default_passes, recalibrated, statistics_path
+from nvae_lowmem.generation.recalibrate import RECALIBRATION_SEED, default_passes, recalibrated, statistics_path
 from nvae_lowmem.generation.reconstruct import reconstruct
 from nvae_lowmem.generation.sample import Progress, sample_images
-from nvae_lowmem.generation.sample_command import RECALIBRATION_SEED
-from nvae_lowmem.training.commands import open_run
+from nvae_lowmem.training.open_run import held_out_batches, open_run
 
 
 def state_of(folder: Path, model: ModelConfig = RGB, **settings: Any) -> DemoState:

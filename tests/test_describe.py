@@ -17,14 +17,15 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-from nvae_lowmem.config import MemoryPlan, ModelConfig, Profile
-from nvae_lowmem.memory.describe import Description, as_text, count_parameters, describe, runs, without_weights
-from nvae_lowmem.memory.describe_layout import lay_out
-from nvae_lowmem.memory.describe_picture import KEEP_COLOURS, draw
+from nvae_lowmem.config.model import ModelConfig
+from nvae_lowmem.config.profile_file import override
+from nvae_lowmem.config.recipes import RECIPES, recipe
+from nvae_lowmem.config.sections import MemoryPlan, Profile
 from nvae_lowmem.model.latents import FromPosterior, NoNoise
 from nvae_lowmem.model.nvae import NVAE
-from nvae_lowmem.profile import override
-from nvae_lowmem.recipes import RECIPES, recipe
+from nvae_lowmem.summary.drawing import KEEP_COLOURS, draw
+from nvae_lowmem.summary.layout import lay_out
+from nvae_lowmem.summary.summary import Description, as_text, count_parameters, describe, runs, without_weights
 
 slow = pytest.mark.slow
 SCRIPT = Path(__file__).resolve().parent.parent / "tools" / "describe.py"

@@ -8,11 +8,14 @@ import socket
 import pytest
 from zero_worker import CPU, finish, start
 
-from nvae_lowmem.config import ConfigError, MemoryPlan
-from nvae_lowmem.training import distributed
+from nvae_lowmem.config.sections import MemoryPlan
+from nvae_lowmem.errors import ConfigError
+from nvae_lowmem.training.engines import distributed
 
 NEEDS_DEEPSPEED = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
-INITIALISE = "import torch; from nvae_lowmem.training.distributed import initialise; initialise(torch.device('cpu'))"
+INITIALISE = (
+    "import torch; from nvae_lowmem.training.engines.distributed import initialise; initialise(torch.device('cpu'))"
+)
 
 
 @NEEDS_DEEPSPEED
@@ -84,6 +87,6 @@ def test_without_deepspeed_the_torch_engine_says_so_or_it_is_an_error(monkeypatc
 
 @NEEDS_DEEPSPEED
 def test_one_process_starts_without_a_launcher_and_ends_quietly() -> None:
-    process = start(["-c", INITIALISE + "; from nvae_lowmem.training.distributed import shutdown; shutdown()"])
+    process = start(["-c", INITIALISE + "; from nvae_lowmem.training.engines.distributed import shutdown; shutdown()"])
     (output,) = finish([process])
     assert process.returncode == 0 and output == ""

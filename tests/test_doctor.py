@@ -14,10 +14,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from nvae_lowmem.memory import doctor, doctor_card
-from nvae_lowmem.memory.cards import find_card
-from nvae_lowmem.memory.doctor import Check, as_json, as_text, run_checks, worst
-from nvae_lowmem.memory.doctor_card import (
+from nvae_lowmem.hardware import doctor
+from nvae_lowmem.hardware import gpu_facts as doctor_card
+from nvae_lowmem.hardware.budget import find_card
+from nvae_lowmem.hardware.doctor import Check, as_json, as_text, run_checks, worst
+from nvae_lowmem.hardware.gpu_facts import (
     GpuFacts,
     check_card,
     check_driver,
@@ -72,7 +73,7 @@ def test_the_script_runs_here_and_its_json_says_the_truth(tmp_path: Path) -> Non
 def test_main_prints_the_report_writes_the_file_and_answers_mistakes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from nvae_lowmem.cli import load_main
+    from nvae_lowmem.commands.console import load_main
 
     main = load_main(SCRIPT)
     monkeypatch.setattr(doctor, "read_gpu", lambda: WITH_970)
@@ -89,7 +90,7 @@ def test_main_prints_the_report_writes_the_file_and_answers_mistakes(
 def test_a_missing_kernel_for_the_card_here_ends_with_status_1(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from nvae_lowmem.cli import load_main
+    from nvae_lowmem.commands.console import load_main
 
     monkeypatch.setattr(doctor, "read_gpu", lambda: facts(arch_flags=CUDA_130))
     assert load_main(SCRIPT)(["--runs", str(tmp_path)]) == 1

@@ -17,8 +17,8 @@ from nvae_lowmem.model.latents import SeededNoise
 from nvae_lowmem.model.layers import BN_MOMENTUM
 from nvae_lowmem.model.nvae import NVAE
 from nvae_lowmem.model.regularizers import begin_micro_batch, end_step
-from nvae_lowmem.training.engine import TorchEngine
-from nvae_lowmem.training.host_adamax import HostAdamax
+from nvae_lowmem.training.engines.host_adamax import HostAdamax
+from nvae_lowmem.training.engines.torch_engine import TorchEngine
 from nvae_lowmem.training.step import StepResult
 
 ON_HOST = {"offload_optimizer": True}

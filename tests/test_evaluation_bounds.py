@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from nvae_lowmem.config import ConfigError, ModelConfig
-from nvae_lowmem.evaluation import evaluate
+from nvae_lowmem.config.model import ModelConfig
+from nvae_lowmem.errors import ConfigError
+from nvae_lowmem.evaluation import likelihood as evaluate
 from nvae_lowmem.evaluation.bounds import elbo_of_images, importance_weighted_bound, log_mean_weight, without_padding
 from nvae_lowmem.evaluation.report import Mean
 from nvae_lowmem.model.latents import Given, Normal

@@ -13,7 +13,7 @@ from generation_runs import TINY, blobs, needs_torchmetrics, perturbed, write_ru
 from PIL import Image
 
 from launch.evaluate import main
-from nvae_lowmem.evaluation import evaluate
+from nvae_lowmem.evaluation import likelihood as evaluate
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import torch
 from generation_runs import blobs, needs_torchmetrics
 from torch import Tensor, nn
 
-from nvae_lowmem.config import ConfigError
+from nvae_lowmem.errors import ConfigError
 from nvae_lowmem.evaluation import distances
 from nvae_lowmem.evaluation.distances import Comparison, InceptionFeatures, PixelGaussian, RandomConvFeatures, fid, kid
 

@@ -13,17 +13,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nvae_lowmem.config import KEEPS, ConfigError, Keep, MemoryPlan, ModelConfig, Profile, TrainConfig
-from nvae_lowmem.memory import fit_search
-from nvae_lowmem.memory.cards import Budget, find_card, usable_bytes
-from nvae_lowmem.memory.fit import Fit, fit
-from nvae_lowmem.memory.fit_blocks import BlockTable, Choice, record_blocks
-from nvae_lowmem.memory.fit_planner import ALIKE, Wishes, always_bytes, host_bytes, named_keeps, scaled_groups
-from nvae_lowmem.memory.fit_search import Assignment, fastest, least_peak
-from nvae_lowmem.memory.predict import Prediction
-from nvae_lowmem.memory.speed import rates_of
-from nvae_lowmem.memory.trace import trace_training
-from nvae_lowmem.memory.trace_events import Peak
+from nvae_lowmem.config.model import ModelConfig
+from nvae_lowmem.config.sections import KEEPS, Keep, MemoryPlan, Profile, TrainConfig
+from nvae_lowmem.errors import ConfigError
+from nvae_lowmem.hardware.budget import Budget, find_card, usable_bytes
+from nvae_lowmem.memory.plan import search as fit_search
+from nvae_lowmem.memory.plan.block_costs import BlockTable, Choice, record_blocks
+from nvae_lowmem.memory.plan.candidates import ALIKE, Wishes, always_bytes, host_bytes, named_keeps, scaled_groups
+from nvae_lowmem.memory.plan.fit import Fit, fit
+from nvae_lowmem.memory.plan.roofline import rates_of
+from nvae_lowmem.memory.plan.search import Assignment, fastest, least_peak
+from nvae_lowmem.memory.predict.predict import Prediction
+from nvae_lowmem.memory.trace.events import Peak
+from nvae_lowmem.memory.trace.training import trace_training
 from nvae_lowmem.model.nvae import NVAE
 
 CARD = find_card("rtx-3050-ti-laptop")  # computes in bf16

@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 from test_fit import CARD, GIB, MIB, SIX_BLOCKS, WIDE, budget_of, predicted, profile_of, small_model
 
-from nvae_lowmem.config import MemoryPlan, Profile
-from nvae_lowmem.memory import fit_command
-from nvae_lowmem.memory.fit_command import predictor_for, run_fit
-from nvae_lowmem.memory.overlay import Entry
-from nvae_lowmem.memory.predict import Prediction
-from nvae_lowmem.memory.trace_events import Peak
-from nvae_lowmem.profile import load, save
+from nvae_lowmem.commands import fit_memory as fit_command
+from nvae_lowmem.commands.fit_memory import run_fit
+from nvae_lowmem.config.profile_file import load, save
+from nvae_lowmem.config.sections import MemoryPlan, Profile
+from nvae_lowmem.memory.predict.predict import Prediction, predictor_for
+from nvae_lowmem.memory.predict.untraced import Entry
+from nvae_lowmem.memory.trace.events import Peak
 
 SCRIPT = Path(__file__).resolve().parent.parent / "tools" / "fit_memory.py"
 

@@ -13,17 +13,17 @@ from dataclasses import replace
 import pytest
 from test_fit import CARD, profile_of, small_model, table_of
 
-from nvae_lowmem.config import Profile
-from nvae_lowmem.memory import predict as predicting
-from nvae_lowmem.memory.allocator import AllocatorSettings, AllocatorStats, CachingAllocator, Replay
-from nvae_lowmem.memory.cards import Budget, Card, find_card, memory_fraction, usable_bytes
-from nvae_lowmem.memory.fit import Fit, fit
-from nvae_lowmem.memory.fit_blocks import BlockTable
-from nvae_lowmem.memory.fit_command import predictor_for
-from nvae_lowmem.memory.fit_planner import Candidate, Planner, Wishes
-from nvae_lowmem.memory.overlay import entries, overlaid
-from nvae_lowmem.memory.shipped import fitted
-from nvae_lowmem.recipes import PUBLISHED_RECIPES, recipe
+from nvae_lowmem.config.recipes import PUBLISHED_RECIPES, recipe
+from nvae_lowmem.config.sections import Profile
+from nvae_lowmem.hardware.budget import Budget, Card, find_card, memory_fraction, usable_bytes
+from nvae_lowmem.memory.allocator.allocator import AllocatorSettings, AllocatorStats, CachingAllocator, Replay
+from nvae_lowmem.memory.catalogue.catalogue import fitted
+from nvae_lowmem.memory.plan.block_costs import BlockTable
+from nvae_lowmem.memory.plan.candidates import Candidate, Planner, Wishes
+from nvae_lowmem.memory.plan.fit import Fit, fit
+from nvae_lowmem.memory.predict import predict as predicting
+from nvae_lowmem.memory.predict.predict import predictor_for
+from nvae_lowmem.memory.predict.untraced import entries, overlaid
 from nvae_lowmem.units import GIB
 
 TOTALS_GIB, OVERHEADS_GIB = (3.62, 3.81, 3.94, 4.00), (0.12, 0.40, 0.65, 1.2)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from nvae_lowmem.config import ModelConfig
+from nvae_lowmem.config.model import ModelConfig
 from nvae_lowmem.generation.blend import Blend, Mode, blend_images, mix_normals, path_weights, spherical
 from nvae_lowmem.generation.reconstruct import RowNoise, reconstruct
 from nvae_lowmem.model.latents import FromPosterior, Noise, NoNoise, Normal

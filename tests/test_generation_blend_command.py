@@ -11,10 +11,11 @@ from generation_runs import DEEP, GREY, RGB, picture_file, responsive, write_run
 from PIL import Image
 
 from launch.blend import main
-from nvae_lowmem.config import ConfigError, Profile
+from nvae_lowmem.config.sections import Profile
+from nvae_lowmem.data.image_files import load_images
+from nvae_lowmem.errors import ConfigError
 from nvae_lowmem.generation import grids
 from nvae_lowmem.generation.blend import animation_weights, blend_images, path_weights, save_animation, strip_picture
-from nvae_lowmem.generation.images import load_images
 
 # --- pictures ---------------------------------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ from generation_runs import DEEP, PLAIN
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nvae_lowmem.config import ConfigError
+from nvae_lowmem.errors import ConfigError
 from nvae_lowmem.generation.blend import matrix_weights, parse_split, parse_weights, path_weights
 
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from nvae_lowmem.config import MemoryPlan, Profile
+from nvae_lowmem.config.sections import MemoryPlan, Profile
 from nvae_lowmem.generation import grids
 from nvae_lowmem.generation.sample import without_padding
 

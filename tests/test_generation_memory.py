@@ -13,14 +13,15 @@ from generation_runs import TINY
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nvae_lowmem.config import ConfigError, Profile, TrainConfig
-from nvae_lowmem.memory.trace import Trace, trace_training
-from nvae_lowmem.memory.trace_generation import WORKS, Work, generation_peaks, trace_generation
+from nvae_lowmem.config.recipes import recipe, with_groups
+from nvae_lowmem.config.sections import Profile, TrainConfig
+from nvae_lowmem.errors import ConfigError
+from nvae_lowmem.memory.trace.inference import WORKS, Work, generation_peaks, trace_generation
+from nvae_lowmem.memory.trace.training import Trace, trace_training
 from nvae_lowmem.model.nvae import NVAE
-from nvae_lowmem.recipes import recipe, with_groups
-from nvae_lowmem.training import commands
+from nvae_lowmem.training import open_run as commands
 from nvae_lowmem.training.checkpoint import export_weights
-from nvae_lowmem.training.commands import exit_code, images_per_pass, open_run
+from nvae_lowmem.training.open_run import exit_code, images_per_pass, open_run
 from nvae_lowmem.training.validation import validate
 
 DRAWS = 100

@@ -10,7 +10,8 @@ import torch
 from generation_runs import GREY, RGB, SMALL, changed, seasoned, snapshot
 from torch import Tensor
 
-from nvae_lowmem.config import ConfigError, ModelConfig
+from nvae_lowmem.config.model import ModelConfig
+from nvae_lowmem.errors import ConfigError
 from nvae_lowmem.generation import recalibrate as recalibration
 from nvae_lowmem.generation.recalibrate import load_statistics, recalibrate, recalibrate_once, recalibrated
 from nvae_lowmem.model.latents import FromPrior, SeededNoise

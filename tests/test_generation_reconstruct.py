@@ -16,9 +16,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from launch.reconstruct import main
-from nvae_lowmem.config import ConfigError, DataConfig, ModelConfig, Profile
+from nvae_lowmem.config.model import ModelConfig
+from nvae_lowmem.config.sections import DataConfig, Profile
+from nvae_lowmem.data.image_files import load_images, parse_box
+from nvae_lowmem.errors import ConfigError
 from nvae_lowmem.generation import grids
-from nvae_lowmem.generation.images import held_out_batches, load_images, open_run, parse_box, text_table
 from nvae_lowmem.generation.reconstruct import (
     FirstGroups,
     RowNoise,
@@ -29,6 +31,8 @@ from nvae_lowmem.generation.reconstruct import (
 )
 from nvae_lowmem.generation.sample import without_padding
 from nvae_lowmem.model.latents import FromPosterior, FromPrior, NoNoise
+from nvae_lowmem.text_table import text_table
+from nvae_lowmem.training.open_run import held_out_batches, open_run
 
 MICRO_BATCH = 2
 
@@ -130,7 +134,11 @@ def test_picture_has_a_labelled_row_of_each_kind() -> None:
 
 
 def test_table_columns_are_aligned() -> None:
-    assert text_table(["a", "long"], [["xyz", "1"], ["", "22222"]]) == "a     long\nxyz      1\n     22222"
+    assert text_table("<>", [["a", "long"], ["xyz", "1"], ["", "22222"]], rule=False) == [
+        "a     long",
+        "xyz      1",
+        "     22222",
+    ]
 
 
 # --- images in --------------------------------------------------------------------------------------------------------

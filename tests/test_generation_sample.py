@@ -8,7 +8,8 @@ from generation_runs import GREY, RGB, seasoned
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nvae_lowmem.config import ConfigError, ModelConfig
+from nvae_lowmem.config.model import ModelConfig
+from nvae_lowmem.errors import ConfigError
 from nvae_lowmem.generation.sample import (
     group_temperatures,
     parse_temperature,

@@ -16,7 +16,8 @@ from PIL import Image
 from torch import Tensor
 
 from launch.traverse import main
-from nvae_lowmem.config import ConfigError, ModelConfig
+from nvae_lowmem.config.model import ModelConfig
+from nvae_lowmem.errors import ConfigError
 from nvae_lowmem.generation import grids
 from nvae_lowmem.generation.reconstruct import reconstruct
 from nvae_lowmem.generation.traverse import (

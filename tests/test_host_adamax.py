@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from nvae_lowmem.training import host_adamax
-from nvae_lowmem.training.host_adamax import HostAdamax
+from nvae_lowmem.training.engines import host_adamax
+from nvae_lowmem.training.engines.host_adamax import HostAdamax
 
 CHUNK_ELEMENTS = 4096
 SMALL_ELEMENTS = 50
@@ -300,7 +300,7 @@ ZERO_RUN = """
     import os, sys
     import deepspeed, deepspeed.ops, torch
     from torch import nn
-    from nvae_lowmem.training.host_adamax import HostAdamax
+    from nvae_lowmem.training.engines.host_adamax import HostAdamax
 
     deepspeed.ops.__compatible_ops__ = {}  # no compilation of an extension that only inference uses
     deepspeed.init_distributed()

@@ -16,18 +16,19 @@ from test_model_functional import saved_storages
 from test_model_nvae import build, images, loss_of, tiny_rgb
 from torch import Tensor, nn
 
-from nvae_lowmem.config import KEEPS, ConfigError, Keep, MemoryPlan, Profile, TrainConfig
-from nvae_lowmem.memory.trace import trace_training
+from nvae_lowmem.config.sections import KEEPS, Keep, MemoryPlan, Profile, TrainConfig
+from nvae_lowmem.errors import ConfigError
+from nvae_lowmem.memory.trace.training import trace_training
 from nvae_lowmem.model import keep as keep_module
 from nvae_lowmem.model import layers as layers_module
 from nvae_lowmem.model.keep import HostStore, KeepRunner, apply_plan, keep_counts
 from nvae_lowmem.model.latents import SeededNoise
 from nvae_lowmem.model.layers import BN_MOMENTUM
 from nvae_lowmem.model.nvae import NVAE
+from nvae_lowmem.model.objective import Objective
 from nvae_lowmem.training.ema import WeightEma
-from nvae_lowmem.training.engine import TorchEngine
-from nvae_lowmem.training.host_adamax import HostAdamax
-from nvae_lowmem.training.objective import Objective
+from nvae_lowmem.training.engines.host_adamax import HostAdamax
+from nvae_lowmem.training.engines.torch_engine import TorchEngine
 from nvae_lowmem.training.step import BatchPlan, training_step
 
 # RGB, flows, a scale of two groups and one of one: every kind of block, as small as it gets

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from nvae_lowmem.config import ConfigError
+from nvae_lowmem.errors import ConfigError
 from nvae_lowmem.model.likelihoods import (
     Bernoulli,
     Likelihood,

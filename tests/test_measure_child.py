@@ -13,17 +13,18 @@ import torch
 from fake_cuda import CPU
 from measured_runs import nano
 
-from nvae_lowmem import profile as profiles
-from nvae_lowmem.config import ModelConfig
-from nvae_lowmem.memory import measure as measuring
-from nvae_lowmem.memory import measure_child, measure_command
-from nvae_lowmem.memory.measure import Ended, Job, Outcome, measure, run_process
-from nvae_lowmem.memory.measure_assess import assess
-from nvae_lowmem.memory.measure_child import synthetic_images
-from nvae_lowmem.memory.measure_convolutions import ConvolutionWatcher, largest_bytes, workspaces
-from nvae_lowmem.memory.measure_report import as_table, as_text
-from nvae_lowmem.training.distributed import deepspeed_available
-from nvae_lowmem.training.setup import plan_run
+from nvae_lowmem.commands import measure_memory as measure_command
+from nvae_lowmem.config import profile_file as profiles
+from nvae_lowmem.config.model import ModelConfig
+from nvae_lowmem.memory.measure import job as measuring
+from nvae_lowmem.memory.measure import worker as measure_child
+from nvae_lowmem.memory.measure.assess import assess
+from nvae_lowmem.memory.measure.convolutions import ConvolutionWatcher, largest_bytes, workspaces
+from nvae_lowmem.memory.measure.job import Ended, Job, Outcome, measure, run_process
+from nvae_lowmem.memory.measure.report import as_table, as_text
+from nvae_lowmem.memory.measure.worker import synthetic_images
+from nvae_lowmem.training.engines.distributed import deepspeed_available
+from nvae_lowmem.training.resolve import plan_run
 
 # --- children that do not come to an end ------------------------------------------------------------------------------
 

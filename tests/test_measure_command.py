@@ -11,11 +11,12 @@ import pytest
 import torch
 from measured_runs import nano, on_card, on_cpu
 
-from nvae_lowmem import profile as profiles
-from nvae_lowmem.memory import allocator_replay, measure_command
-from nvae_lowmem.memory.cards import find_card
-from nvae_lowmem.memory.measure import Job, Outcome
-from nvae_lowmem.memory.measure_assess import assess, described
+from nvae_lowmem.commands import measure_memory as measure_command
+from nvae_lowmem.config import profile_file as profiles
+from nvae_lowmem.hardware.budget import find_card
+from nvae_lowmem.memory.allocator import replay as allocator_replay
+from nvae_lowmem.memory.measure.assess import assess, described
+from nvae_lowmem.memory.measure.job import Job, Outcome
 from nvae_lowmem.units import GIB
 
 

@@ -12,13 +12,13 @@ import torch
 from fake_cuda import WORKSPACE_BYTES
 from measured_runs import CAP_BYTES, nano, on_card, on_cpu
 
-from nvae_lowmem.memory import measure_command
-from nvae_lowmem.memory.cards import detect_card
-from nvae_lowmem.memory.measure import Job, measure
-from nvae_lowmem.memory.measure_assess import assess
-from nvae_lowmem.memory.measure_compare import compared, matched
-from nvae_lowmem.memory.measure_report import as_table, as_text
-from nvae_lowmem.memory.recording import Place, Recording
+from nvae_lowmem.commands import measure_memory as measure_command
+from nvae_lowmem.hardware.budget import detect_card
+from nvae_lowmem.memory.allocator.recording import Place, Recording
+from nvae_lowmem.memory.measure.assess import assess
+from nvae_lowmem.memory.measure.compare import compared, matched
+from nvae_lowmem.memory.measure.job import Job, measure
+from nvae_lowmem.memory.measure.report import as_table, as_text
 from nvae_lowmem.units import MIB
 
 # --- a real child on the CPU ------------------------------------------------------------------------------------------

@@ -24,12 +24,13 @@ from test_model_functional import (
 )
 from torch import Tensor, nn
 
-from nvae_lowmem.config import Architecture, ModelConfig
+from nvae_lowmem.config.model import ModelConfig
+from nvae_lowmem.config.recipes import recipe
+from nvae_lowmem.config.sections import Architecture
 from nvae_lowmem.model.cells import CELLS, Cell, Resample, Side, make_cell
 from nvae_lowmem.model.latents import SeededNoise
 from nvae_lowmem.model.layers import ConvUnit, DownSkip, ResidualTail, UpSkip
 from nvae_lowmem.model.nvae import NVAE, ElboTerms
-from nvae_lowmem.recipes import recipe
 
 
 def tiny_rgb(**changes: Any) -> ModelConfig:

@@ -24,8 +24,9 @@ from published_checkpoint import (
     save_model,
 )
 
-from nvae_lowmem import profile as profiles
-from nvae_lowmem.config import ConfigError, ModelConfig
+from nvae_lowmem.config import profile_file as profiles
+from nvae_lowmem.config.model import ModelConfig
+from nvae_lowmem.errors import ConfigError
 from nvae_lowmem.interop import nvlabs
 from nvae_lowmem.interop.nvlabs_verify import ARRAYS, TOLERANCE, outputs, published_nll, read_expected, verify
 from nvae_lowmem.model.cells import CELLS

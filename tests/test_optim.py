@@ -10,8 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nvae_lowmem.config import ConfigError
-from nvae_lowmem.training.optim import learning_rate, suggest_learning_rate
+from nvae_lowmem.errors import ConfigError
+from nvae_lowmem.training.learning_rate import learning_rate, suggest_learning_rate
 
 SCHEDULE: dict[str, Any] = {
     "peak": 1e-2,

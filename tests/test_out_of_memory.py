@@ -11,13 +11,13 @@ import pytest
 import torch
 from training_runs import Finished, run, tree, write_profile
 
-from nvae_lowmem import profile as profiles
-from nvae_lowmem.config import MemoryPlan, Profile
-from nvae_lowmem.memory import auto_fit
+from nvae_lowmem.commands import auto_fit
+from nvae_lowmem.commands.train import EXIT_NOTHING_FITS
+from nvae_lowmem.config import profile_file as profiles
+from nvae_lowmem.config.sections import MemoryPlan, Profile
 from nvae_lowmem.model.nvae import NVAE
-from nvae_lowmem.training.commands import EXIT_BAD_INPUT, EXIT_OUT_OF_MEMORY
-from nvae_lowmem.training.engine import TorchEngine
-from nvae_lowmem.training.main import EXIT_NOTHING_FITS
+from nvae_lowmem.training.engines.torch_engine import TorchEngine
+from nvae_lowmem.training.open_run import EXIT_BAD_INPUT, EXIT_OUT_OF_MEMORY
 from nvae_lowmem.training.out_of_memory import is_out_of_memory, next_settings
 from nvae_lowmem.training.trainer import Trainer
 

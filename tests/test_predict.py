@@ -14,12 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_trace import NANO, profile_of
 
-from nvae_lowmem import profile as profiles
-from nvae_lowmem.config import ConfigError, MemoryPlan, Profile
-from nvae_lowmem.memory import predict as predicting
-from nvae_lowmem.memory.allocator import FREE_ID, AllocatorSettings, CachingAllocator
-from nvae_lowmem.memory.cards import Budget, find_card, usable_bytes
-from nvae_lowmem.memory.overlay import (
+from nvae_lowmem.config import profile_file as profiles
+from nvae_lowmem.config.sections import MemoryPlan, Profile
+from nvae_lowmem.errors import ConfigError
+from nvae_lowmem.hardware.budget import Budget, find_card, usable_bytes
+from nvae_lowmem.memory.allocator.allocator import FREE_ID, AllocatorSettings, CachingAllocator
+from nvae_lowmem.memory.predict import predict as predicting
+from nvae_lowmem.memory.predict.predict import as_text, predict
+from nvae_lowmem.memory.predict.untraced import (
     Entry,
     When,
     cublas_workspace_bytes,
@@ -29,9 +31,8 @@ from nvae_lowmem.memory.overlay import (
     pinned_bytes,
     without_weights,
 )
-from nvae_lowmem.memory.predict import as_text, predict
-from nvae_lowmem.memory.trace import trace_training
-from nvae_lowmem.memory.trace_events import Allocation, Trace
+from nvae_lowmem.memory.trace.events import Allocation, Trace
+from nvae_lowmem.memory.trace.training import trace_training
 from nvae_lowmem.units import GIB, MIB
 
 NOTHING = {

@@ -14,12 +14,11 @@ from fake_cuda import CONTEXT_BYTES, WORKSPACE_BYTES, FakeCuda, watched
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nvae_lowmem.config import ConfigError, MemoryPlan
-from nvae_lowmem.memory import allocator_replay
-from nvae_lowmem.memory.allocator import AllocatorStats, OutOfMemory
-from nvae_lowmem.memory.allocator_segments import Block
-from nvae_lowmem.memory.measure_cuda import CudaMonitor
-from nvae_lowmem.memory.recording import (
+from nvae_lowmem.config.sections import MemoryPlan
+from nvae_lowmem.errors import ConfigError
+from nvae_lowmem.memory.allocator import replay as allocator_replay
+from nvae_lowmem.memory.allocator.allocator import AllocatorStats, OutOfMemory
+from nvae_lowmem.memory.allocator.recording import (
     EXPECTED,
     OUT_OF_MEMORY,
     TRACES,
@@ -27,11 +26,13 @@ from nvae_lowmem.memory.recording import (
     Place,
     Recording,
     from_snapshot,
-    from_trace,
     load_recordings,
     save_recordings,
 )
-from nvae_lowmem.memory.trace_events import Allocation, Trace
+from nvae_lowmem.memory.allocator.segments import Block
+from nvae_lowmem.memory.measure.cuda import CudaMonitor
+from nvae_lowmem.memory.trace.events import Allocation, Trace
+from nvae_lowmem.memory.trace.requests import from_trace
 from nvae_lowmem.units import GIB, MIB
 
 

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from nvae_lowmem.config import ConfigError
-from nvae_lowmem.memory import shipped
-from nvae_lowmem.memory.shipped import TARGETS, Cell, cells, check, make
-from nvae_lowmem.memory.shipped_command import run_ship
-from nvae_lowmem.memory.shipped_table import documents, load_rows, overview, save_rows
-from nvae_lowmem.profile import PROFILES_DIR, load, save
-from nvae_lowmem.recipes import PUBLISHED_RECIPES, recipe, with_groups
+from nvae_lowmem.commands.ship_profiles import run_ship
+from nvae_lowmem.config.profile_file import PROFILES_DIR, load, save
+from nvae_lowmem.config.recipes import PUBLISHED_RECIPES, recipe, with_groups
+from nvae_lowmem.errors import ConfigError
+from nvae_lowmem.memory.catalogue import catalogue as shipped
+from nvae_lowmem.memory.catalogue.catalogue import TARGETS, Cell, cells, check, make
+from nvae_lowmem.memory.catalogue.table import documents, load_rows, overview, save_rows
 from nvae_lowmem.units import GIB
 
 ROWS = load_rows()

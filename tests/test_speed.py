@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from nvae_lowmem.config import MemoryPlan, ModelConfig, Profile, TrainConfig
-from nvae_lowmem.memory.cards import find_card
-from nvae_lowmem.memory.fit_blocks import record_blocks
-from nvae_lowmem.memory.speed import (
+from nvae_lowmem.config.model import ModelConfig
+from nvae_lowmem.config.sections import MemoryPlan, Profile, TrainConfig
+from nvae_lowmem.hardware.budget import find_card
+from nvae_lowmem.memory.plan.block_costs import record_blocks
+from nvae_lowmem.memory.plan.roofline import (
     HOST_SECONDS_PER_PARAMETER,
     LAUNCH_SECONDS,
     Rates,

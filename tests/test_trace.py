@@ -11,14 +11,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nvae_lowmem.config import ModelConfig, Profile, TrainConfig
-from nvae_lowmem.memory import trace as tracing
-from nvae_lowmem.memory.trace import Trace, trace_training
-from nvae_lowmem.memory.trace_affine import NotAffine, affine
-from nvae_lowmem.memory.trace_events import BLOCK_BYTES, Allocation, Window, handed_on, repeat
-from nvae_lowmem.memory.trace_ghosts import Ghosts, make_ghost, nature_of
-from nvae_lowmem.recipes import recipe
-from nvae_lowmem.training.engine import TorchEngine
+from nvae_lowmem.config.model import ModelConfig
+from nvae_lowmem.config.recipes import recipe
+from nvae_lowmem.config.sections import Profile, TrainConfig
+from nvae_lowmem.memory.trace import training as tracing
+from nvae_lowmem.memory.trace.batch_scaling import NotAffine, affine
+from nvae_lowmem.memory.trace.events import BLOCK_BYTES, Allocation, Window, handed_on, repeat
+from nvae_lowmem.memory.trace.storageless import Ghosts, make_ghost, nature_of
+from nvae_lowmem.memory.trace.training import Trace, trace_training
+from nvae_lowmem.training.engines.torch_engine import TorchEngine
 
 aten = torch.ops.aten
 SMALL_RGB = ModelConfig(

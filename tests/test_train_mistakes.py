@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from training_runs import PROFILE, run, tree, write_profile
 
-from nvae_lowmem import profile as profiles
+from nvae_lowmem.config import profile_file as profiles
 
 
 @pytest.fixture

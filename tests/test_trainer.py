@@ -21,7 +21,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from training_runs import EMA_DECAY, STEPS, run, tree, write_profile
 
-from nvae_lowmem import profile as profiles
+from nvae_lowmem.config import profile_file as profiles
 from nvae_lowmem.model.latents import SeededNoise
 from nvae_lowmem.model.nvae import NVAE
 from nvae_lowmem.training import checkpoint

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nvae_lowmem.config import Precision
-from nvae_lowmem.training.step import Diverged, StepResult, Update
-from nvae_lowmem.training.watch import STUCK_AFTER, Watch
+from nvae_lowmem.config.sections import Precision
+from nvae_lowmem.training.divergence import STUCK_AFTER, Diverged, Watch
+from nvae_lowmem.training.engines.engine import Update
+from nvae_lowmem.training.step import StepResult
 
 
 def result(loss: float = 1.0, kl: tuple[float, ...] = (1.0, 2.0), overflow: bool = False) -> StepResult:

@@ -16,12 +16,12 @@ pytest.importorskip("deepspeed")
 
 from zero_worker import CPU, PLANS, SHARED, TOTAL, finish, free_port, losses, make, profile, start, train
 
-from nvae_lowmem.config import ConfigError
+from nvae_lowmem.errors import ConfigError
 from nvae_lowmem.model.keep import apply_plan
-from nvae_lowmem.training import distributed
-from nvae_lowmem.training.engine import TorchEngine
-from nvae_lowmem.training.step import Update
-from nvae_lowmem.training.zero import LossScale, ZeroEngine, deepspeed_config
+from nvae_lowmem.training.engines import distributed
+from nvae_lowmem.training.engines.deepspeed_engine import LossScale, ZeroEngine, deepspeed_config
+from nvae_lowmem.training.engines.engine import Update
+from nvae_lowmem.training.engines.torch_engine import TorchEngine
 
 # pytest puts its own warning filters in the place of those of `initialise`
 pytestmark = [

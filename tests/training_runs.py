@@ -7,9 +7,9 @@ import io
 from pathlib import Path
 from typing import NamedTuple
 
+from nvae_lowmem.commands.auto_fit import auto_fitted
+from nvae_lowmem.commands.train import run_training
 from nvae_lowmem.generation.grids import training_pictures
-from nvae_lowmem.memory.auto_fit import auto_fitted
-from nvae_lowmem.training.main import run_training
 
 STEPS, EMA_DECAY = 4, 0.5
 PROFILE = f"""

@@ -19,13 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nvae_lowmem.config import MemoryPlan, ModelConfig, Profile, TrainConfig
+from nvae_lowmem.config.model import ModelConfig
+from nvae_lowmem.config.sections import MemoryPlan, Profile, TrainConfig
 from nvae_lowmem.model.nvae import NVAE
-from nvae_lowmem.training import distributed
-from nvae_lowmem.training.engine import TorchEngine
-from nvae_lowmem.training.objective import Objective
+from nvae_lowmem.model.objective import Objective
+from nvae_lowmem.training.engines import distributed
+from nvae_lowmem.training.engines.deepspeed_engine import ZeroEngine
+from nvae_lowmem.training.engines.torch_engine import TorchEngine
 from nvae_lowmem.training.step import BatchPlan, StepResult, training_step
-from nvae_lowmem.training.zero import ZeroEngine
 
 MODEL = ModelConfig(
     image_size=16, bits=1, channels_encoder=4, channels_decoder=4, scales=2, groups=2, adaptive=True, latents=2,

@@ -1,86 +1,13 @@
-"""Loads a published NVAE checkpoint, checks it against saved arrays, and makes a run folder of it.
-
-Exit status: 0; 1 when an array of --verify differs by more than 1e-4, and then nothing is written; 2 when a file or the
-command line is wrong.
-"""
+"""Loads a published NVAE checkpoint, checks it against saved arrays, and makes a run folder of it."""
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
-from safetensors import SafetensorError
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a checkout that is not installed, too
 
-_ROOT = Path(__file__).resolve().parent.parent
-if (_ROOT / "nvae_lowmem").is_dir():  # a checkout: works before the package is installed, too
-    sys.path.append(str(_ROOT))
-
-from nvae_lowmem.config import ConfigError, Profile  # noqa: E402
-from nvae_lowmem.interop import nvlabs  # noqa: E402
-from nvae_lowmem.interop.nvlabs_verify import TOLERANCE, read_expected, verify  # noqa: E402
-from nvae_lowmem.model.nvae import NVAE  # noqa: E402
-from nvae_lowmem.training.checkpoint import export_weights  # noqa: E402
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Import, verify, write; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="checkpoint.pt of the published training code")
-    parser.add_argument("--verify", metavar="NPZ", help="arrays that the published network computed: x, logits, ...")
-    parser.add_argument("--out", metavar="RUN", help="write a run folder, to sample from and to evaluate")
-    arguments = parser.parse_args(argv)
-    try:
-        out = _new_folder(arguments.out) if arguments.out else None
-        expected = read_expected(arguments.verify) if arguments.verify else None
-        profile, model = nvlabs.restore(arguments.checkpoint)
-        print(_summary(profile, model))
-        if expected is not None and not _report(verify(model, expected)):
-            return 1
-        if out is not None:
-            _export(out, profile, model)
-    except ConfigError as error:
-        print(f"import-nvlabs: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-def _report(errors: dict[str, float]) -> bool:
-    """Print every array's error; returns whether all are within the tolerance, which nan is not."""
-    good = {name: error <= TOLERANCE for name, error in errors.items()}
-    for name, error in errors.items():
-        print(f"  {name:<20} {error:.1e}  {'ok' if good[name] else f'DIFFERS: more than {TOLERANCE:.0e}'}")
-    return all(good.values())
-
-
-def _summary(profile: Profile, model: NVAE) -> str:
-    c = profile.model
-    scales = ", ".join(f"{g} of {s} x {s}" for g, s in zip(c.scale_groups, c.scale_sizes, strict=True))
-    return "\n".join(
-        [
-            f"{profile.name}: {c.image_size} x {c.image_size} x {c.image_channels} images, {c.architecture}",
-            f"  latent groups        {scales}; {c.latents} latents each, {c.flows} flows",
-            f"  likelihood           {model.likelihood.describe()}",
-            f"  parameters           {sum(p.numel() for p in model.parameters()):,}",
-        ]
-    )
-
-
-def _new_folder(name: str) -> Path:
-    folder = Path(name)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f"--out {name}: exists and is not an empty folder; name a new one")
-    return folder
-
-
-def _export(run: Path, profile: Profile, model: NVAE) -> None:
-    try:
-        export_weights(run, profile, model.state_dict())
-    except (OSError, SafetensorError) as error:
-        raise ConfigError(f"--out {run}: cannot be written: {error}; name a folder that can") from None
-    print(f"  run folder           {run}")
-
+from nvae_lowmem.commands.import_nvlabs import main
 
 if __name__ == "__main__":
     sys.exit(main())

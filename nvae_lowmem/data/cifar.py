@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from nvae_lowmem.config import ConfigError
 from nvae_lowmem.data.stores import ArrayStore
+from nvae_lowmem.errors import ConfigError
 
 _TRAIN = tuple(f"data_batch_{n}" for n in range(1, 6))
 _TEST = "test_batch"

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nvae_lowmem.config import ConfigError
 from nvae_lowmem.data.picture import Preparation, UnreadableImage, looks_grey
-from nvae_lowmem.data.progress import Log, Progress
 from nvae_lowmem.data.stores import ArrayStore, Store
+from nvae_lowmem.errors import ConfigError
+from nvae_lowmem.progress import Log, Progress
 
 # Fixed, not taken from the memory that happens to be free: all processes of a run must decide alike.
 IN_MEMORY_BYTES = 1 << 30

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from nvae_lowmem.config import ConfigError
+from nvae_lowmem.errors import ConfigError
 
 _TEST_EVERY = 10
 """Of every class, each tenth digit is held out."""

@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from nvae_lowmem.config import ConfigError
 from nvae_lowmem.data.cache import one_process_at_a_time, write_npz
-from nvae_lowmem.data.progress import Log, Progress
+from nvae_lowmem.errors import ConfigError
+from nvae_lowmem.progress import Log, Progress
 
 # Part of the cache's file name: another drawing is another file.
 _VERSION = 1

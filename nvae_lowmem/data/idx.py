@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from nvae_lowmem.config import ConfigError
 from nvae_lowmem.data.stores import ArrayStore
+from nvae_lowmem.errors import ConfigError
 
 _IMAGES_MAGIC, _LABELS_MAGIC = 0x00000803, 0x00000801
 _LARGEST_BYTES = 4 << 30

@@ -10,8 +10,8 @@ from pathlib import Path
 import lmdb
 from PIL import Image
 
-from nvae_lowmem.config import ConfigError
 from nvae_lowmem.data.picture import MAX_FILE_BYTES, UnreadableImage
+from nvae_lowmem.errors import ConfigError
 
 _MAGIC, _MAGIC_OFFSET = (0xBEEFC0DE).to_bytes(4, "little"), 16
 _TRAIN, _TEST = "train.lmdb", ("validation.lmdb", "test.lmdb")

@@ -10,7 +10,9 @@ from typing import Literal
 import numpy as np
 from PIL import Image, ImageOps
 
-from nvae_lowmem.config import ConfigError, DataConfig, ModelConfig
+from nvae_lowmem.config.model import ModelConfig
+from nvae_lowmem.config.sections import DataConfig
+from nvae_lowmem.errors import ConfigError
 
 # What may be decoded. Pillow reads more, but EPS runs Ghostscript, WMF the system's renderer, and some formats are
 # only recognised, never decoded.

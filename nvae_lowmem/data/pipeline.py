@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from nvae_lowmem.config import DataConfig, ModelConfig
+from nvae_lowmem.config.model import ModelConfig
+from nvae_lowmem.config.sections import DataConfig
 from nvae_lowmem.data.dataset import Dataset
 from nvae_lowmem.data.randomness import Stream, bernoulli, keys, permutation
 

@@ -11,16 +11,18 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from nvae_lowmem.config import ConfigError, DataConfig, ModelConfig, raise_problems, unknown_name
+from nvae_lowmem.config.model import ModelConfig
+from nvae_lowmem.config.sections import DataConfig
 from nvae_lowmem.data import cifar, idx, lmdb_store
 from nvae_lowmem.data.cache import cache_folder
 from nvae_lowmem.data.dataset import Dataset, check_colours, load
 from nvae_lowmem.data.digits import mnist5k
 from nvae_lowmem.data.faces import faces
 from nvae_lowmem.data.picture import Preparation
-from nvae_lowmem.data.progress import Log
 from nvae_lowmem.data.randomness import Stream, keys
 from nvae_lowmem.data.stores import ArrayStore, FolderStore, Store, ZipStore, is_image_name
+from nvae_lowmem.errors import ConfigError, raise_problems, unknown_name
+from nvae_lowmem.progress import Log
 
 EMBEDDED = ("mnist5k", "faces")
 _FORMS = "a folder of images, a ZIP, an LMDB, MNIST IDX files, CIFAR-10 python batches, or mnist5k or faces"

@@ -13,8 +13,8 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
-from nvae_lowmem.config import ConfigError
 from nvae_lowmem.data.picture import MAX_FILE_BYTES, UnreadableImage, decode, image_extensions
+from nvae_lowmem.errors import ConfigError
 
 
 class Store(Protocol):

@@ -17,7 +17,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from nvae_lowmem.config import ConfigError
+from nvae_lowmem.errors import ConfigError
 from nvae_lowmem.model.latents import FromPosterior, Noise, SeededNoise
 from nvae_lowmem.model.nvae import NVAE
 from nvae_lowmem.training.validation import evaluating, nll_of_decoded

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nvae_lowmem.config import ConfigError
+from nvae_lowmem.errors import ConfigError
 
 RANDOM_FEATURES = "random-conv-features-v1"
 KID_SUBSETS, KID_MAX_SUBSET = 100, 1000

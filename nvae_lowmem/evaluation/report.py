@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from nvae_lowmem.config import ModelConfig
+from nvae_lowmem.config.model import ModelConfig
 from nvae_lowmem.evaluation.distances import Distance
 
 FORMAT = 1

@@ -20,14 +20,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from nvae_lowmem.config import ConfigError, ModelConfig
+from nvae_lowmem.config.model import ModelConfig
+from nvae_lowmem.errors import ConfigError
 from nvae_lowmem.generation import grids
-from nvae_lowmem.generation.images import Posterior, numbers
-from nvae_lowmem.generation.reconstruct import posterior_noise, reconstruct
+from nvae_lowmem.generation.reconstruct import Posterior, posterior_noise, reconstruct
 from nvae_lowmem.generation.sample import decoded_mean
 from nvae_lowmem.model.latents import FlowFunction, FromPosterior, Latent, Noise, Normal
 from nvae_lowmem.model.nvae import NVAE
-from nvae_lowmem.training.commands import Progress
+from nvae_lowmem.training.open_run import Progress
+from nvae_lowmem.units import numbers
 
 Mode = Literal["linear", "scales", "simple"]
 A_SLOT, B_SLOT = 0, 1  # of the noise, as `reconstruct` numbers them

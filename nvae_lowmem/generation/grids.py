@@ -14,11 +14,11 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from nvae_lowmem.config import Profile
+from nvae_lowmem.config.sections import Profile
 from nvae_lowmem.generation.recalibrate import recalibrated
 from nvae_lowmem.generation.sample import reconstruct_images, sample_images, temperature_text, without_padding
 from nvae_lowmem.model.nvae import NVAE
-from nvae_lowmem.training.commands import images_per_pass
+from nvae_lowmem.training.open_run import images_per_pass
 from nvae_lowmem.training.validation import activations_in
 
 if TYPE_CHECKING:  # the trainer brings TensorBoard and the data along

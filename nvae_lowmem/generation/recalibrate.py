@@ -16,12 +16,16 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from nvae_lowmem.config import ConfigError
-from nvae_lowmem.generation.sample import Temperature, group_temperatures, temperature_text
+from nvae_lowmem.errors import ConfigError
+from nvae_lowmem.generation.sample import (
+    Temperature,
+    group_temperatures,
+    temperature_text,
+)
 from nvae_lowmem.model.latents import FromPrior, SeededNoise
 from nvae_lowmem.model.layers import Normed
 from nvae_lowmem.model.nvae import NVAE
-from nvae_lowmem.training.commands import Progress
+from nvae_lowmem.training.open_run import Progress
 
 GPU_PASSES = 300
 CPU_IMAGES, CPU_MIN_PASSES = 640, 20
@@ -187,3 +191,6 @@ def _statistics(model: NVAE) -> dict[str, Tensor]:
 def _set_statistics(model: NVAE, values: Mapping[str, Tensor]) -> None:
     for name, own in _statistics(model).items():
         own.copy_(values[name])
+
+
+RECALIBRATION_SEED = 0  # not --seed: the statistics belong to the checkpoint and are estimated once

@@ -9,14 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from nvae_lowmem.config import ConfigError, ModelConfig
+from nvae_lowmem.config.model import ModelConfig
+from nvae_lowmem.errors import ConfigError
 from nvae_lowmem.generation import grids
-from nvae_lowmem.generation.images import Posterior, numbers, text_table
 from nvae_lowmem.generation.sample import decoded_mean, without_padding
 from nvae_lowmem.model.latents import (
     FlowFunction,
@@ -30,8 +31,10 @@ from nvae_lowmem.model.latents import (
     Source,
 )
 from nvae_lowmem.model.nvae import NVAE
-from nvae_lowmem.training.commands import Progress
+from nvae_lowmem.text_table import text_table
+from nvae_lowmem.training.open_run import Progress
 from nvae_lowmem.training.validation import nll_of_decoded
+from nvae_lowmem.units import numbers
 
 # Noise is a function of (seed, step, ...): neither training (steps from 0 up) nor sampling draws these.
 POSTERIOR_STEP, PRIOR_STEP = -5, -6
@@ -192,7 +195,7 @@ def error_table(result: Reconstructions, names: Sequence[str], bits: int) -> str
         [name, *(f"{value:.{decimals}f}" for value, (_, decimals) in zip(values, columns.values(), strict=True))]
         for name, values in zip([*names, "mean"], [*per_image.tolist(), per_image.mean(0).tolist()], strict=True)
     ]
-    return text_table(["image", *columns], rows)
+    return "\n".join(text_table("<>", [["image", *columns], *rows], rule=False))
 
 
 def _mean_square(difference: Tensor) -> Tensor:
@@ -214,3 +217,7 @@ def picture_of(result: Reconstructions, groups: int, temperature: float) -> np.n
             for caption, images in zip(rows, block, strict=True)
         ]
     )
+
+
+Posterior = Literal["sample", "mean"]
+"""Which z an image has: a draw from q(z|x), or the mean of every group's q given the groups above it."""

@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nvae_lowmem.config import ConfigError, ModelConfig
+from nvae_lowmem.config.model import ModelConfig
+from nvae_lowmem.errors import ConfigError
 from nvae_lowmem.model.latents import FromPosterior, FromPrior, SeededNoise, Source
 from nvae_lowmem.model.nvae import NVAE
-from nvae_lowmem.training.commands import Progress
+from nvae_lowmem.training.open_run import Progress
 
 Temperature = float | Sequence[float]
 """What sigma of the prior is multiplied by: one number, or one per scale, highest resolution first."""

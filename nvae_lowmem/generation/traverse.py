@@ -16,15 +16,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nvae_lowmem.config import ConfigError, ModelConfig
+from nvae_lowmem.config.model import ModelConfig
+from nvae_lowmem.errors import ConfigError
 from nvae_lowmem.generation import grids
-from nvae_lowmem.generation.images import Posterior, numbers, text_table
-from nvae_lowmem.generation.reconstruct import posterior_noise
+from nvae_lowmem.generation.reconstruct import Posterior, posterior_noise
 from nvae_lowmem.generation.sample import decoded_mean
 from nvae_lowmem.model.latents import FlowFunction, FromPosterior, Latent, Normal, SeededNoise, Source
 from nvae_lowmem.model.nvae import NVAE
-from nvae_lowmem.training.commands import Progress
+from nvae_lowmem.text_table import text_table
+from nvae_lowmem.training.open_run import Progress
 from nvae_lowmem.training.validation import ACTIVE_NATS
+from nvae_lowmem.units import numbers
 
 MOST_ROWS = 12
 """Groups of a picture where none are named: more would not be looked at."""
@@ -128,7 +130,8 @@ def activity_table(kl: Tensor, config: ModelConfig) -> str:
         for group, (size, values) in enumerate(zip(group_sizes(config), kl, strict=True))
     ]
     total = ["all", "", f"{float(kl.sum()):.3f}", f"{_active(kl)} of {kl.numel()}"]
-    return text_table(["group", "pixels", "KL nats", "active channels"], [*rows, total])
+    header = ("group", "pixels", "KL nats", "active channels")
+    return "\n".join(text_table("<>", [header, *rows, total], rule=False))
 
 
 def collapse_warnings(kl: Tensor, config: ModelConfig) -> list[str]:

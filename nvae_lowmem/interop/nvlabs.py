@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nvae_lowmem.config import ConfigError, Profile
+from nvae_lowmem.config.sections import Profile
+from nvae_lowmem.errors import ConfigError
 from nvae_lowmem.interop.nvlabs_config import profile_of
 from nvae_lowmem.interop.nvlabs_weights import network_tensors, translate
 from nvae_lowmem.model.nvae import NVAE

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nvae_lowmem.config import ConfigError, raise_problems
+from nvae_lowmem.errors import ConfigError, raise_problems
 from nvae_lowmem.model import likelihoods
 from nvae_lowmem.model.latents import FromPosterior, FromPrior, NoNoise, Normal
 from nvae_lowmem.model.likelihoods import Likelihood, LogisticMixture

@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor, nn
 
-from nvae_lowmem.config import raise_problems
+from nvae_lowmem.errors import raise_problems
 from nvae_lowmem.model.cells import Cell
 from nvae_lowmem.model.layers import ConvUnit, ResidualTail
 from nvae_lowmem.model.nvae import NVAE, DecoderGroup, EncoderGroup

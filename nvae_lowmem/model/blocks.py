@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nvae_lowmem.config import ModelConfig
+from nvae_lowmem.config.model import ModelConfig
 from nvae_lowmem.model.cells import make_cell
 from nvae_lowmem.model.flows import Flow
 from nvae_lowmem.model.latents import Latent, Normal, Source

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from nvae_lowmem.config import ConfigError, Keep, MemoryPlan
+from nvae_lowmem.config.sections import Keep, MemoryPlan
+from nvae_lowmem.errors import ConfigError
 from nvae_lowmem.model.blocks import DecoderGroup, Head
 from nvae_lowmem.model.cells import Cell
 from nvae_lowmem.model.flows import FlowCell

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nvae_lowmem.config import ModelConfig
+from nvae_lowmem.config.model import ModelConfig
 from nvae_lowmem.model.blocks import DecoderGroup, EncoderGroup, EncoderTop, Head, LearnedStart, Stem, full_precision
 from nvae_lowmem.model.cells import Cell, Resample, Side, make_cell
 from nvae_lowmem.model.functional import Regularisation

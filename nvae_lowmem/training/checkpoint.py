@@ -21,8 +21,9 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from nvae_lowmem import profile as profiles
-from nvae_lowmem.config import ConfigError, Profile
+from nvae_lowmem.config import profile_file as profiles
+from nvae_lowmem.config.sections import Profile
+from nvae_lowmem.errors import ConfigError
 from nvae_lowmem.model.nvae import NVAE
 
 FORMAT = 1

@@ -8,8 +8,8 @@ import traceback
 import torch
 from torch import nn
 
-from nvae_lowmem.config import MemoryPlan, Profile
-from nvae_lowmem.training import card
+from nvae_lowmem.config.sections import MemoryPlan, Profile
+from nvae_lowmem.hardware import cuda_memory
 from nvae_lowmem.units import GIB, format_bytes
 
 _PHASES = {"forward": "forward pass", "backward": "backward pass", "update": "update of the weights"}  # Engine's
@@ -62,7 +62,7 @@ def _plan_against_real(profile: Profile, device: torch.device) -> list[str]:
         if int(said.get(key, 0)):
             planned.append(f"predicted {name} peak {format_bytes(int(said[key]))}")
     lines = [f"planned: {', '.join(planned) or 'nothing: this profile was not fitted to a card'}"]
-    measured = {**card.torch_memory(device), **card.nvml_memory(device)}
+    measured = {**cuda_memory.torch_memory(device), **cuda_memory.nvml_memory(device)}
     named = {
         "memory/peak_allocated_gib": "allocated peak",
         "memory/peak_reserved_gib": "reserved peak",

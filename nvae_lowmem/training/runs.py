@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-from nvae_lowmem.config import ConfigError
+from nvae_lowmem.errors import ConfigError
 
 _NUMBERED = re.compile(r"(\d{5,})-.+")
 

@@ -15,17 +15,19 @@ from torch import Tensor
 
 from nvae_lowmem.data.pipeline import Batches, evaluation_batches, prefetched
 from nvae_lowmem.data.sources import Datasets
+from nvae_lowmem.hardware import cuda_memory
 from nvae_lowmem.model.nvae import NVAE
 from nvae_lowmem.model.regularizers import regularisation_values
-from nvae_lowmem.training import card, checkpoint
-from nvae_lowmem.training.distributed import average_statistics
+from nvae_lowmem.training import checkpoint
+from nvae_lowmem.training.divergence import Watch
 from nvae_lowmem.training.ema import WeightEma
+from nvae_lowmem.training.engines.distributed import average_statistics
+from nvae_lowmem.training.engines.engine import Engine
+from nvae_lowmem.training.learning_rate import learning_rate
 from nvae_lowmem.training.monitor import Monitor, is_early
-from nvae_lowmem.training.optim import learning_rate
-from nvae_lowmem.training.setup import RunPlan
-from nvae_lowmem.training.step import Engine, StepResult, training_step
+from nvae_lowmem.training.resolve import RunPlan
+from nvae_lowmem.training.step import StepResult, training_step
 from nvae_lowmem.training.validation import Validation, validate
-from nvae_lowmem.training.watch import Watch
 from nvae_lowmem.units import GIB
 
 Pictures = Callable[[NVAE, Tensor, Path, int], dict[str, np.ndarray]]
@@ -129,7 +131,7 @@ class Trainer:
             f"nelbo {float(r.nll + r.kl.sum()):.1f}  recon {float(r.nll):.1f}  kl {float(r.kl.sum()):.1f}  "
             f"{batch / seconds:.1f} images/s"
         )
-        memory = card.torch_memory(self.engine.device)
+        memory = cuda_memory.torch_memory(self.engine.device)
         if memory:
             line += f"  peak {memory['memory/peak_allocated_gib']:.2f} GiB"
         if self._watch.overflows:
@@ -161,10 +163,12 @@ class Trainer:
         if predicted:
             values["memory/predicted_gib"] = predicted / GIB
         if step - self.first_step == 4:  # the optimiser's states exist, the caches are warm
-            text = card.compare(predicted, int(self.profile.provenance.get("margin_bytes", 0)), self.engine.device)
+            text = cuda_memory.predicted_vs_measured(
+                predicted, int(self.profile.provenance.get("margin_bytes", 0)), self.engine.device
+            )
             if text:
                 monitor.say(text)
-        monitor.scalars(step, values | memory | card.nvml_memory(self.engine.device))
+        monitor.scalars(step, values | memory | cuda_memory.nvml_memory(self.engine.device))
 
     def _held_out(self, count: int, batch: int) -> Iterator[Tensor]:
         profile = self.profile

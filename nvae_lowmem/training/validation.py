@@ -14,7 +14,7 @@ from nvae_lowmem.model.blocks import Head
 from nvae_lowmem.model.latents import SeededNoise
 from nvae_lowmem.model.likelihoods import negative_log_likelihood
 from nvae_lowmem.model.nvae import NVAE
-from nvae_lowmem.training.objective import AUTOCAST_DTYPES
+from nvae_lowmem.model.objective import AUTOCAST_DTYPES
 
 ACTIVE_NATS = 0.1
 """A latent channel counts as active when its mean KL is above this."""

@@ -1,0 +1,1 @@
+"""Every command: parse, call the rooms below, print, return the exit code."""

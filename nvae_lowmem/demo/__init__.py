@@ -1,0 +1,1 @@
+"""The web page on a trained run."""

@@ -1,0 +1,1 @@
+"""The shipped profiles and the table of what trains on which card."""

@@ -1,0 +1,300 @@
+"""The measured process: sets training up as `launch/train.py` does, runs a few steps, and writes what it saw.
+
+    python -m nvae_lowmem.memory.measure.worker FOLDER
+
+FOLDER holds profile.toml and job.json (device, steps, name); result.json, decided.toml (the profile with everything
+decided) and the recording's two files are added. A process of its own, because a driver that fails, or a kernel that
+kills what takes too much memory, takes the whole process along. Lines on standard output that begin with "@" say what
+it is at.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import psutil
+import torch
+from torch import Tensor
+
+from nvae_lowmem.config import profile_file as profiles
+from nvae_lowmem.config.model import ModelConfig
+from nvae_lowmem.config.sections import Profile
+from nvae_lowmem.data.pipeline import to_network
+from nvae_lowmem.errors import ConfigError
+from nvae_lowmem.hardware import cuda_memory
+from nvae_lowmem.hardware.cpu import keep_freed_memory
+from nvae_lowmem.hardware.gpu_facts import GpuFacts, read_gpu
+from nvae_lowmem.memory.allocator.allocator import AllocatorSettings, CachingAllocator
+from nvae_lowmem.memory.allocator.recording import OUT_OF_MEMORY, Recording, save_recordings
+from nvae_lowmem.memory.allocator.settings import UNLIMITED_BYTES
+from nvae_lowmem.memory.measure.convolutions import Convolution, ConvolutionWatcher, workspaces
+from nvae_lowmem.memory.measure.cuda import CudaMonitor
+from nvae_lowmem.memory.predict.untraced import entries, overlaid
+from nvae_lowmem.memory.trace.requests import from_trace
+from nvae_lowmem.memory.trace.training import trace_training
+from nvae_lowmem.model.data_init import initialise_from_data
+from nvae_lowmem.model.keep import apply_plan
+from nvae_lowmem.model.latents import SeededNoise
+from nvae_lowmem.model.nvae import NVAE
+from nvae_lowmem.model.objective import Objective
+from nvae_lowmem.training.ema import WeightEma
+from nvae_lowmem.training.engines import distributed
+from nvae_lowmem.training.engines.engine import Engine
+from nvae_lowmem.training.engines.torch_engine import TorchEngine
+from nvae_lowmem.training.out_of_memory import is_out_of_memory
+from nvae_lowmem.training.resolve import RunPlan, plan_run
+from nvae_lowmem.training.step import Images, StepResult, training_step
+
+JOB, PROFILE, DECIDED, RESULT = "job.json", "profile.toml", "decided.toml", "result.json"
+STAGE = "@"
+_EPOCH_STEPS = 100  # of the data set that is not there: the schedule wants to know
+
+
+class Monitor(Protocol):
+    """What the steps tell whoever watches them."""
+
+    def phase(self, name: str) -> None:
+        """All from now on belongs to this phase."""
+        ...
+
+    def checkpoint(self, name: str) -> None:
+        """Note the allocator's figures."""
+        ...
+
+    def note_free(self, name: str) -> None:
+        """Note what is free on the card."""
+        ...
+
+    def now(self) -> float:
+        """Seconds on a clock that runs once the device has done what it was given."""
+        ...
+
+
+class Unwatched:
+    """The monitor where no CUDA allocator is: it has a clock."""
+
+    def phase(self, name: str) -> None:
+        """Nobody listens."""
+
+    checkpoint = note_free = phase
+
+    def now(self) -> float:
+        """Seconds."""
+        return time.perf_counter()
+
+
+class PhasedEngine:
+    """An engine that tells the monitor which phase of the step begins; all else is the engine's own."""
+
+    def __init__(self, engine: Engine, monitor: Monitor) -> None:
+        self._engine, self._monitor = engine, monitor
+
+    def forward(self, *args: Any) -> Any:
+        """The engine's, as phase forward."""
+        self._monitor.phase("forward")
+        return self._engine.forward(*args)
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """The engine's, as phase backward."""
+        self._monitor.phase("backward")
+        self._engine.backward(loss, last)
+
+    def update(self) -> Any:
+        """The engine's, as phase update."""
+        self._monitor.phase("update")
+        return self._engine.update()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the job in the folder; returns 0 when result.json tells how it went, 2 for what the user has to change."""
+    folder = Path((sys.argv[1:] if argv is None else argv)[0])
+    job = json.loads((folder / JOB).read_text(encoding="utf-8"))
+    profile = profiles.load(folder / PROFILE)
+    try:
+        result = _measure(folder, job, profile)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    finally:
+        distributed.shutdown()
+    (folder / RESULT).write_text(json.dumps(result), encoding="utf-8")
+    return 0
+
+
+def _measure(folder: Path, job: dict[str, Any], profile: Profile) -> dict[str, Any]:
+    cuda_memory.prepare_environment(profile.plan)
+    settings = os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or os.environ.get("PYTORCH_ALLOC_CONF", "")
+    AllocatorSettings.from_string(settings)  # what cannot be simulated need not be recorded
+    device = torch.device("cuda", 0) if job["device"] == "cuda" else torch.device("cpu")
+    engine_name, reason = distributed.choose_engine(profile.plan, False, device)
+    if device.type == "cpu":
+        if engine_name == "deepspeed":
+            raise ConfigError(
+                "--device cpu watches the torch engine's allocations only, and this plan runs DeepSpeed: measure it on "
+                "a card, or --set plan.engine=torch"
+            )
+        keep_freed_memory()
+    cuda = None
+    if device.type == "cuda":
+        _say("the CUDA context")
+        cuda = CudaMonitor(device)
+    if engine_name == "deepspeed":
+        device = distributed.initialise(device)[2]
+    plan = plan_run(profile, profile.training.total_batch * _EPOCH_STEPS, device, 1)
+    plan = replace(plan, profile=replace(plan.profile, plan=replace(plan.profile.plan, engine=engine_name)))
+    profiles.save(plan.profile, folder / DECIDED)
+    cuda_memory.apply_memory_cap(plan.profile.plan, device)
+    result: dict[str, Any] = {"engine": reason, "settings": settings, "accumulation": plan.split.accumulation}
+    result |= {**about_machine(device), "status": "ok", "seconds": [], "host_bytes": [], "overflows": 0}
+    engine = _run(plan, engine_name, device, cuda or Unwatched(), job["steps"], result)
+    if cuda is None:
+        recording = _on_cpu(job["name"], plan, job["steps"], result)
+    else:
+        result["statistics"] = cuda.statistics()
+        recording = cuda.recording(job["name"], plan.profile.plan, settings)
+        cuda.close()
+        if engine is not None:
+            found = _convolutions(plan, engine, device, job["steps"])
+            del engine
+            result["workspaces"] = workspaces(found, device, cuda.extra_bytes)
+    save_recordings(folder, [recording])
+    return result
+
+
+def _run(
+    plan: RunPlan, engine_name: str, device: torch.device, monitor: Monitor, steps: int, result: dict[str, Any]
+) -> Engine | None:
+    """Set-up and steps, with what each step took put into `result`; None where memory ran out."""
+    before = psutil.Process().memory_info().rss
+    at = "the set-up"
+
+    def images(step: int, slot: int, count: int) -> Tensor:
+        monitor.phase("forward")
+        return synthetic_images(plan.profile.model, step, slot, count, device)
+
+    try:
+        monitor.phase("setup")
+        _say(at)
+        engine, ema = _set_up(plan, engine_name, device)
+        monitor.checkpoint("setup done")
+        for step in range(steps):
+            at = f"step {step + 1}"
+            _say(at)
+            began = monitor.now()
+            done = _step(plan, PhasedEngine(engine, monitor), images, step)
+            if ema is not None:
+                ema.update(engine.model, step + 1)
+            result["seconds"].append(monitor.now() - began)
+            result["host_bytes"].append(psutil.Process().memory_info().rss - before)
+            result["overflows"] += bool(done.update.overflow)
+            del done
+            monitor.checkpoint(at)
+            monitor.note_free(at)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        result |= {"status": OUT_OF_MEMORY, "detail": f"in {at}: {str(error).splitlines()[0]}"}
+        return None
+    return engine
+
+
+def _convolutions(plan: RunPlan, engine: Engine, device: torch.device, step: int) -> list[Convolution]:
+    """Every distinct convolution of one more step."""
+    _say("the convolutions of one more step, and their workspaces")
+    images = functools.partial(synthetic_images, plan.profile.model, device=device)
+    with ConvolutionWatcher() as watcher:
+        _step(plan, engine, images, step)
+    return list(watcher.found)
+
+
+def _set_up(plan: RunPlan, engine_name: str, device: torch.device) -> tuple[Engine, WeightEma | None]:
+    """Model, average and engine, made in the order in which training makes them."""
+    profile, training = plan.profile, plan.profile.training
+    torch.manual_seed(training.seed)
+    model = NVAE(profile.model)
+    if profile.model.data_init:
+        x = synthetic_images(profile.model, 0, 0, profile.plan.micro_batch, device)
+        initialise_from_data(model.to(device).train(), x, SeededNoise(training.seed))
+    ema_device = "cpu" if training.ema_on_host else None
+    ema = WeightEma(model.to(device), training.ema_decay, ema_device) if training.ema_decay else None
+    apply_plan(model, profile.plan)
+    objective = Objective(model, training, profile.plan.precision)
+    if engine_name == "deepspeed":
+        from nvae_lowmem.training.engines.deepspeed_engine import ZeroEngine  # imports DeepSpeed, which takes seconds
+
+        engine: Engine = ZeroEngine(objective, profile, device, plan.split.accumulation)
+    else:
+        engine = TorchEngine(objective, profile, device, plan.split.accumulation)
+    engine.model.train()
+    return engine, ema
+
+
+def _step(plan: RunPlan, engine: Any, images: Images, step: int) -> StepResult:
+    rate = plan.schedule.peak_rate / 1000  # weights hardly move: noise is no data to learn from
+    return training_step(engine, plan.profile, plan.split, images, step, plan.schedule.total_steps, rate)
+
+
+def synthetic_images(model: ModelConfig, step: int, slot: int, count: int, device: torch.device) -> Tensor:
+    """Noise of the model's kind (count, C, T, T), made on the host and sent to the device as training's images are."""
+    generator = torch.Generator().manual_seed(step * 1_000_003 + slot)
+    size = model.image_size
+    pixels = torch.randint(0, 256, (count, model.image_channels, size, size), dtype=torch.uint8, generator=generator)
+    return to_network(pixels, model, None).to(device, non_blocking=True)
+
+
+def _on_cpu(name: str, plan: RunPlan, steps: int, result: dict[str, Any]) -> Recording:
+    """The same steps on CPU tensors once more, every storage watched; their peaks by way of the simulated allocator."""
+    _say("the same steps, watched")
+    profile, accumulation = plan.profile, plan.split.accumulation
+    trace = trace_training(profile, plan.split.micro, accumulation, steps, fake=False)
+    overlay = entries(profile, trace, accumulation)
+    in_allocator = ("always", "backward", "update", "convolution")
+    held = [e for e in overlay if e.when in in_allocator and not e.is_bound]
+    allocator = CachingAllocator(AllocatorSettings.from_string(result["settings"]), UNLIMITED_BYTES >> 1)
+    stats = allocator.replay(from_trace(name, overlaid(trace, held)).events).checkpoints[-1]
+    result["peaks"] = {
+        "allocated": stats.peak_allocated_bytes,
+        "reserved": stats.peak_reserved_bytes,
+        "host": trace.host_bytes() + sum(e.nbytes for e in overlay if e.when in ("host", "pinned")),
+    }
+    return from_trace(name, trace, result["settings"])
+
+
+def about_machine(device: torch.device) -> dict[str, Any]:
+    """Device and versions, as far as there are any."""
+    gpu = read_gpu() if device.type == "cuda" else GpuFacts()  # reading makes a CUDA context
+    seen = gpu.card
+    return {
+        "device": {
+            "name": seen.name if seen is not None else device.type,
+            "sm": "{}.{}".format(*seen.compute_capability) if seen is not None else None,
+            "total_bytes": seen.total_bytes("linux") if seen is not None else None,
+        },
+        "versions": {
+            "python": sys.version.split()[0],
+            "torch": str(torch.__version__),
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None,
+            "driver": gpu.driver,
+            "platform": sys.platform,
+        },
+    }
+
+
+def _say(stage: str) -> None:
+    print(STAGE + stage, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The best memory plan for a card, and why."""

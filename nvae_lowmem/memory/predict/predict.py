@@ -1,0 +1,334 @@
+"""What training will take of a card: the traced step and what a trace cannot see, through the simulated allocator.
+
+    prediction = predict(recipe("celeba64"), micro_batch=16, card=find_card("gtx-970"))
+    prediction.reserved_peak_bytes + prediction.margin_bytes
+
+Three steps are replayed: the optimiser's states appear in the first, and its fragments are what later ones meet.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from itertools import combinations
+from typing import Any
+
+from nvae_lowmem.config.sections import Precision, Profile
+from nvae_lowmem.errors import ConfigError, raise_problems
+from nvae_lowmem.hardware.budget import Budget, Card, memory_fraction, precision_for
+from nvae_lowmem.memory.allocator.allocator import CHECKPOINT, FREE_ID, AllocatorSettings, CachingAllocator, Replay
+from nvae_lowmem.memory.allocator.settings import UNLIMITED_BYTES
+from nvae_lowmem.memory.predict.untraced import (
+    Entry,
+    entries,
+    overlaid,
+    pinned_bytes,
+    runs_deepspeed,
+    without_weights,
+)
+from nvae_lowmem.memory.trace.batch_scaling import NotAffine, affine
+from nvae_lowmem.memory.trace.events import BLOCK_BYTES, ON_CARD, Peak, Trace, handed_on
+from nvae_lowmem.memory.trace.training import trace_training
+from nvae_lowmem.units import format_bytes
+
+__all__ = ["Prediction", "as_text", "decided", "predict"]
+
+_TIMELINE_POINTS = 400
+_TRACES_KEPT = 6  # some ten MiB each
+_IN_ALLOCATOR = ("always", "backward", "update", "convolution")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """Peaks of training in bytes, and what owns them."""
+
+    micro_batch: int
+    accumulation: int
+    precision: Precision
+    allocated_peak_bytes: int
+    """Most bytes in blocks of the caching allocator at once: torch.cuda.max_memory_allocated()."""
+    reserved_peak_bytes: int
+    """Most bytes the allocator takes from the card: torch.cuda.max_memory_reserved(). Where `oom`: without the cap."""
+    peak: Peak
+    """The moment of the largest use: block, phase, operation, and the split by category and block."""
+    timeline: tuple[tuple[int, dict[str, int]], ...]
+    """The last step, thinned out so that every peak stays: (event, bytes by category), in order."""
+    host_bytes: int
+    """Host memory for weights, gradients, states, averages and parked activations, the page-locked part included."""
+    pinned_bytes: int
+    """The page-locked part."""
+    context_bytes: int
+    """On the card, outside the allocator: CUDA context and other programs."""
+    init_peak_bytes: int
+    """Most bytes in the allocator while the engine is built, before the first step."""
+    margin_bytes: int
+    """What may come on top of either peak, never off it: with every bound of the unknown taken at its most."""
+    retries: int
+    """How often the allocator has to give back its cache in a step before it gets memory; slow."""
+    overlay: tuple[Entry, ...]
+    """What no trace sees, each with its source."""
+    oom: str | None
+    """Why the allocator runs out of memory under the budget's cap less the margin, if it does."""
+
+    def fits(self, cap_bytes: int) -> bool:
+        """Whether training runs when the allocator may take `cap_bytes`, with the margin."""
+        most = max(self.reserved_peak_bytes + self.margin_bytes, self.init_peak_bytes)
+        return self.oom is None and most <= cap_bytes
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain tables, numbers and texts."""
+        table: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return table
+
+
+def predict(
+    profile: Profile,
+    micro_batch: int,
+    accumulation: int = 1,
+    card: Card | None = None,
+    budget: Budget | None = None,
+    settings: str = "",
+    *,
+    calibration: Mapping[str, Entry] | None = None,
+) -> Prediction:
+    """Predict training of the profile's model under its plan, in one process.
+
+    budget: with it, steps run under its cap, where the allocator first gives back what it caches. settings: of
+    PyTorch's allocator (PYTORCH_CUDA_ALLOC_CONF) instead of the plan's. calibration: measured entries of the
+    overlay, by name. Raises ConfigError for a profile that cannot train, sizes below 1, and settings
+    that PyTorch would refuse.
+    """
+    problems = [*profile.model.problems(), *profile.plan.problems()]
+    sizes = {"micro-batch": micro_batch, "accumulation": accumulation}
+    problems += [f"{name} {value} must be at least 1" for name, value in sizes.items() if value < 1]
+    raise_problems(problems, "prediction")
+    parsed = AllocatorSettings.from_string(settings or profile.plan.allocator_settings)
+    profile = decided(profile, card, budget)
+    trace = _traced(profile, micro_batch, accumulation)
+    context = budget.context_bytes if budget is not None else None
+    overlay = tuple(entries(profile, trace, accumulation, card, context, calibration))
+    plan = profile.plan
+    if runs_deepspeed(plan) and plan.offload_parameters:
+        trace = without_weights(trace, 4 * (plan.bucket_elements // 500))  # smaller ones stay: see deepspeed_config
+    held = [entry for entry in overlay if entry.when in _IN_ALLOCATOR]
+    known = overlaid(trace, [entry for entry in held if not entry.is_bound])
+    requests = _three_steps(known)
+    room = _replay(requests, parsed, None)
+    stats = room.checkpoints[-1]
+    most = _replay(_three_steps(overlaid(trace, held)), parsed, None).checkpoints[-1]
+    margin = max(
+        0,
+        most.peak_reserved_bytes - stats.peak_reserved_bytes,
+        most.peak_allocated_bytes - stats.peak_allocated_bytes,
+    )
+    oom = None
+    if budget is not None and stats.peak_reserved_bytes + margin > budget.cap_bytes:
+        capped = _replay(requests, parsed, budget, margin)
+        oom = _why(known, requests, capped, margin)
+        if oom is None:
+            room, stats = capped, capped.checkpoints[-1]
+    locked = sum(entry.nbytes for entry in overlay if entry.when == "pinned") + _parked_bytes(trace)
+    return Prediction(
+        micro_batch=micro_batch,
+        accumulation=accumulation,
+        precision=plan.precision,
+        allocated_peak_bytes=stats.peak_allocated_bytes,
+        reserved_peak_bytes=stats.peak_reserved_bytes,
+        peak=known.peak(),
+        timeline=tuple(_timeline(known, _last_step(known), _TIMELINE_POINTS)),
+        host_bytes=trace.host_bytes() + sum(e.nbytes for e in overlay if e.when in ("host", "pinned")),
+        pinned_bytes=locked,
+        context_bytes=sum(entry.nbytes for entry in overlay if entry.when == "context"),
+        init_peak_bytes=_at_setup(known) + sum(entry.nbytes for entry in overlay if entry.when == "setup"),
+        margin_bytes=margin,
+        retries=stats.retries - room.checkpoints[-2].retries,
+        overlay=overlay,
+        oom=oom,
+    )
+
+
+def decided(profile: Profile, card: Card | None, budget: Budget | None = None) -> Profile:
+    """The profile with its precision decided for the card (fp16 where none is named) and the budget's cap."""
+    plan = profile.plan
+    if plan.precision == "auto":
+        plan = replace(plan, precision=precision_for(card)[0] if card is not None else "fp16")
+    if budget is not None:
+        plan = replace(plan, cap_bytes=budget.cap_bytes)
+    if plan.offload_optimizer and plan.zero_stage == 0 and runs_deepspeed(plan):
+        raise ConfigError("plan.offload_optimizer = true needs plan.zero_stage = 1, 2 or 3, not 0")
+    return replace(profile, plan=plan)
+
+
+# --- traces -----------------------------------------------------------------------------------------------------------
+
+_traces: OrderedDict[tuple[str, int], Trace] = OrderedDict()
+
+
+def _traced(profile: Profile, micro_batch: int, accumulation: int) -> Trace:
+    """A trace of the first step and, where it differs, the second; from two known traces where that is exact.
+
+    From the second micro-batch of a step on all are alike (but for five numbers for the log); so are all steps where
+    the host has the states.
+    """
+    accumulation, steps = min(accumulation, 2), 1 if profile.plan.offload_optimizer else 2
+    plan, training = replace(profile.plan, micro_batch=0, cap_bytes=0), replace(profile.training, total_batch=0)
+    key = repr((profile.model, plan, training, accumulation))
+    if (key, micro_batch) in _traces:
+        _traces.move_to_end((key, micro_batch))
+        return _traces[key, micro_batch]
+    known = [trace for (k, _), trace in _traces.items() if k == key]
+    for first, second in combinations(known, 2):
+        try:
+            return affine(first, second)(micro_batch)
+        except NotAffine:
+            continue
+    trace = _traces[key, micro_batch] = trace_training(profile, micro_batch, accumulation, steps)
+    while len(_traces) > _TRACES_KEPT:
+        _traces.popitem(last=False)
+    return trace
+
+
+def _last_step(trace: Trace) -> int:
+    """The event with which the last traced step begins."""
+    return max(at for name, at in trace.marks.items() if name.startswith("step "))
+
+
+# --- through the allocator --------------------------------------------------------------------------------------------
+
+Requests = list[tuple[int, int]]
+"""(op, number of the allocation) as CachingAllocator.replay takes them."""
+
+
+def _three_steps(trace: Trace) -> Requests:
+    """The trace's requests on the card, its last step as often as makes three; a checkpoint before the last of all."""
+    start, missing = _last_step(trace), 3 - sum(name.startswith("step ") for name in trace.marks)
+    # a step frees all that it allocates, so its requests can be made again under the same numbers
+    assert not handed_on(trace, start, len(trace.events))
+    before, step = (_requests(trace, span) for span in ((0, start), (start, len(trace.events))))
+    return [*before, *(step * missing), (CHECKPOINT, 0), *step]
+
+
+def _requests(trace: Trace, span: tuple[int, int]) -> Requests:
+    found: Requests = []
+    for event in trace.events[slice(*span)]:
+        number = event if event >= 0 else ~event
+        a = trace.allocations[number]
+        if a.category != "host":
+            found.append((a.nbytes if event >= 0 else FREE_ID, number))
+    return found
+
+
+def _replay(requests: Requests, settings: AllocatorSettings, budget: Budget | None, margin_bytes: int = 0) -> Replay:
+    """On a card without limits, or under the budget's cap less `margin_bytes`."""
+    if budget is None:
+        return CachingAllocator(settings, UNLIMITED_BYTES >> 1).replay(requests)
+    cap = max(1, budget.cap_bytes - margin_bytes)
+    share = memory_fraction(cap, budget.context_bytes, budget.total_bytes)
+    return CachingAllocator(settings, budget.total_bytes, budget.context_bytes, share).replay(requests)
+
+
+def _why(trace: Trace, requests: Requests, replay: Replay, margin_bytes: int) -> str | None:
+    """What the allocator said, and at which operation."""
+    if replay.oom is None or replay.oom_index is None:
+        return None
+    a = trace.allocations[requests[replay.oom_index][1]]
+    kept = f" ({format_bytes(margin_bytes)} kept free as a margin)" if margin_bytes else ""
+    return f"{a.phase} of {a.block}, {a.operation}: {replay.oom}{kept}"
+
+
+# --- what people ask --------------------------------------------------------------------------------------------------
+
+
+def _timeline(trace: Trace, start: int, points: int) -> Iterator[tuple[int, dict[str, int]]]:
+    """(event, bytes by category) at the highest moment of each of `points` equal stretches from event `start` on."""
+    stretch = max(1, (len(trace.events) - start) // points)
+    live = dict.fromkeys(ON_CARD, 0)
+    total, best, at, moment = 0, -1, 0, dict(live)
+    for i, event in enumerate(trace.events):
+        a = trace.allocations[event if event >= 0 else ~event]
+        if a.category != "host":
+            change = -(-a.nbytes // BLOCK_BYTES) * BLOCK_BYTES * (1 if event >= 0 else -1)
+            live[a.category] += change
+            total += change
+        if i >= start and total > best:
+            best, at, moment = total, i, dict(live)
+        if i >= start and ((i - start) % stretch == stretch - 1 or i == len(trace.events) - 1):
+            yield at, moment
+            best, at, moment = -1, i + 1, dict(live)
+
+
+def _at_setup(trace: Trace) -> int:
+    """Bytes in the allocator when the engine is built; libraries' buffers come with the first step."""
+    end = trace.marks["setup done"]
+    kept = (a for a in trace.allocations if a.born < end and a.category not in ("host", "buffer"))
+    return sum(-(-a.nbytes // BLOCK_BYTES) * BLOCK_BYTES for a in kept)
+
+
+def _parked_bytes(trace: Trace) -> int:
+    """Most page-locked bytes of parked block inputs at once."""
+    live = most = 0
+    for event in trace.events:
+        a = trace.allocations[event if event >= 0 else ~event]
+        if a.category == "host" and a.phase == "forward":
+            live += pinned_bytes(a.nbytes) * (1 if event >= 0 else -1)
+            most = max(most, live)
+    return most
+
+
+def as_text(prediction: Prediction, cap_bytes: int = 0) -> str:
+    """The prediction for people: what it comes to, what owns the peak, and what no trace sees. cap_bytes 0: no cap."""
+    p, gib = prediction, format_bytes
+    rows = [
+        ("micro-batch", f"{p.micro_batch} x accumulation {p.accumulation}, {p.precision}"),
+        ("allocated peak", gib(p.allocated_peak_bytes)),
+        ("reserved peak", f"{gib(p.reserved_peak_bytes)}, and up to {gib(p.margin_bytes)} more (margin)"),
+        ("outside the allocator", gib(p.context_bytes)),
+        ("while the engine is built", gib(p.init_peak_bytes)),
+        ("host memory", f"{gib(p.host_bytes)}, of it page-locked {gib(p.pinned_bytes)}"),
+    ]
+    if p.retries:
+        rows.append(("cache given back", f"{p.retries} times in a step, which is slow: use a smaller micro-batch"))
+    if cap_bytes:
+        rows.append((f"fits {gib(cap_bytes)}", "yes" if p.fits(cap_bytes) else f"NO: {p.oom or 'more than the cap'}"))
+    blocks = sorted(p.peak.by_block.items(), key=lambda item: -item[1])[:5]
+    tables = {
+        "": rows,
+        f"The peak comes in {p.peak.phase} of {p.peak.block}, {p.peak.operation}; then there are": [
+            (name, gib(nbytes)) for name, nbytes in p.peak.by_category.items() if nbytes
+        ],
+        "Made by the blocks": [(name or "set-up", gib(nbytes)) for name, nbytes in blocks],
+        "Not in the trace": [
+            (e.name, f"{'up to ' if e.is_bound else ''}{gib(e.nbytes)} ({e.when}): {e.source}") for e in p.overlay
+        ],
+    }
+    lines = []
+    for title, table in tables.items():
+        lines += ["", title] if title else []
+        lines += [f"  {name:<26}{text}" for name, text in table]
+    return "\n".join(lines)
+
+
+def predictor_for(
+    card: Card, budget: Budget, calibration: Mapping[str, Entry] | None = None
+) -> Callable[[Profile, int, int], Prediction]:
+    """The real predictor, for one card, what is left of it, and what was measured on it.
+
+    Under a cap a margin of so many bytes is not enough: they may be there in pieces. So a plan fits only if its steps
+    also run with everything that is unknown at its most.
+    """
+    predicted = functools.partial(predict, card=card, budget=budget)
+
+    def predictor(profile: Profile, micro_batch: int, accumulation: int) -> Prediction:
+        p = predicted(profile, micro_batch, accumulation, calibration=calibration)
+        bounds = {entry.name: entry for entry in p.overlay if entry.is_bound}
+        if p.oom is not None or not bounds:
+            return p
+        worst = predicted(profile, micro_batch, accumulation, calibration={**(calibration or {}), **bounds})
+        if worst.fits(budget.cap_bytes):
+            return p
+        return replace(p, oom=f"with the unknown at its most: {worst.oom or 'more than the cap'}")
+
+    return predictor

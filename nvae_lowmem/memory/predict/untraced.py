@@ -1,0 +1,313 @@
+"""What a trace cannot see: library workspaces, ZeRO's buffers, the CUDA context, host memory; each with its source.
+
+An entry is either known, and counted in the prediction, or an upper bound, and counted in its margin. A calibration
+file replaces entries by what was measured on a card:
+
+    [cudnn-workspace]
+    nbytes = 12582912
+    source = "GTX 970, torch 2.7.1, largest of all convolutions of cifar10"
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from nvae_lowmem.config.sections import MemoryPlan, Profile
+from nvae_lowmem.errors import ConfigError, raise_problems, unknown_name
+from nvae_lowmem.hardware.card import DEFAULT_CONTEXT_BYTES, Card
+from nvae_lowmem.memory.trace.events import Allocation, Trace
+from nvae_lowmem.units import KIB, MIB
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+When = Literal["always", "backward", "update", "convolution", "setup", "context", "host", "pinned"]
+"""always, backward, update, convolution: in the allocator, all the time, in every such phase, or around every such
+operation; setup: on top of what stays, while the engine is built; context: on the card, outside the allocator; host:
+ordinary host memory; pinned: page-locked."""
+
+_DEFAULT_CUBLAS_CONFIG, _CAPPED_CUBLAS_CONFIG, _HOPPER_CUBLAS_CONFIG = ":4096:2:16:8", ":16:8", ":4096:8"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """Bytes that no trace sees."""
+
+    name: str
+    nbytes: int
+    when: When
+    source: str
+    """Where the number comes from."""
+    is_bound: bool = False
+    """An upper bound of something unknown."""
+
+
+def entries(
+    profile: Profile,
+    trace: Trace,
+    accumulation: int,
+    card: Card | None = None,
+    context_bytes: int | None = None,
+    calibration: Mapping[str, Entry] | None = None,
+) -> list[Entry]:
+    """All entries for the profile's plan in one process, the calibrated ones replaced.
+
+    trace: of the profile's model, for its parameters. context_bytes: what is outside the allocator, where known.
+    """
+    found = [
+        *_libraries(profile.plan, card, context_bytes),
+        *_averages(profile, trace),
+        *(_zero(profile.plan, trace, accumulation) if runs_deepspeed(profile.plan) else _masters(profile.plan, trace)),
+    ]
+    calibration = calibration or {}
+    return [calibrated(entry, calibration[entry.name]) if entry.name in calibration else entry for entry in found]
+
+
+def runs_deepspeed(plan: MemoryPlan) -> bool:
+    """Whether one process on one card runs the DeepSpeed engine under this plan."""
+    return plan.engine == "deepspeed" or (plan.engine == "auto" and (plan.zero_stage == 3 or plan.offload_parameters))
+
+
+def _libraries(plan: MemoryPlan, card: Card | None, context_bytes: int | None) -> list[Entry]:
+    config = os.environ.get("CUBLAS_WORKSPACE_CONFIG") or (_CAPPED_CUBLAS_CONFIG if plan.cap_bytes else "")
+    if not config:
+        hopper = card is not None and card.compute_capability >= (9, 0)
+        config = _HOPPER_CUBLAS_CONFIG if hopper else _DEFAULT_CUBLAS_CONFIG
+    workspace = cublas_workspace_bytes(config)
+    context = card.context_bytes if card is not None else DEFAULT_CONTEXT_BYTES
+    return [
+        Entry(
+            name="cublas-workspaces", nbytes=2 * workspace, when="always",
+            source=f"CUBLAS_WORKSPACE_CONFIG={config}: {workspace} bytes for each of the forward and backward threads",
+        ),
+        Entry(
+            name="cudnn-workspace", nbytes=64 * MIB, when="convolution", is_bound=True,
+            source="what CUDNN_CONV_WSCAP_DBG=64 allows; algorithms that need no workspace take none",
+        ),
+        Entry(
+            name="reductions", nbytes=1 * MIB, when="always", is_bound=True,
+            source="staging of sums over many thread blocks in torch's kernels, below 1 MiB",
+        ),
+        Entry(
+            name="batch-norm", nbytes=0, when="always",
+            source="torch's own kernels need no reserve; the means and variances they save are in the trace",
+        ),
+        Entry(
+            name="cuda-context", nbytes=context if context_bytes is None else context_bytes, when="context",
+            source="table of cards, or the budget",
+        ),
+    ]  # fmt: skip
+
+
+def cublas_workspace_bytes(config: str) -> int:
+    """Bytes of one workspace under CUBLAS_WORKSPACE_CONFIG, for example ":4096:2:16:8" (pairs of KiB and count).
+
+    Raises ConfigError for anything else.
+    """
+    parts = config.split(":")[1:]
+    if not config.startswith(":") or len(parts) % 2 or not all(part.isdecimal() for part in parts):
+        raise ConfigError(
+            f"CUBLAS_WORKSPACE_CONFIG={config!r} must be pairs of KiB and count, such as {_CAPPED_CUBLAS_CONFIG} or "
+            f"{_DEFAULT_CUBLAS_CONFIG}: set it so, or unset it"
+        )
+    numbers = [int(part) for part in parts]
+    return sum(size * count for size, count in zip(numbers[::2], numbers[1::2], strict=True)) * KIB
+
+
+def _averages(profile: Profile, trace: Trace) -> list[Entry]:
+    training = profile.training
+    if not training.ema_decay:
+        return []
+    weights = sum(a.nbytes for a in trace.allocations if a.category == "weight")
+    where: When = "host" if training.ema_on_host else "always"
+    return [Entry(name="averaged-weights", nbytes=weights, when=where, source="one copy of weights and buffers")]
+
+
+def _masters(plan: MemoryPlan, trace: Trace) -> list[Entry]:
+    """The torch engine's host side beyond the master weights and gradients, which are in the trace."""
+    if not plan.offload_optimizer:
+        return []
+    n = sum(trace.parameter_bytes)
+    out = [Entry(name="adamax-states", nbytes=2 * n, when="host", source="exp_avg and exp_inf: 8 bytes per parameter")]
+    if plan.pin_memory:
+        locked = 2 * sum(map(pinned_bytes, trace.parameter_bytes))
+        out += [
+            Entry(
+                name="pinned-masters", nbytes=locked, when="pinned",
+                source="weights and gradients, each rounded up to a power of two by torch's allocator of pinned memory",
+            ),
+            Entry(name="pinned-instead", nbytes=-2 * n, when="host", source="the same are no ordinary memory then"),
+        ]  # fmt: skip
+    return out
+
+
+def pinned_bytes(nbytes: int) -> int:
+    """What torch's allocator of page-locked memory takes for a request: the next power of two."""
+    return 1 << (nbytes - 1).bit_length()
+
+
+def _zero(plan: MemoryPlan, trace: Trace, accumulation: int) -> list[Entry]:
+    """DeepSpeed's buffers, fp32 parameters, one process, no overlapped communication.
+
+    n: bytes of all parameters, largest: of the largest. The trace has the weights (n), without offloading also the
+    states (2n) and gradients (n), with it the host's weights and gradients (2n).
+    """
+    n, largest, bucket = sum(trace.parameter_bytes), max(trace.parameter_bytes), 4 * plan.bucket_elements
+    stage, off = plan.zero_stage, plan.offload_optimizer
+
+    def entry(name: str, nbytes: int, when: When, source: str, is_bound: bool = False) -> Entry:
+        return Entry(name=f"zero-{name}", nbytes=nbytes, when=when, source=f"ZeRO {stage}: {source}", is_bound=is_bound)
+
+    if stage == 0:
+        return [entry("reduce", n, "update", "all gradients are flattened to be reduced")]
+    out = [
+        entry("bucket", bucket, "always" if stage == 3 else "backward", "reduce bucket of plan.bucket_elements floats"),
+        entry("flatten", n, "setup", "the flat copy of the weights beside them, while partitions are made"),
+    ]
+    if off:
+        gradients = n if accumulation > 1 and stage < 3 else 0
+        host = 3 * n + largest + gradients
+        out += [
+            entry("host", host, "host", "states (2x), staging copy and largest gradient; accumulated gradients"),
+            entry("gradient", largest, "always", "staging of the largest gradient on its way to the host"),
+        ]
+        if stage == 1:
+            out.append(entry("gradients", n, "backward", "gradients stay on the card to the end of backward"))
+        if plan.pin_memory:
+            out.append(entry("pinning", n, "pinned", "pinned flat buffers are rounded up to a power of two", True))
+    else:
+        out += [
+            entry("master", n, "always", "a second fp32 copy of the weights, flat"),
+            entry("step", 3 * n, "update", "Adamax's temporaries and the flat gradient, of the whole model", True),
+        ]
+    if stage == 3 and plan.offload_parameters:
+        live = 2 * bucket + bucket * 2 // 5
+        out += [
+            entry("live", min(live, n), "always", "gathered weights: twice the bucket and what is fetched ahead"),
+            entry("host-weights", n, "host", "partitions of the weights"),
+        ]
+    return out
+
+
+def calibrated(entry: Entry, measured: Entry) -> Entry:
+    """The entry with what was measured; no longer a bound."""
+    return replace(entry, nbytes=measured.nbytes, source=measured.source, is_bound=False)
+
+
+def load_calibration(path: str | os.PathLike[str]) -> dict[str, Entry]:
+    """Entries by name from a TOML or JSON file: tables of nbytes and source. Raises ConfigError with all problems."""
+    where = f"calibration file {path}"
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        table = json.loads(text) if Path(path).suffix.lower() == ".json" else tomllib.loads(text)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{where} cannot be read: {error}") from None
+    except (json.JSONDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{where} is neither TOML nor JSON as its name says: {error}") from None
+    if not isinstance(table, Mapping):
+        raise ConfigError(f"{where} must hold a table per entry, not {table!r}")
+    raise_problems((problem for name, row in table.items() for problem in _row_problems(name, row)), where)
+    return {
+        name: Entry(name=name, nbytes=row["nbytes"], when="always", source=str(row.get("source", f"{path}")))
+        for name, row in table.items()
+    }
+
+
+CALIBRATED = ("cublas-workspaces", "cudnn-workspace", "reductions", "batch-norm", "cuda-context")
+"""Entries that depend on card, driver and libraries; all others are arithmetic."""
+
+
+def _row_problems(name: str, row: Any) -> list[str]:
+    if name not in CALIBRATED:
+        return [unknown_name("entry", name, CALIBRATED)]
+    nbytes = row.get("nbytes") if isinstance(row, Mapping) else None
+    if isinstance(nbytes, bool) or not isinstance(nbytes, int) or nbytes < 0:
+        return [f"{name} must be a table with nbytes, a whole number from 0 up, not {row!r}"]
+    return []
+
+
+# --- the entries within a trace ---------------------------------------------------------------------------------------
+
+
+def overlaid(trace: Trace, held: Sequence[Entry]) -> Trace:
+    """The trace with those entries allocated and freed where they are, under category "buffer"."""
+    out = replace(trace, allocations=[], events=[], marks={}, chunks=[])
+    writer = _Writer(out, [entry for entry in held if entry.nbytes > 0])
+    positions: dict[int, int] = {}
+    marks = set(trace.marks.values())
+    number: dict[int, int] = {}
+    writer.hold("always", "setup")
+    for i, event in enumerate(trace.events):
+        if i in marks:
+            positions[i] = len(out.events)
+        if event < 0:
+            writer.free(number.pop(~event))
+            continue
+        a = trace.allocations[event]
+        writer.enter(a.phase)
+        number[event] = writer.allocate(a)
+        if "convolution" in a.operation:
+            writer.hold("convolution", a.phase)
+            writer.release("convolution")
+    positions[len(trace.events)] = len(out.events)
+    out.marks = {name: positions[at] for name, at in trace.marks.items()}
+    return out
+
+
+class _Writer:
+    """Appends events to a trace, keeping account of which entries are held."""
+
+    def __init__(self, trace: Trace, held: Sequence[Entry]) -> None:
+        self.trace, self._entries, self._phase = trace, held, "setup"
+        self._held: dict[str, list[int]] = {}
+
+    def allocate(self, a: Allocation) -> int:
+        number, born = len(self.trace.allocations), len(self.trace.events)
+        self.trace.allocations.append(Allocation(a.nbytes, a.category, a.block, a.phase, a.operation, born))
+        self.trace.events.append(number)
+        return number
+
+    def free(self, number: int) -> None:
+        self.trace.allocations[number].died = len(self.trace.events)
+        self.trace.events.append(~number)
+
+    def hold(self, when: str, phase: str) -> None:
+        """Allocate the entries of that time."""
+        self._held[when] = [
+            self.allocate(Allocation(entry.nbytes, "buffer", entry.name, phase, entry.name, 0))
+            for entry in self._entries
+            if entry.when == when
+        ]
+
+    def release(self, when: str) -> None:
+        """Free them."""
+        for number in self._held.pop(when, ()):
+            self.free(number)
+
+    def enter(self, phase: str) -> None:
+        """A phase begins, or goes on."""
+        if phase != self._phase:
+            self.release(self._phase)
+            self._phase = phase
+            self.hold(phase, phase)
+
+
+def without_weights(trace: Trace, smallest_bytes: int) -> Trace:
+    """The trace without the weights of `smallest_bytes` and more, which then lie in host memory."""
+    left = Counter(n for n in trace.parameter_bytes if n >= smallest_bytes)
+    keep = []
+    for a in trace.allocations:
+        moves = a.category == "weight" and left[a.nbytes] > 0
+        if moves:
+            left[a.nbytes] -= 1
+        keep.append(not moves)
+    return trace.only(keep)

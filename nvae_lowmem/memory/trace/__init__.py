@@ -1,0 +1,1 @@
+"""The step that trains, run on tensors without storage: every allocation and free."""

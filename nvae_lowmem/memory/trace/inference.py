@@ -1,0 +1,252 @@
+"""Work without gradients, traced as training is: sampling, evaluation and pictures, in a process of their own or in one
+that trains. What runs are the very functions that the commands and the trainer run, with more than one pass each, so
+that what a pass leaves behind for the next is seen.
+
+A tensor on device "cpu" stands for the card here, as in `trace`. These functions also move images there and results
+back, which on the CPU moves nothing: `HostAndCard` makes the copies that a card would have.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from nvae_lowmem.config.sections import Profile
+from nvae_lowmem.evaluation.bounds import elbo_of_images, importance_weighted_bound, without_padding
+from nvae_lowmem.evaluation.distances import Comparison, RandomConvFeatures
+from nvae_lowmem.generation.blend import Mode, blend_images, path_weights
+from nvae_lowmem.generation.grids import preview
+from nvae_lowmem.generation.recalibrate import recalibrate
+from nvae_lowmem.generation.reconstruct import parse_first_groups, reconstruct
+from nvae_lowmem.generation.sample import reconstruct_images, sample_chunks
+from nvae_lowmem.generation.traverse import Move, channel_kl, traverse
+from nvae_lowmem.memory.trace.events import Peak, Trace
+from nvae_lowmem.memory.trace.storageless import Ghosts
+from nvae_lowmem.memory.trace.training import Watcher, finished, quiet_gc, watch, watched_engine
+from nvae_lowmem.model.functional import as_on_card
+from nvae_lowmem.model.host import host_memory
+from nvae_lowmem.model.nvae import NVAE
+from nvae_lowmem.training.ema import WeightEma
+from nvae_lowmem.training.open_run import images_per_pass, plan_without_gradients
+from nvae_lowmem.training.step import BatchPlan, training_step
+from nvae_lowmem.training.validation import validate
+
+Work = Literal[
+    "sampling", "recalibration", "evaluation", "bound", "reconstruction", "blending", "traversal", "validation",
+    "pictures",
+]  # fmt: skip
+WORKS: tuple[Work, ...] = get_args(Work)
+_CARD = torch.device("cpu")
+_HELD_OUT_IMAGES = 8
+"""Images that the trainer hands to its pictures."""
+
+
+def generation_peaks(profile: Profile, micro_batch: int) -> dict[str, Peak]:
+    """The peak of every kind of work without gradients, as the profile's plan with this micro-batch has it done.
+
+    validation and pictures happen in the process that trains, the others in one that only has the weights, in fp32.
+    The plan's precision must be decided.
+    """
+    return {work: trace_generation(profile, work, micro_batch).peak() for work in WORKS}
+
+
+def trace_generation(profile: Profile, work: Work, micro_batch: int, draws: int = 0, fake: bool = True) -> Trace:
+    """Trace work without gradients under the profile's plan at `micro_batch`; the precision must be decided.
+
+    draws: k of the importance-weighted bound; 0: as many as fill two passes, which all later ones equal.
+    With `fake` nothing is computed and nothing of the model's size is allocated; without it the same work really runs
+    on the CPU, for comparison.
+    """
+    plan = replace(profile.plan, micro_batch=micro_batch)
+    profile = replace(profile, plan=plan, training=replace(profile.training, total_batch=micro_batch))
+    images = images_per_pass(profile)
+    modes: tuple[Mode, ...] = ("linear", "simple")
+    # made before the watcher comes: these are numbers, which the work looks at
+    weights = {mode: path_weights(profile.model, mode, "1", "", 2 * images + 2) for mode in modes}
+    watcher = Watcher(Ghosts() if fake else None)
+    with quiet_gc(), as_on_card(), watcher:
+        task = _Task(profile, watcher, images, draws or 2 * images, weights)
+        do, stand = _WORKS[work]
+        with stand(task) as model:
+            watcher.phase, watcher.block = "evaluation", ""
+            watcher.mark("setup done")
+            with HostAndCard(watcher):
+                do(task, model)
+            watcher.mark("end")
+            trace = watcher.close()
+    return finished(trace, model, micro_batch)
+
+
+class HostAndCard(TorchFunctionMode):
+    """Lets tensors go between host and card where both are the CPU.
+
+    `.cpu()` copies to the host and `.to(device)` to the card. What is computed of tensors of the host alone lies on the
+    host. A list made of a tensor without memory is all ones.
+    """
+
+    def __init__(self, watcher: Watcher) -> None:
+        super().__init__()
+        self._watcher = watcher
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is Tensor.cpu:
+            with host_memory():
+                return args[0].clone()
+        if func is Tensor.tolist and args[0].data_ptr() == 0:
+            return np.ones(tuple(args[0].shape)).tolist()
+        tensors = list(_tensors(args))
+        if not tensors or any(self._watcher.is_on_card(t) for t in tensors):
+            return func(*args, **kwargs)
+        if func is Tensor.to and any(isinstance(a, torch.device) for a in (*args, *kwargs.values())):
+            out = func(*args, **kwargs)
+            return out.clone() if out.untyped_storage()._cdata == args[0].untyped_storage()._cdata else out
+        with host_memory():
+            return func(*args, **kwargs)
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    """The tensors among arguments and in the lists among them."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)
+
+
+# --- who does it ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What work is done with."""
+
+    profile: Profile
+    watcher: Watcher
+    images: int
+    """Images per pass of a command."""
+    draws: int
+    weights: dict[Mode, Tensor]
+    """Of blends, (P, groups)."""
+
+    def on_host(self, count: int) -> Tensor:
+        """(count, C, padded, padded)."""
+        c = self.profile.model
+        with host_memory():
+            return torch.rand(count, c.image_channels, c.network_size, c.network_size)
+
+    def batches(self, count: int) -> Iterator[Tensor]:
+        """Two batches of images on the card."""
+        for _ in range(2):
+            self.watcher.block = "data"
+            x = self.on_host(count).to(_CARD)
+            self.watcher.refile(x, "data")
+            yield x
+
+
+@contextlib.contextmanager
+def _command(task: _Task) -> Iterator[NVAE]:
+    """The model as a command opens it."""
+    model = NVAE(task.profile.model).eval()
+    plan_without_gradients(model, task.profile)
+    watch(model, task.watcher)
+    yield model
+
+
+@contextlib.contextmanager
+def _trainer(task: _Task) -> Iterator[NVAE]:
+    """The model as the trainer lends it between two steps: with its averaged weights, everything else in place."""
+    profile = task.profile
+    training = profile.training
+    model = NVAE(profile.model).train()
+    where = host_memory if training.ema_on_host else contextlib.nullcontext
+    with where():
+        average = WeightEma(model, training.ema_decay, None) if training.ema_decay else None
+    engine = watched_engine(model, profile, 1, task.watcher)
+    if not profile.plan.offload_optimizer:  # the optimiser's states come with the first step
+        c = profile.model
+        alone = replace(profile, training=replace(training, total_batch=1))
+        image = torch.rand(1, c.image_channels, c.network_size, c.network_size)
+        training_step(engine, alone, BatchPlan(1, 1, 1, 1), lambda *_: image, 1, 100, 1e-3)
+        del image
+    if average is None:
+        yield model
+        return
+    applied = average.applied_to(model)
+    with where():  # what is set aside lies with the average
+        applied.__enter__()
+    yield model
+    with where():
+        applied.__exit__(None, None, None)
+
+
+# --- what is done -----------------------------------------------------------------------------------------------------
+
+
+def _sampling(task: _Task, model: NVAE) -> None:
+    for drawn in (False, True):
+        for _ in sample_chunks(model, 2 * task.images, 0.7, 0, task.images, likelihood_sample=drawn):
+            pass
+
+
+def _recalibration(task: _Task, model: NVAE) -> None:
+    recalibrate(model, 0.7, 2, task.images, 0)
+
+
+def _evaluation(task: _Task, model: NVAE) -> None:
+    comparison = Comparison(RandomConvFeatures(), _CARD)
+    for x in task.batches(task.images):
+        elbo_of_images(model, x, 0)
+        comparison.add_real(without_padding(model, x))
+
+
+def _bound(task: _Task, model: NVAE) -> None:
+    x = next(task.batches(task.images))
+    together = max(1, task.images // task.draws)
+    importance_weighted_bound(model, x[: 2 * together], task.draws, 0, task.images)
+
+
+def _reconstruction(task: _Task, model: NVAE) -> None:
+    images = task.on_host(2 * task.images)
+    reconstruct(model, images, 0, task.images, first_groups=parse_first_groups("auto", model.config))
+    reconstruct_images(model, images, 0, task.images)
+
+
+def _blending(task: _Task, model: NVAE) -> None:
+    for mode, weights in task.weights.items():
+        blend_images(model, task.on_host(2), weights, mode, micro_batch=task.images)
+
+
+def _traversal(task: _Task, model: NVAE) -> None:
+    channel_kl(model, (task.on_host(task.images) for _ in range(2)), 0)
+    moves = [Move(0, None, 0.0), *(Move(model.config.total_groups - 1, (0,), 1.0) for _ in range(2 * task.images - 1))]
+    traverse(model, task.on_host(1), moves, micro_batch=task.images)
+
+
+def _validation(task: _Task, model: NVAE) -> None:
+    plan = task.profile.plan
+    validate(model, task.batches(plan.micro_batch), 0, plan.precision)
+
+
+def _pictures(task: _Task, model: NVAE) -> None:
+    preview(model.eval(), next(task.batches(_HELD_OUT_IMAGES)), task.profile, (0.7, 0.8), passes=2)
+
+
+_WORKS: dict[Work, tuple[Callable[[_Task, NVAE], None], Callable[[_Task], contextlib.AbstractContextManager[NVAE]]]] = {
+    "sampling": (_sampling, _command),
+    "recalibration": (_recalibration, _command),
+    "evaluation": (_evaluation, _command),
+    "bound": (_bound, _command),
+    "reconstruction": (_reconstruction, _command),
+    "blending": (_blending, _command),
+    "traversal": (_traversal, _command),
+    "validation": (_validation, _trainer),
+    "pictures": (_pictures, _trainer),
+}

@@ -1,0 +1,226 @@
+"""The processes of one run: which engine they use, how they find each other, what they exchange besides gradients.
+
+One process is the rule; `deepspeed` (or torchrun) starts several, which then average their gradients in the deepspeed
+engine. Nothing here imports DeepSpeed before it is asked for.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import logging
+import os
+import sys
+import warnings
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from nvae_lowmem.config.sections import EngineName, MemoryPlan
+from nvae_lowmem.errors import ConfigError
+from nvae_lowmem.model.nvae import NVAE
+
+T = TypeVar("T")
+
+INSTALL = 'pip install "deepspeed>=0.19,<0.20"'
+LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+# --- which engine -----------------------------------------------------------------------------------------------------
+
+
+def launched() -> bool:
+    """Whether `deepspeed` or torchrun started this process."""
+    return "RANK" in os.environ
+
+
+def launched_processes() -> int:
+    """How many processes the launcher started; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", "1")) if launched() else 1
+
+
+def launched_rank() -> int:
+    """This process's number among those the launcher started; 0 without one."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def deepspeed_available() -> tuple[bool, str]:
+    """Whether DeepSpeed is installed, and its version or what to do; does not import it, which takes seconds."""
+    if importlib.util.find_spec("deepspeed") is None:
+        return False, f"DeepSpeed is not installed ({INSTALL})"
+    try:
+        return True, f"DeepSpeed {importlib.metadata.version('deepspeed')}"
+    except importlib.metadata.PackageNotFoundError:
+        return True, "DeepSpeed of an unknown version"
+
+
+def choose_engine(plan: MemoryPlan, launched_by_deepspeed: bool, device: torch.device) -> tuple[EngineName, str]:
+    """The engine, "torch" or "deepspeed", and the reason to print.
+
+    auto takes deepspeed if its launcher started this process, or for what only ZeRO stage 3 can do. Without DeepSpeed
+    the torch engine runs instead. Raises ConfigError where the torch engine cannot do what was asked: several
+    processes, parameters off the device.
+    """
+    processes = launched_processes() if launched_by_deepspeed else 1
+    if plan.engine == "torch":
+        if processes > 1:
+            raise ConfigError(
+                f"plan.engine = 'torch' runs in one process, but {processes} were started: set plan.engine = 'auto' or "
+                "'deepspeed', or start one process"
+            )
+        return "torch", f"torch engine on {device.type}: plan.engine asks for it"
+    if plan.engine == "deepspeed":
+        cause = "plan.engine asks for it"
+    elif launched_by_deepspeed:
+        cause = f"a launcher started {processes} process{'es' if processes > 1 else ''}"
+    elif plan.zero_stage == 3 or plan.offload_parameters:
+        cause = "ZeRO stage 3 needs it"
+    else:
+        return "torch", f"torch engine on {device.type}: one process and no launcher, so DeepSpeed would add nothing"
+    available, found = deepspeed_available()
+    if available:
+        return "deepspeed", f"deepspeed engine (ZeRO stage {plan.zero_stage}) on {device.type}: {cause}; {found}"
+    if processes > 1:
+        raise ConfigError(f"{processes} processes were started, which needs the deepspeed engine, but {found}")
+    if plan.offload_parameters:
+        raise ConfigError(f"plan.offload_parameters = true needs the deepspeed engine, but {found}")
+    return "torch", f"torch engine on {device.type} in place of deepspeed ({cause}): {found}"
+
+
+# --- start and end ----------------------------------------------------------------------------------------------------
+
+
+def initialise(device: torch.device, local_rank: int | None = None) -> tuple[int, int, torch.device]:
+    """Joins the processes of this run through DeepSpeed: (rank, number of processes, this process's device).
+
+    local_rank: what a launcher passed as --local_rank, if it did; the LOCAL_RANK variable has precedence. Without a
+    launcher this process is a run of its own. A second call changes nothing.
+    Raises ConfigError if DeepSpeed cannot be used, if the launcher's variables are incomplete, if there are more
+    processes than GPUs, or if the port is in use.
+    """
+    if local_rank is not None:
+        os.environ.setdefault("LOCAL_RANK", str(local_rank))
+    if not launched():
+        os.environ["LOCAL_RANK"] = str(device.index or 0)  # DeepSpeed asks for it, even of a single process
+    missing = [name for name in LAUNCHER_VARIABLES if name not in os.environ]
+    if launched() and missing:
+        raise ConfigError(
+            f"RANK is set but not {', '.join(missing)}: start with `deepspeed` or torchrun, which set them all, or "
+            "unset RANK to run one process"
+        )
+    local = int(os.environ["LOCAL_RANK"])
+    if device.type == "cuda":
+        gpus = torch.cuda.device_count()
+        if local >= gpus:
+            raise ConfigError(
+                f"process {local} of this machine has no GPU of its own, there are {gpus}: start at most one process "
+                "per GPU (deepspeed --num_gpus)"
+            )
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    _import_deepspeed(device)
+    if not dist.is_initialized():
+        _join()
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+def _import_deepspeed(device: torch.device) -> None:
+    """Imports DeepSpeed so that it works on this device, quickly and quietly."""
+    if device.type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"  # also where there is a GPU; DeepSpeed looks once, when it is imported
+    # DeepSpeed decorates functions with torch.compile as it is imported: 2 to 4 s for what nobody here calls
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    try:
+        import deepspeed.ops
+        from deepspeed.accelerator import get_accelerator
+    except ImportError as error:
+        raise ConfigError(
+            f"the deepspeed engine cannot be used: {error}: {INSTALL}, or plan.engine = 'torch'"
+        ) from error
+    accelerator = get_accelerator().device_name()
+    if accelerator != device.type:
+        raise ConfigError(
+            f"DeepSpeed works on {accelerator!r} in this process, not on {device.type!r}: set DS_ACCELERATOR="
+            f"{device.type} before starting"
+        )
+    if accelerator == "cpu":
+        # Else DeepSpeed compiles an operation for inference that nobody here calls: a minute, and an endless wait if
+        # an earlier build was interrupted. A lazy attribute: setting it keeps it from being computed.
+        deepspeed.ops.__compatible_ops__ = {}
+    logger = logging.getLogger("DeepSpeed")
+    logger.setLevel(logging.WARNING)
+    logger.addFilter(_is_news)
+    # one per exchange, hundreds in every step of stage 3
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    # The untested optimiser is Adamax, which our tests hold against plain torch; overflows are in every `Update`.
+    message = record.getMessage()
+    return "untested optimizer" not in message and "OVERFLOW! Skipping step" not in message
+
+
+def _join() -> None:
+    """Makes the process group: the launcher's, or one of this process alone, at a port that the system picks."""
+    import deepspeed
+
+    alone: dict[str, Any] = {"init_method": "tcp://127.0.0.1:0", "rank": 0, "world_size": 1}
+    try:
+        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, **({} if launched() else alone))
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise ConfigError(
+            f"port {os.environ['MASTER_PORT']} (MASTER_PORT), where the processes of this run are to meet, is in use: "
+            "choose another with deepspeed --master_port"
+        ) from error
+
+
+def shutdown() -> None:
+    """Leaves the process group, if there is one; what `initialise` did can be done again."""
+    if dist.is_initialized():
+        if "deepspeed" in sys.modules:
+            import deepspeed.comm
+
+            deepspeed.comm.destroy_process_group()  # drops DeepSpeed's own groups too
+        else:
+            dist.destroy_process_group()
+
+
+# --- exchange ---------------------------------------------------------------------------------------------------------
+
+
+def barrier() -> None:
+    """Waits until every process is here."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        # NCCL would guess the GPU, and warn
+        dist.barrier(device_ids=[torch.cuda.current_device()] if dist.get_backend() == "nccl" else None)
+
+
+def broadcast_object(value: T) -> T:
+    """Rank 0's value in every process; it is pickled."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box)
+    return box[0]
+
+
+@torch.no_grad()
+def average_statistics(model: NVAE) -> None:
+    """BatchNorm's running means and variances become their means over the processes, whose batches all differ.
+
+    For evaluation and checkpoints; every process has to call it. Training itself reads no running statistics.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    statistics = [layer.running() for layer in model.layers()]
+    running = [t for used in statistics if used is not None for t in (used.mean, used.variance)]
+    if not running:
+        return
+    flat = torch.cat(running)  # one exchange in place of two per layer
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for held, mean in zip(running, flat.split([t.numel() for t in running]), strict=True):
+        held.copy_(mean)

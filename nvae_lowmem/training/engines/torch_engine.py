@@ -1,0 +1,144 @@
+"""The plain torch engine: one process, any device, autocast with a loss scale, states on the device or on the host."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from nvae_lowmem.config.sections import Profile
+from nvae_lowmem.model.latents import Noise
+from nvae_lowmem.model.nvae import NVAE
+from nvae_lowmem.model.objective import LossTerms, Objective
+from nvae_lowmem.training.engines.engine import Update
+from nvae_lowmem.training.engines.host_adamax import HostAdamax
+from nvae_lowmem.training.engines.host_offload import HostMasters
+
+INITIAL_LOSS_SCALE = 2.0**16
+
+
+class TorchEngine:
+    """Engine of one process. With `plan.offload_optimizer` gradients leave the device as they appear.
+
+    The Adamax states are 8 bytes per parameter, on the device or, with the master weights and gradients, on the host
+    (16 bytes per parameter there; the device then holds 4, the weights).
+    """
+
+    rank, world_size = 0, 1
+
+    def __init__(
+        self,
+        objective: Objective,
+        profile: Profile,
+        device: torch.device,
+        accumulation: int,
+        make_optimizer: Callable[..., torch.optim.Adamax] = HostAdamax,
+    ) -> None:
+        """make_optimizer: another Adamax, for those who trace the step where the CPU stands for the card."""
+        self.device = device
+        there = all(t.device.type == device.type for t in objective.parameters())
+        self.objective = objective if there else objective.to(device)
+        self._accumulation = accumulation
+        self._clip_norm = profile.training.clip_norm
+        parameters = [p for p in objective.parameters() if p.requires_grad]
+        self._scaler: torch.amp.GradScaler | None = None
+        self._masters: HostMasters | None = None
+        updated: list[Tensor] = list(parameters)
+        if profile.plan.offload_optimizer:
+            self._masters = HostMasters(parameters, pin_memory=profile.plan.pin_memory)
+            updated = self._masters.tensors
+        if objective.autocast_dtype is torch.float16:
+            self._scaler = torch.amp.GradScaler(updated[0].device.type, init_scale=INITIAL_LOSS_SCALE)
+            self._scaler.scale(torch.zeros((), device=updated[0].device))  # makes the scale exist before the first step
+        self._updated = updated
+        self.optimizer = make_optimizer(
+            updated, eps=profile.training.adamax_eps, weight_decay=profile.training.weight_decay
+        )
+        if self._masters is not None:
+            self._masters.attach(self.optimizer, early=self._scaler is None and not self._clip_norm)
+
+    @property
+    def model(self) -> NVAE:
+        """The network itself."""
+        return self.objective.model
+
+    @property
+    def loss_scale(self) -> float:
+        """The present loss scale; 1 but for fp16."""
+        return self._scaler.get_scale() if self._scaler is not None else 1.0
+
+    def begin(self, learning_rate: float) -> None:
+        """A step begins, at this learning rate."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+
+    def forward(self, x: Tensor, noise: Noise, beta: float) -> LossTerms:
+        """One micro-batch through the objective."""
+        return self.objective(x, noise, beta)
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Adds the gradients of loss x loss scale / accumulation."""
+        if self._masters is not None:
+            self._masters.last_micro_batch = last
+        (loss * (self.loss_scale / self._accumulation)).backward()
+
+    def update(self) -> Update:
+        """Unscale, clip (the true gradients), one Adamax step unless the gradients overflowed; gradients are freed."""
+        if self._masters is not None:
+            self._masters.collect()
+        norm: Tensor | None = None
+        scale = self.loss_scale
+        if self._scaler is not None:
+            self._scaler.unscale_(self.optimizer)
+        if self._clip_norm:
+            norm = nn.utils.clip_grad_norm_(self._updated, self._clip_norm, foreach=False)
+        if self._scaler is not None:
+            self._scaler.step(self.optimizer)
+            self._scaler.update()
+        elif self._masters is None or not self._masters.early:
+            self.optimizer.step()
+        if self._masters is not None:
+            self._masters.publish()
+        else:
+            self.optimizer.zero_grad(set_to_none=True)
+        return Update(self._scaler is not None and self.loss_scale < scale, norm)
+
+    @contextlib.contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Inside, every parameter is whole; here they always are."""
+        yield
+
+    def state(self) -> dict[str, Tensor]:
+        """Weights, Adamax states, buffers and the loss scale, by name, on the host."""
+        out = {f"buffer.{name}": b for name, b in persistent_buffers(self.model).items()}
+        for (name, _), held in zip(self.model.named_parameters(), self._updated, strict=True):
+            out[f"weight.{name}"] = held.detach()
+            for key in ("exp_avg", "exp_inf", "step"):
+                if key in self.optimizer.state[held]:
+                    out[f"{key}.{name}"] = self.optimizer.state[held][key]
+        out["loss_scale"] = torch.tensor(self.loss_scale)
+        return {name: value.detach().cpu() for name, value in out.items()}
+
+    @torch.no_grad()
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """The inverse of `state`."""
+        for name, buffer in persistent_buffers(self.model).items():
+            buffer.copy_(state[f"buffer.{name}"])
+        for (name, parameter), held in zip(self.model.named_parameters(), self._updated, strict=True):
+            parameter.copy_(state[f"weight.{name}"])
+            held.copy_(state[f"weight.{name}"])
+            if f"exp_avg.{name}" in state:
+                own = self.optimizer.state[held]
+                own["step"] = state[f"step.{name}"].clone()
+                for key in ("exp_avg", "exp_inf"):
+                    own[key] = state[f"{key}.{name}"].to(held.device, copy=True)
+        if self._scaler is not None and float(state.get("loss_scale", 1.0)) != 1.0:  # 1: saved by a run without fp16
+            self._scaler.update(float(state["loss_scale"]))
+
+
+def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """The buffers that belong in a checkpoint: running statistics and power-iteration vectors."""
+    parameters = dict(model.named_parameters())
+    return {name: t for name, t in model.state_dict(keep_vars=True).items() if name not in parameters}

@@ -1,0 +1,209 @@
+"""What the commands share: the device, a trained run opened for work without gradients, folders, progress, exit codes.
+
+How many images such a command takes per forward pass follows from the run's memory plan: without gradients nothing is
+kept from block to block but the encoder's maps, so as many images as training takes per pass fit where training did.
+A pass in fp32 in a run whose plan is for a half type takes half as many, because its activations are twice as wide.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from nvae_lowmem.config.sections import Profile
+from nvae_lowmem.data.pipeline import evaluation_batches
+from nvae_lowmem.data.sources import open_source
+from nvae_lowmem.errors import ConfigError
+from nvae_lowmem.hardware import cuda_memory
+from nvae_lowmem.model.keep import apply_plan
+from nvae_lowmem.model.nvae import NVAE
+from nvae_lowmem.model.objective import AUTOCAST_DTYPES
+from nvae_lowmem.training import checkpoint, runs
+from nvae_lowmem.training.out_of_memory import is_out_of_memory
+
+EXIT_BAD_INPUT, EXIT_OUT_OF_MEMORY = 2, 5
+MOST_UNPLANNED_IMAGES = 16
+"""Images per pass where the plan leaves the micro-batch open, if a step has that many."""
+PROGRESS_DELAY_SECONDS = 2.0
+"""Work that is done sooner shows no progress bar."""
+
+DeviceChoice = Literal["auto", "cpu", "cuda"]
+Progress = Callable[[int, int], None]
+"""Called with (done, total) after each piece of long work."""
+
+
+# --- a run ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunCommand:
+    """The flags of every command that works with a trained run."""
+
+    run: str = "latest"
+    """Run folder by path, number or name; latest: the newest one in --runs-dir."""
+    runs_dir: str = "runs"
+    """Where the numbered run folders are."""
+    micro_batch: int = 0
+    """Images per forward pass; 0: as many as the run's memory plan has room for."""
+    device: DeviceChoice = "auto"
+    """auto: the GPU where there is one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenRun:
+    """A trained model in evaluation mode, and what work with it needs to know."""
+
+    folder: Path
+    checkpoint: Path
+    profile: Profile
+    model: NVAE
+    device: torch.device
+    micro_batch: int
+    """Images per forward pass."""
+
+    def describe(self) -> str:
+        """One line for people."""
+        groups = self.model.config.total_groups
+        return f"{self.checkpoint}: {groups} latent groups, on {self.device}, {self.micro_batch} images per pass"
+
+
+def open_run(
+    run: str, runs_dir: str, device: DeviceChoice = "auto", micro_batch: int = 0, precision: str = "fp32"
+) -> OpenRun:
+    """The newest checkpoint of a run, under the run's memory plan.
+
+    micro_batch: images per pass, and then the plan's cap is not put into force: who asks for more images means to use
+    more of the card; 0: what the plan has room for in `precision`.
+    Raises ConfigError: no such run, no whole checkpoint, one of another version, no GPU though asked for.
+    """
+    if micro_batch < 0:
+        raise ConfigError(f"--micro-batch {micro_batch}: must be at least 1, or 0 for the one of the run's memory plan")
+    where = choose_device(device)
+    folder = runs.find_run(run, runs_dir)
+    profile, model, saved = checkpoint.load_run(folder, "cpu")
+    cuda_memory.prepare_environment(profile.plan)
+    if not micro_batch:
+        cuda_memory.apply_memory_cap(profile.plan, where)
+    plan_without_gradients(model, profile)
+    return OpenRun(
+        folder=folder,
+        checkpoint=saved,
+        profile=profile,
+        model=model.to(where),
+        device=where,
+        micro_batch=micro_batch or images_per_pass(profile, precision),
+    )
+
+
+def plan_without_gradients(model: NVAE, profile: Profile) -> None:
+    """The profile's plan on a model that only runs forward: its chunks of the likelihood.
+
+    What blocks keep for a backward pass does not matter; running parts of them again would only fuse operations, which
+    takes more memory within a block.
+    """
+    apply_plan(model, replace(profile.plan, keep="all", keep_blocks={}))
+
+
+def images_per_pass(profile: Profile, precision: str = "fp32") -> int:
+    """Images of a pass without gradients that take no more than a training step of the profile's plan."""
+    plan = profile.plan
+    images = plan.micro_batch or min(MOST_UNPLANNED_IMAGES, profile.training.total_batch)
+    planned_half = AUTOCAST_DTYPES.get(plan.precision) is not None  # "auto" has not been decided: nobody trained so
+    computes_half = AUTOCAST_DTYPES.get(precision) is not None
+    return max(1, images // 2) if planned_half and not computes_half else images
+
+
+def choose_device(wanted: DeviceChoice) -> torch.device:
+    """The device of --device. Raises ConfigError for a GPU that is not there."""
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: torch sees no CUDA GPU here; use --device cpu, or ask tools/doctor.py why")
+    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+# --- what is written --------------------------------------------------------------------------------------------------
+
+
+def writable_folder(flag: str, folder: Path) -> Path:
+    """The folder, made if need be. Raises ConfigError where nothing can be written: before the long work, not after."""
+    probe, problem = folder / ".writable", "cannot be made"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        problem = "cannot write there"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(f"{flag} {folder}: {problem}: {error.strerror or error}; name another folder") from None
+    return folder
+
+
+def writable_file(flag: str, file: Path) -> Path:
+    """The file, whose folder is made if need be. Raises ConfigError for a folder, and where nothing can be written."""
+    if file.is_dir():
+        raise ConfigError(f"{flag} {file}: is a folder; name a file")
+    writable_folder(flag, file.parent)
+    return file
+
+
+# --- how a command speaks and ends ------------------------------------------------------------------------------------
+
+
+def progress_bar(what: str) -> Progress:
+    """Progress with ETA on stderr, once the work has taken two seconds; in a log, a line every ten seconds."""
+    interval = 0.1 if sys.stderr.isatty() else 10.0
+    bar = tqdm(desc=what, delay=PROGRESS_DELAY_SECONDS, leave=False, dynamic_ncols=True, mininterval=interval)
+
+    def report(done: int, total: int) -> None:
+        bar.total = total
+        bar.update(done - bar.n)
+        if done >= total:
+            bar.close()
+
+    return report
+
+
+def exit_code(program: str, work: Callable[[], None]) -> int:
+    """Do the work of a command: 0 done, 2 what the user gave is at fault, 5 out of memory; no tracebacks."""
+    try:
+        work()
+    except ConfigError as error:
+        print(f"{program}: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    except OSError as error:  # a full disk, a folder that went away: everything else was checked before
+        print(f"{program}: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        print(f"{program}: out of memory: {str(error).partition(chr(10))[0]}", file=sys.stderr)
+        print("Halve --micro-batch, or use --device cpu.", file=sys.stderr)
+        return EXIT_OUT_OF_MEMORY
+    return 0
+
+
+def held_out_batches(run: OpenRun, count: int, progress: Progress | None = None) -> Iterator[Tensor]:
+    """The first `count` held-out images of the run's data, (b, C, S', S') each, on the host; 0: all of them.
+
+    Raises ConfigError when the data cannot be opened, at once and not with the first batch.
+    """
+    profile = run.profile
+    held_out = open_source(profile.data, profile.model).test
+    wanted = min(count, len(held_out)) if count else len(held_out)
+
+    def batches() -> Iterator[Tensor]:
+        done = 0
+        for x in evaluation_batches(held_out, profile.model, profile.data, run.micro_batch, profile.training.seed):
+            if done >= wanted:
+                return
+            yield x[: wanted - done]
+            done = min(done + len(x), wanted)
+            if progress is not None:
+                progress(done, wanted)
+
+    return batches()

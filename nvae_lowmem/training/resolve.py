@@ -1,0 +1,90 @@
+"""From a profile and a machine to everything that training needs decided; every choice comes with its reason."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+
+from nvae_lowmem.config.sections import Precision, Profile
+from nvae_lowmem.errors import ConfigError
+from nvae_lowmem.training.learning_rate import suggest_learning_rate
+from nvae_lowmem.training.step import BatchPlan
+
+
+class Schedule(NamedTuple):
+    """Counts of optimiser steps, and the peak learning rate."""
+
+    total_steps: int
+    steps_per_epoch: int
+    warmup_steps: int
+    peak_rate: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunPlan:
+    """A profile with every automatic choice made, and the reasons in words."""
+
+    profile: Profile
+    split: BatchPlan
+    schedule: Schedule
+    reasons: tuple[str, ...]
+
+
+def choose_precision(wanted: Precision, device: torch.device) -> tuple[Precision, str]:
+    """fp32, bf16 or fp16 and why. Raises ConfigError for what the device cannot do."""
+    if wanted == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise ConfigError(
+            "--precision bf16: this card only emulates bf16 (compute capability below 8.0): use fp16, auto or fp32"
+        )
+    if wanted != "auto":
+        return wanted, f"precision {wanted}: as asked"
+    if device.type != "cuda":
+        return "fp32", "precision fp32: no GPU; half precision saves card memory, which there is none of"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major >= 8:
+        return "bf16", f"precision bf16: compute capability {major}.{minor} computes it natively, no loss scale needed"
+    return "fp16", f"precision fp16: compute capability {major}.{minor} has no bf16; halves the activations"
+
+
+def split_batch(profile: Profile, processes: int) -> BatchPlan:
+    """total = micro x accumulation x processes. Raises ConfigError where it does not divide."""
+    total, micro = profile.training.total_batch, profile.plan.micro_batch
+    if total % processes:
+        good = -(-total // processes) * processes
+        raise ConfigError(
+            f"training.total_batch = {total} cannot be divided among {processes} processes: use {good}, "
+            "or start another number of processes"
+        )
+    share = total // processes
+    micro = micro or share
+    if share % micro:
+        fitting = ", ".join(str(m) for m in range(1, share + 1) if share % m == 0)
+        raise ConfigError(
+            f"plan.micro_batch = {micro} does not divide the {share} images of each process "
+            f"(total batch {total} / {processes}): use one of {fitting}"
+        )
+    return BatchPlan(total, micro, share // micro, processes)
+
+
+def plan_run(profile: Profile, images: int, device: torch.device, processes: int) -> RunPlan:
+    """Decide precision, batch split, step counts and learning rate for `images` training images."""
+    training = profile.training
+    precision, why_precision = choose_precision(profile.plan.precision, device)
+    split = split_batch(profile, processes)
+    steps_per_epoch = max(1, images // training.total_batch)
+    total = training.steps or max(1, round(training.epochs * steps_per_epoch))
+    warmup = min(round(training.warmup_epochs * steps_per_epoch), total // 2)
+    rate, why_rate = training.learning_rate, f"learning rate {training.learning_rate:g}: as given"
+    if not rate:
+        batch = int(profile.provenance.get("published_total_batch", 256))
+        rate, why_rate = suggest_learning_rate(
+            training.total_batch, batch, float(profile.provenance.get("published_learning_rate", 1e-2))
+        )
+    steps = f"{total} steps = {total / steps_per_epoch:.1f} epochs x {steps_per_epoch} steps ({images} images)"
+    reasons = (str(split), steps, f"warm-up {warmup} steps", why_rate, why_precision)
+    decided = replace(profile, plan=replace(profile.plan, precision=precision, micro_batch=split.micro))
+    return RunPlan(
+        profile=decided, split=split, schedule=Schedule(total, steps_per_epoch, warmup, rate), reasons=reasons
+    )
