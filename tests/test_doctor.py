@@ -73,7 +73,7 @@ def test_the_script_runs_here_and_its_json_says_the_truth(tmp_path: Path) -> Non
 def test_main_prints_the_report_writes_the_file_and_answers_mistakes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from nvae_lowmem.commands.console import load_main
+    from nvae_lowmem.commands.doctor import main
 
     main = load_main(SCRIPT)
     monkeypatch.setattr(doctor, "read_gpu", lambda: WITH_970)
@@ -90,10 +90,10 @@ def test_main_prints_the_report_writes_the_file_and_answers_mistakes(
 def test_a_missing_kernel_for_the_card_here_ends_with_status_1(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from nvae_lowmem.commands.console import load_main
+    from nvae_lowmem.commands.doctor import main
 
     monkeypatch.setattr(doctor, "read_gpu", lambda: facts(arch_flags=CUDA_130))
-    assert load_main(SCRIPT)(["--runs", str(tmp_path)]) == 1
+    assert main(["--runs", str(tmp_path)]) == 1
     assert 'pip install "torch==2.7.1"' in capsys.readouterr().out
 
 

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 from test_fit import CARD, GIB, MIB, SIX_BLOCKS, WIDE, budget_of, predicted, profile_of, small_model
 
-from nvae_lowmem.commands import fit_memory as fit_command
 from nvae_lowmem.commands.fit_memory import run_fit
 from nvae_lowmem.config.profile_file import load, save
 from nvae_lowmem.config.sections import MemoryPlan, Profile
+from nvae_lowmem.memory.predict import predict as predicting
 from nvae_lowmem.memory.predict.predict import Prediction, predictor_for
 from nvae_lowmem.memory.predict.untraced import Entry
 from nvae_lowmem.memory.trace.events import Peak
@@ -37,7 +37,7 @@ def test_a_plan_fits_only_if_it_runs_with_everything_unknown_at_its_most(
         found = predicted(profile, Peak(GIB, 0, "", "", "", {}, {}), GIB, 0)
         return replace(found, overlay=(workspace,), oom="no such piece" if calibration and in_pieces else None)
 
-    monkeypatch.setattr(fit_command, "predict", predict)
+    monkeypatch.setattr(predicting, "predict", predict)
     found = predictor_for(CARD, budget_of(2 * GIB))(SIX_BLOCKS, 16, 1)
     assert asked[0] is None and asked[1] is not None and asked[1]["cudnn-workspace"].nbytes == 64 * MIB
     assert found.fits(2 * GIB) == (not in_pieces)
