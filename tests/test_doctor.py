@@ -75,7 +75,6 @@ def test_main_prints_the_report_writes_the_file_and_answers_mistakes(
 ) -> None:
     from nvae_lowmem.commands.doctor import main
 
-    main = load_main(SCRIPT)
     monkeypatch.setattr(doctor, "read_gpu", lambda: WITH_970)
     target = tmp_path / "report.json"
     assert main(["--runs", str(tmp_path), "--json", str(target)]) in (0, 1)
