@@ -214,20 +214,19 @@ def run(profile: Profile, cap_bytes: int, predictor: Any = priced, **wishes: Any
 
 
 def test_no_assignment_that_fits_with_room_to_spare_is_faster_than_the_chosen_one() -> None:
-    profile = replace(SIX_BLOCKS, plan=replace(SIX_BLOCKS.plan, offload_optimizer=True))
+    profile = SIX_BLOCKS.with_plan(offload_optimizer=True)
     named = table_of(profile.model).choices((1,), 16, RATES, gradients_stay=False)
     seconds = {name: {c.keep: c.seconds for c in row} for name, row in named}
     peaks = {}
     for keep in ("all", "input"):
-        plan = replace(profile.plan, keep=keep)
-        peaks[keep] = trace_training(replace(profile, plan=plan), 16, 1, 1).peak().nbytes
+        peaks[keep] = trace_training(profile.with_plan(keep=keep), 16, 1, 1).peak().nbytes
     cap = (peaks["all"] + 2 * peaks["input"]) // 3  # between everything kept and everything recomputed
     found = run(profile, cap, traced, min_micro_batch=16)
     assert found.fits and found.reserved_bytes <= cap
     beaten = 0
     for keeps in mixed_assignments(list(seconds), 20):
         if sum(seconds[name][keep] for name, keep in keeps.items()) < found.chosen.assignment.seconds * (1 - 1e-9):
-            trace = trace_training(replace(profile, plan=replace(profile.plan, keep_blocks=keeps)), 16, 1, 1)
+            trace = trace_training(profile.with_plan(keep_blocks=keeps), 16, 1, 1)
             assert trace.peak().nbytes > 0.97 * cap, keeps
             beaten += 1
     assert beaten  # some were faster, and none of them fits

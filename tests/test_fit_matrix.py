@@ -52,7 +52,7 @@ def faster_and_larger(found: Fit, profile: Profile, card: Card, table: BlockTabl
     """Plans with a larger micro-batch that the planner would call faster if the chosen one's overhead were enough."""
     c, p = found.chosen, found.prediction
     assert p is not None
-    decided = replace(profile, plan=replace(profile.plan, precision=c.profile.plan.precision, micro_batch=0))
+    decided = profile.with_plan(precision=c.profile.plan.precision, micro_batch=0)
     planner = Planner(profile=decided, card=card, budget=found.budget, wishes=Wishes(), table=table)
     planner.set_aside(c, max(0, found.reserved_bytes - c.peak_bytes), max(0, p.host_bytes - c.host_bytes))
     for micro_batch in planner.micro_batches():

@@ -32,7 +32,7 @@ RGB = replace(TINY, image_channels=3, image_size=8, padding=0, bits=8, mixtures=
 
 def lean(profile: Profile, **plan: Any) -> Profile:
     plan = {"precision": "fp16", "keep": "input", "offload_optimizer": True, "engine": "torch", **plan}
-    return replace(profile, plan=replace(profile.plan, **plan))
+    return profile.with_plan(**plan)
 
 
 @cache
@@ -150,7 +150,7 @@ def test_real_samples_of_a_shipped_recipe_are_traced_exactly() -> None:
 )
 def test_a_pass_is_never_wider_than_one_of_training(micro_batch: int, total: int, planned: Any, precision: str) -> None:
     profile = Profile(training=TrainConfig(total_batch=total))
-    profile = replace(profile, plan=replace(profile.plan, micro_batch=micro_batch, precision=planned))
+    profile = profile.with_plan(micro_batch=micro_batch, precision=planned)
     images, trained = images_per_pass(profile, precision), micro_batch or total
     assert 1 <= images <= trained
     if planned in ("bf16", "fp16") and precision == "fp32":

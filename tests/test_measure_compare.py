@@ -82,7 +82,7 @@ def test_running_out_of_memory_agrees_only_where_it_was_predicted() -> None:
     outcome = replace(on_card(), status="out of memory", detail="in step 1: no room")
     assert not assess(outcome)["agrees"]
     assert outcome.decided is not None
-    tight = replace(outcome.decided, plan=replace(outcome.decided.plan, cap_bytes=66 * MIB))
+    tight = outcome.decided.with_plan(cap_bytes=66 * MIB)
     row = assess(replace(outcome, decided=tight))
     assert row["agrees"] and "out of memory in step 1: no room, as predicted" in as_text(row)
 

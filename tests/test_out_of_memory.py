@@ -55,9 +55,7 @@ def test_the_report_names_phase_block_size_plan_and_what_to_try(
     block_fails(monkeypatch, "dec_0_1", call=1)
     made = {"predicted_allocated_bytes": 3 << 29, "predicted_reserved_bytes": 2 << 30}
     profile = profiles.load(write_profile(tmp_path))
-    profiles.save(
-        replace(profile, plan=replace(profile.plan, cap_bytes=3 << 30), provenance=made), tmp_path / "fitted.toml"
-    )
+    profiles.save(replace(profile.with_plan(cap_bytes=3 << 30), provenance=made), tmp_path / "fitted.toml")
     said = report_of(run(tmp_path / "fitted.toml", "--runs-dir", str(tmp_path / "runs")))
     assert "out of memory in the forward pass, block dec_0_1, which wanted 42.00 MiB more" in said
     assert "cap 3.00 GiB, predicted allocated peak 1.50 GiB, predicted reserved peak 2.00 GiB" in said

@@ -107,11 +107,11 @@ def test_what_is_made_is_the_same_each_time_and_passes_the_check_until_somebody_
     assert any("seconds per step" in line for line in check(TINY, replace(row, seconds_per_step=1e-3)))
 
     profile = load(TINY.path)
-    save(replace(profile, plan=replace(profile.plan, cap_bytes=1 << 30)), TINY.path)
+    save(profile.with_plan(cap_bytes=1 << 30), TINY.path)
     assert any("cap is 1073741824" in line for line in check(TINY, row))
     save(replace(profile, training=replace(profile.training, epochs=1.0)), TINY.path)
     assert any("training is" in line for line in check(TINY, row))
-    save(replace(profile, plan=replace(profile.plan, keep="host")), TINY.path)
+    save(profile.with_plan(keep="host"), TINY.path)
     assert any("predicted now" in line for line in check(TINY, row))
     TINY.path.write_text("name = [")
     assert any("not valid TOML" in line for line in check(TINY, row))

@@ -34,7 +34,7 @@ MIXED = {"enc_*": "host", "dec_1*": "all", "head": "cheap"}
 def profile_of(model: ModelConfig = NANO, clip_norm: float = 0.0, **plan: Any) -> Profile:
     plan = {"engine": "torch", "precision": "fp32", **plan}
     base = Profile(model=model, training=TrainConfig(clip_norm=clip_norm))
-    return replace(base, plan=replace(base.plan, **plan))
+    return base.with_plan(**plan)
 
 
 def lives(trace: Trace) -> list[tuple[Any, ...]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
 
 import psutil
 
@@ -28,8 +27,7 @@ def auto_fitted(profile: Profile, gpu_mem: str, engine: EngineName) -> Profile:
     assert chosen is not None  # one of both is given
     card, budget = chosen
     wishes = Wishes(host_mem_bytes=int(_HOST_SHARE * psutil.virtual_memory().available), engine=engine)
-    wanted = replace(profile, plan=replace(profile.plan, micro_batch=0))
-    found = fit(wanted, card, budget, wishes, predictor_for(card, budget), say=_say)
+    found = fit(profile, card, budget, wishes, predictor_for(card, budget), say=_say)
     if found.prediction is None:
         raise NothingFits("\n  ".join([f"--auto-fit: nothing fits {card.name}", *found.reasons[:1], *found.refused]))
     print("\n  ".join([f"fitted to {card.name}:", *found.reasons]), flush=True)

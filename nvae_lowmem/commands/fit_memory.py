@@ -117,7 +117,7 @@ def _joined(argv: Sequence[str]) -> list[str]:
 def _profile(arguments: argparse.Namespace) -> Profile:
     profile = load(arguments.profile) if arguments.profile is not None else recipe(arguments.recipe)
     # the plan is what is looked for: the profile's own micro-batch must not stand against another total batch
-    profile = override(replace(profile, plan=replace(profile.plan, micro_batch=0)), arguments.set)
+    profile = override(profile.with_plan(micro_batch=0), arguments.set)
     if arguments.total_batch is not None:
         if arguments.total_batch < 1:
             raise ConfigError(f"--total-batch {arguments.total_batch} must be at least 1")

@@ -177,7 +177,7 @@ def _jobs(arguments: argparse.Namespace) -> Iterator[Job]:
         names[name] = names.get(name, 0) + 1
         unique = name if names[name] == 1 else f"{name}-{names[name]}"
         if arguments.micro_batch is not None:
-            profile = replace(profile, plan=replace(profile.plan, micro_batch=arguments.micro_batch))
+            profile = profile.with_plan(micro_batch=arguments.micro_batch)
         profile = with_cap(override(profile, arguments.set), cap_bytes)
         yield Job(
             name=unique, profile=profile, device=arguments.device, steps=arguments.steps,

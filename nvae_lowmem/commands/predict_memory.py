@@ -10,7 +10,6 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -87,7 +86,7 @@ def _profile(arguments: argparse.Namespace) -> Profile:
     if arguments.micro_batch is not None:
         if arguments.micro_batch < 1:
             raise ConfigError(f"--micro-batch {arguments.micro_batch} must be at least 1")
-        profile = replace(profile, plan=replace(profile.plan, micro_batch=arguments.micro_batch))
+        profile = profile.with_plan(micro_batch=arguments.micro_batch)
     return override(profile, arguments.set)
 
 

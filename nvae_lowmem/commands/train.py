@@ -246,7 +246,7 @@ def _auto_fitted(command: TrainCommand, profile: Profile, device: torch.device, 
         "deepspeed" if distributed.launched() and profile.plan.engine == "auto" else profile.plan.engine
     )
     out = fitted(profile, command.gpu_mem, engine)
-    return out if device.type == "cuda" else replace(out, plan=replace(out.plan, precision=profile.plan.precision))
+    return out if device.type == "cuda" else out.with_plan(precision=profile.plan.precision)
 
 
 def _run_dir(command: TrainCommand, profile: Profile) -> Path:

@@ -7,7 +7,7 @@ it, training reads it, every checkpoint carries it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from nvae_lowmem.config.model import Architecture, LikelihoodName, ModelConfig
@@ -156,7 +156,7 @@ class MemoryPlan:
     precision: Precision = "auto"
     """Dtype of activations; parameters, latents, KL, likelihood and regularisers are always fp32."""
     micro_batch: int = 0
-    """Images per forward pass and process; 0: the largest divisor of the total batch up to 32."""
+    """Images per forward pass and process; 0: the whole share of a process in one pass."""
     engine: EngineName = "auto"
     """auto: deepspeed where installed and started by it or offload asked for, else torch."""
     zero_stage: int = 2
@@ -214,6 +214,14 @@ class Profile:
     plan: MemoryPlan = field(default_factory=MemoryPlan)
     provenance: Mapping[str, Any] = field(default_factory=dict)
     """Who made this profile and from what: card, versions, prediction. Read by people and reports, never obeyed."""
+
+    def micro_batch(self, processes: int = 1) -> int:
+        """Images per forward pass of each of so many processes: the plan's, or where it says 0 the whole share."""
+        return self.plan.micro_batch or self.training.total_batch // processes
+
+    def with_plan(self, **changes: Any) -> Profile:
+        """The same profile with other values in its plan: `profile.with_plan(keep="input", micro_batch=8)`."""
+        return replace(self, plan=replace(self.plan, **changes))
 
     def problems(self) -> list[str]:
         """Every problem of every section."""

@@ -114,7 +114,7 @@ def plan_without_gradients(model: NVAE, profile: Profile) -> None:
 def images_per_pass(profile: Profile, precision: str = "fp32") -> int:
     """Images of a pass without gradients that take no more than a training step of the profile's plan."""
     plan = profile.plan
-    images = plan.micro_batch or min(MOST_UNPLANNED_IMAGES, profile.training.total_batch)
+    images = profile.micro_batch() if plan.micro_batch else min(MOST_UNPLANNED_IMAGES, profile.micro_batch())
     planned_half = AUTOCAST_DTYPES.get(plan.precision) is not None  # "auto" has not been decided: nobody trained so
     computes_half = AUTOCAST_DTYPES.get(precision) is not None
     return max(1, images // 2) if planned_half and not computes_half else images

@@ -8,7 +8,7 @@ import traceback
 import torch
 from torch import nn
 
-from nvae_lowmem.config.sections import MemoryPlan, Profile
+from nvae_lowmem.config.sections import Profile
 from nvae_lowmem.hardware import cuda_memory
 from nvae_lowmem.units import GIB, format_bytes
 
@@ -79,7 +79,7 @@ def next_settings(profile: Profile) -> list[str]:
         out.append("--set plan.keep=input --set plan.keep_blocks={} (blocks keep their input only, a third slower)")
     if not plan.offload_optimizer:
         out.append("--set plan.offload_optimizer=true (gradients and Adamax states in host memory)")
-    smaller = _smaller_micro_batch(plan, profile.training.total_batch)
+    smaller = _smaller_micro_batch(profile)
     if smaller:
         out.append(f"--micro-batch {smaller} (as many images per step, in more passes)")
     if plan.keep != "host":
@@ -88,7 +88,7 @@ def next_settings(profile: Profile) -> list[str]:
     return out
 
 
-def _smaller_micro_batch(plan: MemoryPlan, total_batch: int) -> int:
+def _smaller_micro_batch(profile: Profile) -> int:
     """The largest divisor of the total batch up to half the plan's micro-batch; 0 where there is none."""
-    most = (plan.micro_batch or total_batch) // 2
-    return next((m for m in range(most, 0, -1) if total_batch % m == 0), 0)
+    halved, total_batch = profile.micro_batch() // 2, profile.training.total_batch
+    return next((m for m in range(halved, 0, -1) if total_batch % m == 0), 0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -50,7 +50,7 @@ def choose_precision(wanted: Precision, device: torch.device) -> tuple[Precision
 
 def split_batch(profile: Profile, processes: int) -> BatchPlan:
     """total = micro x accumulation x processes. Raises ConfigError where it does not divide."""
-    total, micro = profile.training.total_batch, profile.plan.micro_batch
+    total, micro = profile.training.total_batch, profile.micro_batch(processes)
     if total % processes:
         good = -(-total // processes) * processes
         raise ConfigError(
@@ -58,7 +58,6 @@ def split_batch(profile: Profile, processes: int) -> BatchPlan:
             "or start another number of processes"
         )
     share = total // processes
-    micro = micro or share
     if share % micro:
         fitting = ", ".join(str(m) for m in range(1, share + 1) if share % m == 0)
         raise ConfigError(
@@ -84,7 +83,7 @@ def plan_run(profile: Profile, images: int, device: torch.device, processes: int
         )
     steps = f"{total} steps = {total / steps_per_epoch:.1f} epochs x {steps_per_epoch} steps ({images} images)"
     reasons = (str(split), steps, f"warm-up {warmup} steps", why_rate, why_precision)
-    decided = replace(profile, plan=replace(profile.plan, precision=precision, micro_batch=split.micro))
+    decided = profile.with_plan(precision=precision, micro_batch=split.micro)
     return RunPlan(
         profile=decided, split=split, schedule=Schedule(total, steps_per_epoch, warmup, rate), reasons=reasons
     )

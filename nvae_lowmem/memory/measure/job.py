@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -132,7 +132,7 @@ def _why(ended: Ended, timeout_seconds: float) -> str:
 
 def with_cap(profile: Profile, cap_bytes: int) -> Profile:
     """The profile under that cap; 0: its own."""
-    return replace(profile, plan=replace(profile.plan, cap_bytes=cap_bytes)) if cap_bytes else profile
+    return profile.with_plan(cap_bytes=cap_bytes) if cap_bytes else profile
 
 
 def require_steps(steps: int) -> None:

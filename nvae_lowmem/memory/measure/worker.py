@@ -152,7 +152,7 @@ def _measure(folder: Path, job: dict[str, Any], profile: Profile) -> dict[str, A
     if engine_name == "deepspeed":
         device = distributed.initialise(device)[2]
     plan = plan_run(profile, profile.training.total_batch * _EPOCH_STEPS, device, 1)
-    plan = replace(plan, profile=replace(plan.profile, plan=replace(plan.profile.plan, engine=engine_name)))
+    plan = replace(plan, profile=plan.profile.with_plan(engine=engine_name))
     profiles.save(plan.profile, folder / DECIDED)
     cuda_memory.apply_memory_cap(plan.profile.plan, device)
     result: dict[str, Any] = {"engine": reason, "settings": settings, "accumulation": plan.split.accumulation}

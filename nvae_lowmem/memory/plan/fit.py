@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from nvae_lowmem.config.sections import KEEPS, Profile
 from nvae_lowmem.errors import ConfigError
@@ -67,7 +67,7 @@ def fit(
     Raises ConfigError for wishes that no plan can fulfil.
     """
     start = time.monotonic()
-    profile = replace(profile, plan=replace(profile.plan, micro_batch=0)).check()
+    profile = profile.with_plan(micro_batch=0).check()
     wishes.check(profile)
     profile, why_precision = decide_precision(profile, card)
     if table is None:
@@ -110,7 +110,7 @@ def decide_precision(profile: Profile, card: Card) -> tuple[Profile, str]:
             f"plan.precision = 'bf16': {card.name} has no bf16 in hardware; use fp16, fp32, or leave it at auto"
         )
     precision, why = precision_for(card) if wanted == "auto" else (wanted, "as the profile says")
-    return replace(profile, plan=replace(profile.plan, precision=precision)), f"precision {precision}: {why}"
+    return profile.with_plan(precision=precision), f"precision {precision}: {why}"
 
 
 def _verified(planner: Planner, predictor: Predictor, deadline: float, say: Say) -> tuple[Candidate, Prediction] | None:

@@ -246,11 +246,7 @@ def trace_training(
     """
     watcher = Watcher(Ghosts() if fake else None)
     total = micro_batch * accumulation
-    profile = replace(
-        profile,
-        plan=replace(profile.plan, micro_batch=micro_batch),
-        training=replace(profile.training, total_batch=total),
-    )
+    profile = replace(profile.with_plan(micro_batch=micro_batch), training=replace(profile.training, total_batch=total))
     with quiet_gc(), as_on_card(), watcher:
         engine = watched_engine(NVAE(profile.model).train(), profile, accumulation, watcher)
         watcher.mark("setup done")
