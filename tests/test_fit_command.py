@@ -1,4 +1,4 @@
-"""The fitting command: its flags, its files, its exit statuses; and the predictor that it hands to the planner."""
+"""The fitting command: its flags, its files, its exit statuses."""
 
 from __future__ import annotations
 
@@ -7,41 +7,15 @@ import json
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
-from test_fit import CARD, GIB, MIB, SIX_BLOCKS, WIDE, budget_of, predicted, profile_of, small_model
+from test_fit import GIB, WIDE, profile_of, small_model
 
 from nvae_lowmem.commands.fit_memory import run_fit
 from nvae_lowmem.config.profile_file import load, save
-from nvae_lowmem.config.sections import MemoryPlan, Profile
-from nvae_lowmem.memory.predict import predict as predicting
-from nvae_lowmem.memory.predict.predict import Prediction, predictor_for
-from nvae_lowmem.memory.predict.untraced import Entry
-from nvae_lowmem.memory.trace.events import Peak
+from nvae_lowmem.config.sections import MemoryPlan
 
 SCRIPT = Path(__file__).resolve().parent.parent / "tools" / "fit_memory.py"
-
-
-@pytest.mark.parametrize("in_pieces", [True, False])
-def test_a_plan_fits_only_if_it_runs_with_everything_unknown_at_its_most(
-    in_pieces: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[dict[str, Entry] | None] = []
-
-    def predict(profile: Profile, micro_batch: int, accumulation: int, *, calibration: Any, **_: Any) -> Prediction:
-        asked.append(calibration)
-        workspace = Entry(
-            name="cudnn-workspace", nbytes=64 * MIB, when="convolution", source="test", is_bound=calibration is None
-        )
-        found = predicted(profile, Peak(GIB, 0, "", "", "", {}, {}), GIB, 0)
-        return replace(found, overlay=(workspace,), oom="no such piece" if calibration and in_pieces else None)
-
-    monkeypatch.setattr(predicting, "predict", predict)
-    found = predictor_for(CARD, budget_of(2 * GIB))(SIX_BLOCKS, 16, 1)
-    assert asked[0] is None and asked[1] is not None and asked[1]["cudnn-workspace"].nbytes == 64 * MIB
-    assert found.fits(2 * GIB) == (not in_pieces)
-    assert not in_pieces or (found.oom is not None and "no such piece" in found.oom)
 
 
 @pytest.fixture(scope="module")

@@ -233,7 +233,7 @@ def test_entries_are_held_in_their_phases() -> None:
     base = 1024 + 512
     assert curve == [
         1024, base, base + 512, base + 512 + 2048, base + 512, base + 512 + 4096, base + 1024 + 4096, base + 1024,
-        base + 1024 + 8192, base + 1536 + 8192,
+        base + 1024 + 8192, base + 1536 + 8192, base + 1536,
     ]  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from training_runs import EMA_DECAY, STEPS, run, tree, write_profile
 
 from nvae_lowmem.config import profile_file as profiles
+from nvae_lowmem.hardware import cuda_memory
 from nvae_lowmem.model.latents import SeededNoise
 from nvae_lowmem.model.nvae import NVAE
 from nvae_lowmem.training import checkpoint
@@ -288,6 +289,17 @@ def test_a_loss_that_is_no_number_ends_with_advice_and_its_own_exit_code(tmp_pat
 
 
 # --- the monitor ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_predicted_and_measured_peaks_are_compared_three_steps_after_every_start(
+    first: int, trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda_memory, "predicted_vs_measured", lambda predicted, margin, device: "so much predicted")
+    folder = interrupted(trained, tmp_path, first) if first else tmp_path / "run"
+    steps = () if first else ("--steps", "3")
+    result = run(trained.profile, "--run-dir", str(folder), *steps, "--set", "training.log_every=100")
+    assert result.code == 0 and result.said.count("so much predicted") == 1
 
 
 def test_early_steps_are_powers_of_two_and_multiples() -> None:

@@ -137,6 +137,12 @@ class Trainer:
         if self._watch.overflows:
             line += f"  overflows {self._watch.overflows}"
         monitor.progress(step, line, early)
+        predicted = int(self.profile.provenance.get("predicted_allocated_bytes", 0))
+        if step - self.first_step == 3:  # the optimiser's states exist, the caches are warm
+            margin = int(self.profile.provenance.get("margin_bytes", 0))
+            text = cuda_memory.predicted_vs_measured(predicted, margin, self.engine.device)
+            if text:
+                monitor.say(text)
         if not early:
             return
         with self.engine.gathered():
@@ -159,15 +165,8 @@ class Trainer:
         groups = zip(r.kl.tolist(), r.active.tolist(), r.coefficients.tolist(), strict=True)
         for i, (kl, active, coefficient) in enumerate(groups):
             values |= {f"kl_vals/layer_{i}": kl, f"kl/active_{i}": active, f"kl_coeff/layer_{i}": coefficient}
-        predicted = int(self.profile.provenance.get("predicted_allocated_bytes", 0))
         if predicted:
             values["memory/predicted_gib"] = predicted / GIB
-        if step - self.first_step == 4:  # the optimiser's states exist, the caches are warm
-            text = cuda_memory.predicted_vs_measured(
-                predicted, int(self.profile.provenance.get("margin_bytes", 0)), self.engine.device
-            )
-            if text:
-                monitor.say(text)
         monitor.scalars(step, values | memory | cuda_memory.nvml_memory(self.engine.device))
 
     def _held_out(self, count: int, batch: int) -> Iterator[Tensor]:

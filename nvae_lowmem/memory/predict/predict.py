@@ -19,7 +19,14 @@ from typing import Any
 from nvae_lowmem.config.sections import Precision, Profile
 from nvae_lowmem.errors import ConfigError, raise_problems
 from nvae_lowmem.hardware.budget import Budget, Card, memory_fraction, precision_for
-from nvae_lowmem.memory.allocator.allocator import CHECKPOINT, FREE_ID, AllocatorSettings, CachingAllocator, Replay
+from nvae_lowmem.memory.allocator.allocator import (
+    CHECKPOINT,
+    FREE_ID,
+    AllocatorSettings,
+    AllocatorStats,
+    CachingAllocator,
+    Replay,
+)
 from nvae_lowmem.memory.allocator.settings import UNLIMITED_BYTES
 from nvae_lowmem.memory.predict.untraced import (
     Entry,
@@ -65,13 +72,13 @@ class Prediction:
     init_peak_bytes: int
     """Most bytes in the allocator while the engine is built, before the first step."""
     margin_bytes: int
-    """What may come on top of either peak, never off it: with every bound of the unknown taken at its most."""
+    """Upper bound of unmeasured memory, added to either peak; it does not depend on what the budget leaves free."""
     retries: int
     """How often the allocator has to give back its cache in a step before it gets memory; slow."""
     overlay: tuple[Entry, ...]
     """What no trace sees, each with its source."""
     oom: str | None
-    """Why the allocator runs out of memory under the budget's cap less the margin, if it does."""
+    """Why the allocator runs out under the budget's cap, less the margin or with every bound allocated, if it does."""
 
     def fits(self, cap_bytes: int) -> bool:
         """Whether training runs when the allocator may take `cap_bytes`, with the margin."""
@@ -116,20 +123,21 @@ def predict(
     held = [entry for entry in overlay if entry.when in _IN_ALLOCATOR]
     known = overlaid(trace, [entry for entry in held if not entry.is_bound])
     requests = _three_steps(known)
-    room = _replay(requests, parsed, None)
-    stats = room.checkpoints[-1]
-    most = _replay(_three_steps(overlaid(trace, held)), parsed, None).checkpoints[-1]
-    margin = max(
-        0,
-        most.peak_reserved_bytes - stats.peak_reserved_bytes,
-        most.peak_allocated_bytes - stats.peak_allocated_bytes,
-    )
+    replay = _replay(requests, parsed, None)
+    stats = replay.checkpoints[-1]
+    worst = overlaid(trace, held)
+    worst_requests = _three_steps(worst)
+    most = _replay(worst_requests, parsed, None).checkpoints[-1]
+    margin = _margin_bytes(stats, most)
     oom = None
     if budget is not None and stats.peak_reserved_bytes + margin > budget.cap_bytes:
         capped = _replay(requests, parsed, budget, margin)
         oom = _why(known, requests, capped, margin)
+        if oom is None:  # free memory may be fragmented, so replay once more with all bounds allocated
+            oom = _why(worst, worst_requests, _replay(worst_requests, parsed, budget), 0)
+            oom = oom and f"with the unknown at its most: {oom}"
         if oom is None:
-            room, stats = capped, capped.checkpoints[-1]
+            replay, stats = capped, capped.checkpoints[-1]
     locked = sum(entry.nbytes for entry in overlay if entry.when == "pinned") + _parked_bytes(trace)
     return Prediction(
         micro_batch=micro_batch,
@@ -144,7 +152,7 @@ def predict(
         context_bytes=sum(entry.nbytes for entry in overlay if entry.when == "context"),
         init_peak_bytes=_at_setup(known) + sum(entry.nbytes for entry in overlay if entry.when == "setup"),
         margin_bytes=margin,
-        retries=stats.retries - room.checkpoints[-2].retries,
+        retries=stats.retries - replay.checkpoints[-2].retries,
         overlay=overlay,
         oom=oom,
     )
@@ -228,6 +236,18 @@ def _replay(requests: Requests, settings: AllocatorSettings, budget: Budget | No
     cap = max(1, budget.cap_bytes - margin_bytes)
     share = memory_fraction(cap, budget.context_bytes, budget.total_bytes)
     return CachingAllocator(settings, budget.total_bytes, budget.context_bytes, share).replay(requests)
+
+
+def _margin_bytes(known: AllocatorStats, most: AllocatorStats) -> int:
+    """Upper bound of the unmeasured memory, from a replay without it and one with all of it.
+
+    Fragments may well make a peak lower when more is asked for; the peak of the bytes asked for itself never falls.
+    """
+    return max(
+        most.peak_requested_bytes - known.peak_requested_bytes,
+        most.peak_allocated_bytes - known.peak_allocated_bytes,
+        most.peak_reserved_bytes - known.peak_reserved_bytes,
+    )
 
 
 def _why(trace: Trace, requests: Requests, replay: Replay, margin_bytes: int) -> str | None:
@@ -314,21 +334,5 @@ def as_text(prediction: Prediction, cap_bytes: int = 0) -> str:
 def predictor_for(
     card: Card, budget: Budget, calibration: Mapping[str, Entry] | None = None
 ) -> Callable[[Profile, int, int], Prediction]:
-    """The real predictor, for one card, what is left of it, and what was measured on it.
-
-    Under a cap a margin of so many bytes is not enough: they may be there in pieces. So a plan fits only if its steps
-    also run with everything that is unknown at its most.
-    """
-    predicted = functools.partial(predict, card=card, budget=budget)
-
-    def predictor(profile: Profile, micro_batch: int, accumulation: int) -> Prediction:
-        p = predicted(profile, micro_batch, accumulation, calibration=calibration)
-        bounds = {entry.name: entry for entry in p.overlay if entry.is_bound}
-        if p.oom is not None or not bounds:
-            return p
-        worst = predicted(profile, micro_batch, accumulation, calibration={**(calibration or {}), **bounds})
-        if worst.fits(budget.cap_bytes):
-            return p
-        return replace(p, oom=f"with the unknown at its most: {worst.oom or 'more than the cap'}")
-
-    return predictor
+    """`predict` for one card, what is left of it, and what was measured on it."""
+    return functools.partial(predict, card=card, budget=budget, calibration=calibration)

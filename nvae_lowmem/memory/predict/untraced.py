@@ -247,7 +247,8 @@ def overlaid(trace: Trace, held: Sequence[Entry]) -> Trace:
     number: dict[int, int] = {}
     writer.hold("always", "setup")
     for i, event in enumerate(trace.events):
-        if i in marks:
+        if i in marks:  # a phase ends with its step: what is held in it must not reach into the next
+            writer.enter("")
             positions[i] = len(out.events)
         if event < 0:
             writer.free(number.pop(~event))
@@ -258,6 +259,7 @@ def overlaid(trace: Trace, held: Sequence[Entry]) -> Trace:
         if "convolution" in a.operation:
             writer.hold("convolution", a.phase)
             writer.release("convolution")
+    writer.enter("")
     positions[len(trace.events)] = len(out.events)
     out.marks = {name: positions[at] for name, at in trace.marks.items()}
     return out

@@ -1,0 +1,69 @@
+"""A plan close to the cap: it fits if its steps run with everything that is unknown at its most."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from test_predict import budget_of
+from test_trace import profile_of
+
+from nvae_lowmem.hardware.budget import Budget, find_card
+from nvae_lowmem.memory.allocator.allocator import AllocatorSettings, CachingAllocator, Replay
+from nvae_lowmem.memory.predict import predict as predicting
+from nvae_lowmem.memory.predict.predict import predict, predictor_for
+from nvae_lowmem.units import GIB, MIB
+
+
+@pytest.mark.parametrize("in_pieces", [True, False])
+def test_free_memory_in_pieces_is_no_room_for_the_unknown(in_pieces: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The steps run below the cap less the margin; whether they also do with the unknown allocated decides."""
+    real = predicting._replay
+    free = predict(profile_of(), 4, budget=budget_of(3 * GIB))  # a cap makes cuBLAS's workspaces smaller
+    cap = free.reserved_peak_bytes + free.margin_bytes - 1
+    asked: list[int] = []
+
+    def replay(requests: Any, settings: AllocatorSettings, budget: Budget | None, margin_bytes: int = 0) -> Replay:
+        if budget is None:
+            return real(requests, settings, None)
+        asked.append(margin_bytes)
+        return real(requests, settings, budget_of(MIB if margin_bytes == 0 and in_pieces else 3 * GIB))
+
+    monkeypatch.setattr(predicting, "_replay", replay)
+    close = budget_of(cap)
+    for ask in (predictor_for(find_card("gtx-970"), close), functools.partial(predict, budget=close)):
+        asked.clear()
+        found = ask(profile_of(), 4, 1)
+        assert asked == [free.margin_bytes, 0]
+        assert (found.oom is not None and "the unknown at its most" in found.oom) == in_pieces
+        assert not in_pieces or not found.fits(cap)
+
+
+def test_the_margin_is_what_may_be_asked_for_where_fragments_hide_it() -> None:
+    """A request that a cached block serves raises no peak here, and does where the fragments lie otherwise."""
+    allocator = CachingAllocator(AllocatorSettings(), 4 * GIB)
+    allocator.free(allocator.malloc(64 * MIB))
+    stats = allocator.stats
+    more = replace(
+        stats,
+        peak_requested_bytes=stats.peak_requested_bytes + 3 * MIB,
+        peak_reserved_bytes=stats.peak_reserved_bytes - 2 * MIB,
+        peak_allocated_bytes=stats.peak_allocated_bytes - MIB,
+    )
+    assert predicting._margin_bytes(stats, more) == 3 * MIB
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize(
+    ("stage", "offload"), [(0, False), (1, False), (1, True), (2, False), (2, True), (3, False), (3, True)]
+)
+def test_every_zero_stage_is_predicted_with_its_bounds_in_the_margin(
+    stage: int, offload: bool, accumulation: int
+) -> None:
+    profile = profile_of(engine="deepspeed", zero_stage=stage, offload_optimizer=offload, bucket_elements=10_000)
+    found = predict(profile, 2, accumulation)
+    assert found.oom is None and found.fits(4 * GIB)
+    bounds = [entry.nbytes for entry in found.overlay if entry.is_bound and entry.when in predicting._IN_ALLOCATOR]
+    assert max(bounds) <= found.margin_bytes <= 2 * sum(bounds)
