@@ -40,10 +40,11 @@ FLOORS = {
     "nvae_lowmem.memory.measure": 9,
     "nvae_lowmem.memory.catalogue": 10,
     "nvae_lowmem.demo": 10,
-    "nvae_lowmem.commands": 11,
-    "nvae_lowmem.__main__": 12,
-    "launch": 12,
-    "tools": 12,
+    "nvae_lowmem.library": 11,
+    "nvae_lowmem.commands": 12,
+    "nvae_lowmem.__main__": 13,
+    "launch": 13,
+    "tools": 13,
 }
 LONGEST_FILE = 450
 
@@ -77,6 +78,9 @@ def imports_of(path: Path, tree: ast.AST) -> Iterator[tuple[int, str]]:
     package = module_of(path).split(".")
     if path.name != "__init__.py":
         package = package[:-1]
+    if path == REPOSITORY / PACKAGE / "__init__.py":  # the front door: it names the library for type checkers alone
+        assert isinstance(tree, ast.Module)
+        tree.body = [n for n in tree.body if not isinstance(n, ast.If) or ast.unparse(n.test) != "TYPE_CHECKING"]
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]

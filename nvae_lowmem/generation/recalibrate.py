@@ -87,12 +87,12 @@ def recalibrated(
     progress: Progress | None = None,
 ) -> Iterator[None]:
     """Inside, the model has statistics for sampling; afterwards its own again."""
-    before = {name: value.clone() for name, value in _statistics(model).items()}
+    before = {name: value.clone() for name, value in recalibrated_statistics(model).items()}
     try:
         recalibrate(model, temperature, passes, micro_batch, seed, progress)
         yield
     finally:
-        _set_statistics(model, before)
+        set_statistics(model, before)
 
 
 # --- kept beside the checkpoint ---------------------------------------------------------------------------------------
@@ -133,7 +133,7 @@ def statistics_path(checkpoint: Path, temperature: Temperature) -> Path:
 def save_statistics(model: NVAE, path: Path, settings: Mapping[str, str]) -> None:
     """Write the decoder's statistics, and the settings that they were estimated with."""
     partial = path.with_name(f".{path.name}-{os.getpid()}")
-    tensors = {name: value.detach().cpu().contiguous() for name, value in _statistics(model).items()}
+    tensors = {name: value.detach().cpu().contiguous() for name, value in recalibrated_statistics(model).items()}
     try:
         partial.write_bytes(safetensors.torch.save(tensors, dict(settings)))
         os.replace(partial, path)
@@ -149,10 +149,10 @@ def read_settings(path: Path) -> dict[str, str]:
 def load_statistics(model: NVAE, path: Path) -> None:
     """Give the model the statistics of a file. Raises ConfigError if it is damaged or belongs to another model."""
     tensors, _ = _read(path)
-    expected = {name: value.shape for name, value in _statistics(model).items()}
+    expected = {name: value.shape for name, value in recalibrated_statistics(model).items()}
     if {name: value.shape for name, value in tensors.items()} != expected:
         raise ConfigError(f"{path}: these BatchNorm statistics belong to another model; delete the file")
-    _set_statistics(model, tensors)
+    set_statistics(model, tensors)
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -178,7 +178,7 @@ def _decoder_norms(model: NVAE) -> dict[str, Normed]:
     }
 
 
-def _statistics(model: NVAE) -> dict[str, Tensor]:
+def recalibrated_statistics(model: NVAE) -> dict[str, Tensor]:
     """The decoder's running statistics themselves, named as in the state_dict."""
     return {
         f"{name}.{kind}": getattr(layer, kind)
@@ -188,8 +188,8 @@ def _statistics(model: NVAE) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def _set_statistics(model: NVAE, values: Mapping[str, Tensor]) -> None:
-    for name, own in _statistics(model).items():
+def set_statistics(model: NVAE, values: Mapping[str, Tensor]) -> None:
+    for name, own in recalibrated_statistics(model).items():
         own.copy_(values[name])
 
 

@@ -1,0 +1,281 @@
+"""A trained model to work with: sample, encode, decode, reconstruct, blend, and likelihoods of images.
+
+    import nvae_lowmem as nl
+    model = nl.load("runs/latest")
+    model.sample(16, temperature=0.8, seed=1, output="pil")[0].save("sample.png")
+
+Every result is a function of the weights, the seed and the number of the image: how the work is split into passes (the
+plan's micro-batch) does not matter. Legend: B images, C channels, S pixels per side, G latent groups from the top down.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from nvae_lowmem.config.model import ModelConfig
+from nvae_lowmem.config.sections import Profile
+from nvae_lowmem.errors import ConfigError
+from nvae_lowmem.evaluation.bounds import elbo_of_images, importance_weighted_bound
+from nvae_lowmem.generation.blend import Mode, blend_images, parse_weights
+from nvae_lowmem.generation.recalibrate import (
+    RECALIBRATION_SEED,
+    default_passes,
+    recalibrate,
+    recalibrated_statistics,
+    set_statistics,
+)
+from nvae_lowmem.generation.reconstruct import Posterior, posterior_noise, reconstruct
+from nvae_lowmem.generation.sample import Temperature, decoded_mean, sample_images, temperature_text
+from nvae_lowmem.interop import nvlabs
+from nvae_lowmem.library.images import Images, Output, as_batch, as_output
+from nvae_lowmem.model.latents import FromPosterior, Given
+from nvae_lowmem.model.nvae import NVAE
+from nvae_lowmem.training.open_run import (
+    DeviceChoice,
+    OpenRun,
+    choose_device,
+    images_per_pass,
+    open_run,
+    plan_without_gradients,
+)
+
+_FORMAT = "nvae-lowmem latents 1"
+
+
+@dataclass(frozen=True)
+class Latents:
+    """The latents of B images, on the host."""
+
+    z: tuple[Tensor, ...]
+    """One tensor (B, L, h, w) fp32 per group, from the top (lowest resolution) down."""
+    kl: Tensor
+    """(B, G) nats: KL of each image's posterior from the prior, per group."""
+
+    def __len__(self) -> int:
+        return len(self.kl)
+
+    def __getitem__(self, rows: slice) -> Latents:
+        return Latents(tuple(z[rows] for z in self.z), self.kl[rows])
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write them as one safetensors file: `group_000`, `group_001`, ... and `kl`."""
+        tensors = {f"group_{i:03d}": z.contiguous() for i, z in enumerate(self.z)} | {"kl": self.kl.contiguous()}
+        safetensors.torch.save_file(tensors, path, metadata={"format": _FORMAT})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Latents:
+        """Read what `save` wrote. Raises ConfigError for anything else."""
+        try:
+            tensors = safetensors.torch.load_file(path)
+        except (OSError, safetensors.SafetensorError) as error:
+            raise ConfigError(f"latents {path}: cannot be read: {error}") from None
+        groups = [name for name in sorted(tensors) if name.startswith("group_")]
+        if "kl" not in tensors or not groups or len(groups) != len(tensors) - 1:
+            raise ConfigError(f"latents {path}: holds {', '.join(sorted(tensors)[:5])}, and not latents of a model")
+        return cls(tuple(tensors[name] for name in groups), tensors["kl"])
+
+
+class Model:
+    """A trained NVAE in evaluation mode on one device. Made by `load`."""
+
+    def __init__(self, profile: Profile, network: NVAE, device: torch.device, micro_batch: int, name: str) -> None:
+        self.profile = profile
+        """What it was made with: model, data, training, plan."""
+        self.network = network
+        """The torch module itself."""
+        self.device = device
+        self.micro_batch = micro_batch
+        """Images per pass, as the run's memory plan has room for."""
+        self.name = name
+        self._posterior_statistics = {key: value.clone() for key, value in recalibrated_statistics(network).items()}
+        self._prior_statistics: dict[tuple[str, int], Mapping[str, Tensor]] = {}
+
+    @property
+    def config(self) -> ModelConfig:
+        """The network's configuration."""
+        return self.profile.model
+
+    def __repr__(self) -> str:
+        c = self.config
+        size = f"{c.image_channels} x {c.image_size} x {c.image_size}"
+        return f"<nvae_lowmem.Model {self.name}: {size} images, {c.total_groups} latent groups, on {self.device}>"
+
+    # -- from the prior --
+
+    def sample(
+        self,
+        count: int,
+        temperature: Temperature = 0.8,
+        seed: int = 0,
+        *,
+        draw_pixels: bool = False,
+        passes: int = 0,
+        output: Output = "tensor",
+    ) -> Any:
+        """`count` images from the prior.
+
+        temperature: what the prior's sigma is multiplied by, one number or one per scale, highest resolution first.
+        draw_pixels: pixels drawn from p(x|z) instead of its mean. passes: batches of prior samples that BatchNorm's
+        statistics are estimated from, once per temperature; 0: enough. output: see `nvae_lowmem.library.images.Output`.
+        Raises ConfigError for a count below 1, and for temperatures that do not fit the model.
+        """
+        with self._statistics_for(temperature, passes or default_passes(self.device, self.micro_batch)):
+            images = sample_images(self.network, count, temperature, seed, self.micro_batch, draw_pixels)
+        return as_output(images, output)
+
+    # -- through the posterior --
+
+    @torch.no_grad()
+    def encode(self, images: Images, *, posterior: Posterior = "sample", seed: int = 0) -> Latents:
+        """The latents of images (see `as_batch` for what those may be): draws from q(z|x), or each group's mean."""
+        parts = []
+        for first, x in self._chunks(images):
+            source = FromPosterior(posterior_noise(posterior, seed, range(first, first + len(x))))
+            _, latents = self.network.top_down(source, self.network.encode(x), keep_z=True)
+            z = tuple(latent.z.float().cpu() for latent in latents if latent.z is not None)
+            kl = torch.stack([latent.kl.sum(1) for latent in latents if latent.kl is not None], dim=1)
+            parts.append(Latents(z, kl.cpu()))
+        groups = zip(*(part.z for part in parts), strict=True)
+        return Latents(tuple(torch.cat(z) for z in groups), torch.cat([part.kl for part in parts]))
+
+    @torch.no_grad()
+    def decode(self, latents: Latents, *, output: Output = "tensor") -> Any:
+        """The mean images of p(x|z), (B, C, S, S). Raises ConfigError for latents of another model."""
+        shapes, wanted = [tuple(z.shape[1:]) for z in latents.z], [tuple(s) for s in self.network.latent_shapes]
+        if shapes != wanted:
+            raise ConfigError(f"latents: this model has groups of shape {wanted}, and these are of shape {shapes}")
+        out = []
+        for first in range(0, len(latents), self.micro_batch):
+            chunk = latents[first : first + self.micro_batch]
+            out.append(decoded_mean(self.network, Given([z.to(self.device) for z in chunk.z]), None, len(chunk)))
+        return as_output(torch.cat(out), output)
+
+    def reconstruct(
+        self, images: Images, *, posterior: Posterior = "sample", seed: int = 0, output: Output = "tensor"
+    ) -> Any:
+        """Images through the model and back: the mean of p(x|z), z from q(z|x)."""
+        batch = as_batch(images, self.profile)
+        return as_output(reconstruct(self.network, batch, seed, self.micro_batch, posterior).images, output)
+
+    def blend(
+        self,
+        a: Images,
+        b: Images,
+        weights: float | Sequence[float] | Sequence[Sequence[float]] = 0.5,
+        *,
+        mode: Mode = "linear",
+        posterior: Posterior = "sample",
+        seed: int = 0,
+        output: Output = "tensor",
+    ) -> Any:
+        """Blends of two images, one per entry of `weights`: (P, C, S, S).
+
+        weights: 0 is a, 1 is b. A number, or a list with one entry per blend; an entry is a number for all groups, or
+        one number per scale or per group, HIGHEST RESOLUTION FIRST. Raises ConfigError for weights that do not fit.
+        """
+        entries = weights if isinstance(weights, Sequence) else [weights]
+        pair = torch.cat([as_batch(a, self.profile), as_batch(b, self.profile)])
+        if len(pair) != 2:
+            raise ConfigError(f"a blend is of two images: {len(pair)} were given")
+        rows = [entry if isinstance(entry, Sequence) else [entry] for entry in entries]
+        points = torch.stack([parse_weights(",".join(map(repr, map(float, row))), self.config) for row in rows])
+        images = blend_images(self.network, pair, points, mode, posterior, seed, self.micro_batch)
+        return as_output(images, output)
+
+    # -- likelihoods --
+
+    def elbo(self, images: Images, *, seed: int = 0) -> Tensor:
+        """The ELBO of each image with one posterior draw, (B,) float64, nats."""
+        parts = (elbo_of_images(self.network, x, seed, first_image=first) for first, x in self._chunks(images))
+        return torch.cat([-(part.nll + part.kl.sum(1)) for part in parts])
+
+    def log_likelihood(self, images: Images, k: int = 100, *, seed: int = 0) -> Tensor:
+        """The importance-weighted bound of log p(x) with k draws, (B,) float64, nats (arXiv 1509.00519, equation 8).
+
+        Never below the ELBO on average, and closer to log p(x) the larger k is. Raises ConfigError for k below 1.
+        """
+        bounds = [
+            importance_weighted_bound(self.network, x, k, seed, self.micro_batch, first_image=first)
+            for first, x in self._chunks(images)
+        ]
+        return torch.cat(bounds)
+
+    # -- pieces --
+
+    def _chunks(self, images: Images) -> Iterator[tuple[int, Tensor]]:
+        """(number of the first image, images (b, C, S', S') on the device): as many at a time as there is room for."""
+        batch = as_batch(images, self.profile)
+        for first in range(0, len(batch), self.micro_batch):
+            yield first, batch[first : first + self.micro_batch].to(self.device)
+
+    @contextmanager
+    def _statistics_for(self, temperature: Temperature, passes: int) -> Iterator[None]:
+        """Inside, BatchNorm's statistics are those of prior samples at the temperature; afterwards the posterior's."""
+        key = (temperature_text(temperature), passes)
+        try:
+            if key in self._prior_statistics:
+                set_statistics(self.network, self._prior_statistics[key])
+            else:
+                recalibrate(self.network, temperature, passes, self.micro_batch, RECALIBRATION_SEED)
+                found = recalibrated_statistics(self.network)
+                self._prior_statistics[key] = {name: value.clone() for name, value in found.items()}
+            yield
+        finally:
+            set_statistics(self.network, self._posterior_statistics)
+
+
+def load(
+    source: str | os.PathLike[str] | int, *, runs_dir: str | os.PathLike[str] = "runs", device: DeviceChoice = "auto"
+) -> Model:
+    """A trained model, ready to use.
+
+    source: a run by folder, number, name or "latest" (as `--run` takes it; "runs/latest" is the newest run in runs/),
+    a folder or a ZIP that `nvae-lowmem export` made, or a published NVAE checkpoint (checkpoint.pt).
+    Raises ConfigError with what to do for anything else.
+    """
+    path = Path(str(source))
+    if path.is_file() and zipfile.is_zipfile(path) and _is_export(path):
+        return _from_zip(path, device)
+    if path.is_file():
+        profile, network = nvlabs.restore(path)
+        where = choose_device(device)
+        plan_without_gradients(network, profile)
+        return Model(profile, network.to(where), where, images_per_pass(profile), path.name)
+    if path.name == "latest" and not path.exists():
+        return _of_run(open_run("latest", str(path.parent) if len(path.parts) > 1 else str(runs_dir), device))
+    return _of_run(open_run(str(source), str(runs_dir), device))
+
+
+def _of_run(run: OpenRun) -> Model:
+    return Model(run.profile, run.model, run.device, run.micro_batch, run.folder.name)
+
+
+def _is_export(path: Path) -> bool:
+    """Whether a ZIP is an export and no checkpoint, which torch writes as a ZIP, too."""
+    with zipfile.ZipFile(path) as archive:
+        return any(Path(name).name == "config.toml" for name in archive.namelist())
+
+
+def _from_zip(path: Path, device: DeviceChoice) -> Model:
+    with tempfile.TemporaryDirectory(prefix="nvae-lowmem-") as folder, zipfile.ZipFile(path) as archive:
+        if sum(entry.file_size for entry in archive.infolist()) > 4 * path.stat().st_size + (1 << 20):
+            raise ConfigError(f"{path}: claims to hold far more than its size, as no weights do: give an export")
+        try:
+            archive.extractall(folder)  # takes drive letters and ".." out of the names
+        except (zipfile.BadZipFile, OSError) as error:
+            raise ConfigError(f"{path}: cannot be unpacked: {error}; copy the file anew") from None
+        root = next(Path(folder).rglob("config.toml")).parent
+        loaded = _of_run(open_run(str(root), str(root.parent), device))
+    loaded.name = path.stem
+    return loaded
