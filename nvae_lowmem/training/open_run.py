@@ -26,6 +26,7 @@ from nvae_lowmem.model.keep import apply_plan
 from nvae_lowmem.model.nvae import NVAE
 from nvae_lowmem.model.objective import AUTOCAST_DTYPES
 from nvae_lowmem.training import checkpoint, runs
+from nvae_lowmem.training.engines import distributed
 from nvae_lowmem.training.out_of_memory import is_out_of_memory
 
 EXIT_BAD_INPUT, EXIT_OUT_OF_MEMORY = 2, 5
@@ -121,10 +122,15 @@ def images_per_pass(profile: Profile, precision: str = "fp32") -> int:
 
 
 def choose_device(wanted: DeviceChoice) -> torch.device:
-    """The device of --device. Raises ConfigError for a GPU that is not there."""
+    """The device of --device; with several GPUs, the one that the launcher gave this process.
+
+    Raises ConfigError for a GPU that is not there.
+    """
     if wanted == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: torch sees no CUDA GPU here; use --device cpu, or ask tools/doctor.py why")
-    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
+    if wanted == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", distributed.launched_card())  # torch caps the memory of a numbered device only
 
 
 # --- what is written --------------------------------------------------------------------------------------------------

@@ -194,7 +194,8 @@ def _run(
             began = monitor.now()
             done = _step(plan, PhasedEngine(engine, monitor), images, step)
             if ema is not None:
-                ema.update(engine.model, step + 1)
+                with engine.gathered():
+                    ema.update(engine.model, step + 1)
             result["seconds"].append(monitor.now() - began)
             result["host_bytes"].append(psutil.Process().memory_info().rss - before)
             result["overflows"] += bool(done.update.overflow)

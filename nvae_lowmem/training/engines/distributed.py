@@ -12,7 +12,7 @@ import logging
 import os
 import sys
 import warnings
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -43,6 +43,11 @@ def launched_processes() -> int:
 def launched_rank() -> int:
     """This process's number among those the launcher started; 0 without one."""
     return int(os.environ.get("RANK", "0"))
+
+
+def launched_card() -> int:
+    """The number of this process's GPU on its machine; 0 without a launcher."""
+    return int(os.environ.get("LOCAL_RANK", "0")) if launched() else 0
 
 
 def deepspeed_available() -> tuple[bool, str]:
@@ -162,12 +167,15 @@ def _is_news(record: logging.LogRecord) -> bool:
 
 
 def _join() -> None:
-    """Makes the process group: the launcher's, or one of this process alone, at a port that the system picks."""
+    """Makes the process group: the launcher's, or one of this process alone, which needs no port to meet at."""
     import deepspeed
+    from deepspeed.accelerator import get_accelerator
 
-    alone: dict[str, Any] = {"init_method": "tcp://127.0.0.1:0", "rank": 0, "world_size": 1}
+    if not launched():
+        backend = get_accelerator().communication_backend_name()
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
-        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, **({} if launched() else alone))
+        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
     except dist.DistNetworkError as error:
         if "EADDRINUSE" not in str(error):
             raise

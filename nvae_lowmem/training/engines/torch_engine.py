@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator
 
 import torch
@@ -38,7 +39,8 @@ class TorchEngine:
     ) -> None:
         """make_optimizer: another Adamax, for those who trace the step where the CPU stands for the card."""
         self.device = device
-        there = all(t.device.type == device.type for t in objective.parameters())
+        tensors = itertools.chain(objective.parameters(), objective.buffers())
+        there = all(t.device.type == device.type for t in tensors)
         self.objective = objective if there else objective.to(device)
         self._accumulation = accumulation
         self._clip_norm = profile.training.clip_norm
