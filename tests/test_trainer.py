@@ -73,7 +73,7 @@ def test_the_run_folder_holds_configuration_log_figures_pictures_and_checkpoints
         for name in ("model.safetensors", "training.safetensors", "state.json")
     }
     assert len(events) == 1
-    assert set(files) - set(events) == {"config.toml", "log.txt", "stats.jsonl"} | pictures | checkpoints
+    assert set(files) - set(events) == {".lock", "config.toml", "log.txt", "stats.jsonl"} | pictures | checkpoints
     for name in pictures:
         with Image.open(trained.folder / name) as picture:
             assert picture.mode == "RGB" and min(picture.size) > 50

@@ -17,7 +17,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "train": ("train",),
     "look": ("sample", "reconstruct", "blend", "traverse", "evaluate", "demo"),
     "plan": ("fit-memory", "predict-memory", "describe", "ship-profiles"),
-    "check": ("doctor", "measure-memory", "import-nvlabs"),
+    "check": ("doctor", "check", "measure-memory", "import-nvlabs"),
 }
 """The commands by what they are for, in the order in which a person meets them."""
 

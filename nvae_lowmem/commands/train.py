@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -25,6 +26,7 @@ from nvae_lowmem.model.latents import SeededNoise
 from nvae_lowmem.model.nvae import NVAE
 from nvae_lowmem.model.objective import Objective
 from nvae_lowmem.training import checkpoint, runs
+from nvae_lowmem.training.checkpoint_files import NotFinite
 from nvae_lowmem.training.divergence import Diverged
 from nvae_lowmem.training.ema import WeightEma
 from nvae_lowmem.training.engines import distributed
@@ -117,7 +119,10 @@ def run_training(argv: Sequence[str], pictures_for: Callable[[Profile], Pictures
     except ConfigError as error:
         print(f"train.py: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
-    except Diverged as error:
+    except OSError as error:  # a full disk, a folder that went away
+        print(f"train.py: {error}; the checkpoints that there are are untouched", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    except (Diverged, NotFinite) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return EXIT_DIVERGED
     except OutOfMemory as error:
@@ -129,15 +134,15 @@ def profile_of(command: TrainCommand) -> Profile:
     """The profile with the command line's overrides. Raises ConfigError with every problem."""
     profile = profiles.load(command.profile)
     shortcuts = {
-        "data.source": command.data or None,
+        "data.source": profiles.quoted(command.data) if command.data else None,
         "training.total_batch": command.total_batch or None,
         "plan.micro_batch": command.micro_batch or None,
         "training.steps": command.steps or None,
-        "plan.precision": command.precision,
-        "plan.engine": command.engine,
+        "plan.precision": profiles.quoted(command.precision) if command.precision else None,
+        "plan.engine": profiles.quoted(command.engine) if command.engine else None,
     }
-    given = {key: value for key, value in shortcuts.items() if value is not None}
-    return profiles.override(profile, command.set, given) if given or command.set else profile
+    given = [f"{key}={value}" for key, value in shortcuts.items() if value is not None]
+    return profiles.override(profile, [*given, *command.set]) if given or command.set else profile
 
 
 def _train(command: TrainCommand, pictures_for: Callable[[Profile], Pictures], fitted: Fitter) -> int:
@@ -195,7 +200,36 @@ def _train_on(
 ) -> int:
     profile = plan.profile
     run_dir = Path(distributed.broadcast_object(str(_run_dir(command, profile)) if rank == 0 else ""))
-    resumed = checkpoint.newest(run_dir) if command.run_dir else None
+    with runs.locked(run_dir) if rank == 0 else contextlib.nullcontext():
+        resumed = _resumed(run_dir, model, rank)
+        return _train_in(run_dir, resumed, plan, data, model, engine_name, device, rank, pictures_for)
+
+
+def _resumed(run_dir: Path, model: NVAE, rank: int) -> checkpoint.Resumed | None:
+    """What training goes on from, in every process the same; rank 0 decides and says why it is not a newer one."""
+    found = None
+    if rank == 0:
+        for sentence in checkpoint.tidy(run_dir):
+            print(sentence, flush=True)
+        found = checkpoint.resume(run_dir, model)
+        for sentence in found.passed_over if found is not None else ():
+            print(f"passed over: {sentence}", flush=True)
+    step = distributed.broadcast_object(found.step if found is not None else None)
+    return checkpoint.resume(run_dir, model, step) if rank and step is not None else found
+
+
+def _train_in(
+    run_dir: Path,
+    resumed: checkpoint.Resumed | None,
+    plan: RunPlan,
+    data: Datasets,
+    model: NVAE,
+    engine_name: str,
+    device: torch.device,
+    rank: int,
+    pictures_for: Callable[[Profile], Pictures],
+) -> int:
+    profile = plan.profile
     training = profile.training
     if profile.model.data_init and resumed is None:
         first = Batches(data.train, profile.model, profile.data, training.total_batch, training.seed)
@@ -207,10 +241,10 @@ def _train_on(
     engine = _engine(engine_name, Objective(model, training, profile.plan.precision), profile, device, plan)
     first_step = 0
     if resumed is not None:
-        first_step, state, weights = checkpoint.load_training(resumed)
-        engine.load_state(state)
+        first_step = resumed.step
+        engine.load_state(resumed.training)
         if ema is not None:
-            ema.module.load_state_dict(weights)
+            ema.module.load_state_dict(resumed.weights)
     if rank == 0:
         if resumed is None:
             profiles.save(profile, run_dir / "config.toml", header=f"nvae-lowmem run {run_dir.name}")

@@ -88,7 +88,7 @@ def open_run(
         raise ConfigError(f"--micro-batch {micro_batch}: must be at least 1, or 0 for the one of the run's memory plan")
     where = choose_device(device)
     folder = runs.find_run(run, runs_dir)
-    profile, model, saved = checkpoint.load_run(folder, "cpu")
+    profile, model, saved = checkpoint.load_run(folder, say=_complain)
     cuda_memory.prepare_environment(profile.plan)
     if not micro_batch:
         cuda_memory.apply_memory_cap(profile.plan, where)
@@ -101,6 +101,10 @@ def open_run(
         device=where,
         micro_batch=micro_batch or images_per_pass(profile, precision),
     )
+
+
+def _complain(text: str) -> None:
+    print(text, file=sys.stderr)
 
 
 def plan_without_gradients(model: NVAE, profile: Profile) -> None:

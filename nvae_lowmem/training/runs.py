@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import socket
+import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from nvae_lowmem.errors import ConfigError
 
+LOCK = ".lock"
 _NUMBERED = re.compile(r"(\d{5,})-.+")
+_UNSAFE = re.compile(r"[^\w.+-]+")
+_LONGEST_NAME = 100
 
 
 def numbered_runs(runs_dir: str | os.PathLike[str]) -> list[Path]:
@@ -19,8 +27,8 @@ def numbered_runs(runs_dir: str | os.PathLike[str]) -> list[Path]:
 
 
 def new_run(runs_dir: str | os.PathLike[str], name: str) -> Path:
-    """Make and return the next numbered folder for a run called `name`."""
-    root = Path(runs_dir)
+    """Make and return the next numbered folder for a run called `name`, of which a safe file name is made."""
+    root, name = Path(runs_dir), folder_name(name)
     try:
         root.mkdir(parents=True, exist_ok=True)
         while True:
@@ -34,6 +42,46 @@ def new_run(runs_dir: str | os.PathLike[str], name: str) -> Path:
             return folder
     except OSError as error:
         raise ConfigError(f"--runs-dir {root}: cannot make a run folder there: {error.strerror or error}") from None
+
+
+def folder_name(name: str) -> str:
+    """The name with every character that a file system, a shell or a web page could take amiss turned into "-"."""
+    return _UNSAFE.sub("-", name)[:_LONGEST_NAME].strip("-.") or "unnamed"
+
+
+@contextlib.contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+    """Inside, no other process of this machine trains in this folder (POSIX; elsewhere nothing is held).
+
+    The system drops the lock of a process that dies, so none is ever left over; the file says who held it last.
+    Raises ConfigError that names the process that is inside.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    try:
+        handle = os.open(run_dir / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise ConfigError(f"{run_dir}: nothing can be written there: {error.strerror or error}") from None
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            who = os.read(handle, 200).decode(errors="replace").strip() or "another process"
+            raise ConfigError(
+                f"{run_dir} is being trained in by {who}: wait until it has ended, stop it, or name another folder"
+            ) from None
+        except OSError as error:  # a file system that knows no locks
+            print(f"{run_dir} cannot be locked ({error.strerror}): start only one training there", file=sys.stderr)
+        with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
+            os.ftruncate(handle, 0)
+            began = time.strftime("%Y-%m-%d %H:%M:%S")
+            os.write(handle, f"process {os.getpid()} on {socket.gethostname()}, since {began}\n".encode())
+        yield
+    finally:
+        os.close(handle)
 
 
 def find_run(run: str | os.PathLike[str], runs_dir: str | os.PathLike[str] = "runs") -> Path:
@@ -51,7 +99,7 @@ def find_run(run: str | os.PathLike[str], runs_dir: str | os.PathLike[str] = "ru
         )
     for folder in reversed(runs):
         number, _, name = folder.name.partition("-")
-        if text in (folder.name, name) or (text.isdigit() and int(text) == int(number)):
+        if text in (folder.name, name) or folder_name(text) == name or (text.isdigit() and int(text) == int(number)):
             return folder
     known = ", ".join(p.name for p in runs[-5:]) or "none"
     raise ConfigError(f"--run {text}: no run folder of that path, number or name (newest in {runs_dir!s}: {known})")

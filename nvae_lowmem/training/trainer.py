@@ -59,8 +59,9 @@ class Trainer:
         )
         self._stop_requested = False
         self._watch = Watch(self.profile.plan.precision)
-        self._saved_step = -1
+        self._saved_step = first_step if first_step else -1  # what training went on from is saved already
         self.last_validation: Validation | None = None
+        self._evaluated_step = -1
 
     def train(self) -> int:
         """Train; returns the number of finished steps. Raises Diverged where more steps would be for nothing."""
@@ -96,8 +97,7 @@ class Trainer:
                 if last or step % save_every == 0:
                     self._save(monitor, step)
             if self._stop_requested and step < total:
-                if step != self._saved_step:
-                    self._save(monitor, step)
+                self._save(monitor, step)
                 monitor.say(f"stopped after step {step}; the same command with --run-dir {self.run_dir} goes on")
         return step
 
@@ -196,7 +196,7 @@ class Trainer:
                 training.seed,
                 self.profile.plan.precision,
             )
-        self.last_validation = v
+        self.last_validation, self._evaluated_step = v, step
         monitor.say(
             f"step {step}: held-out -ELBO {v.nelbo:.2f} nats = {v.bits_per_dim:.3f} bits/dim "
             f"(recon {v.nll:.2f}, kl {sum(v.kl):.2f}) on {v.images} images"
@@ -220,6 +220,9 @@ class Trainer:
                 model.train()
 
     def _save(self, monitor: Monitor, step: int) -> None:
+        if step == self._saved_step:
+            return
+        self._saved_step = step
         state = self.engine.state()  # every process takes part
         if self.run_dir is None or self.engine.rank:
             return
@@ -227,8 +230,9 @@ class Trainer:
         buffers = {k[len("buffer.") :]: v for k, v in state.items() if k.startswith("buffer.")}
         if self.ema is not None:
             weights |= {name: p.detach() for name, p in self.ema.module.named_parameters()}
-        path = checkpoint.save(self.run_dir, step, weights | buffers, state, self.profile.training.keep_last)
-        self._saved_step = step
+        held_out = self.last_validation if step == self._evaluated_step else None
+        figures = {checkpoint.HELD_OUT_FIGURE: held_out.nelbo} if held_out is not None else {}
+        path = checkpoint.save(self.run_dir, step, weights | buffers, state, self.profile.training.keep_last, figures)
         monitor.say(f"step {step}: saved {path}")
 
     # -- stopping --
