@@ -16,7 +16,8 @@ import torch
 
 from nvae_lowmem.config import profile_file as profiles
 from nvae_lowmem.config.recipes import PUBLISHED_RECIPES
-from nvae_lowmem.memory.trace.training import Trace, trace_training
+from nvae_lowmem.memory.trace.events import Trace
+from nvae_lowmem.memory.trace.training import trace_training
 from nvae_lowmem.units import GIB
 
 BASELINE_GIB = dict(zip(PUBLISHED_RECIPES, (1.79, 3.16, 3.55, 3.92, 9.74, 9.74), strict=True))

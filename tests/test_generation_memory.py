@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from nvae_lowmem.config.recipes import recipe, with_groups
 from nvae_lowmem.config.sections import Profile, TrainConfig
 from nvae_lowmem.errors import ConfigError
+from nvae_lowmem.memory.trace.events import Trace
 from nvae_lowmem.memory.trace.inference import WORKS, Work, generation_peaks, trace_generation
-from nvae_lowmem.memory.trace.training import Trace, trace_training
+from nvae_lowmem.memory.trace.training import trace_training
 from nvae_lowmem.model.nvae import NVAE
 from nvae_lowmem.training import open_run as commands
 from nvae_lowmem.training.checkpoint import export_weights
@@ -126,17 +127,17 @@ def test_states_on_the_card_are_there_while_pictures_are_drawn() -> None:
 
 @pytest.mark.parametrize("work", WORKS)
 def test_a_trace_without_memory_equals_that_of_real_work(work: Work) -> None:
-    ghosts, real = (small(work, 2, fake=fake) for fake in (True, False))
-    assert [(a.nbytes, *a.kind, a.born, a.died) for a in ghosts.allocations] == [
+    traced, real = (small(work, 2, fake=fake) for fake in (True, False))
+    assert [(a.nbytes, *a.kind, a.born, a.died) for a in traced.allocations] == [
         (a.nbytes, *a.kind, a.born, a.died) for a in real.allocations
     ]
-    assert ghosts.events == real.events and ghosts.peak() == real.peak()
+    assert traced.events == real.events and traced.peak() == real.peak()
 
 
 def test_real_samples_of_a_shipped_recipe_are_traced_exactly() -> None:
-    ghosts, real = (trace_generation(profile_of("tiny"), "sampling", 4, fake=fake) for fake in (True, False))
-    assert [(a.nbytes, *a.kind) for a in ghosts.allocations] == [(a.nbytes, *a.kind) for a in real.allocations]
-    assert ghosts.events == real.events
+    traced, real = (trace_generation(profile_of("tiny"), "sampling", 4, fake=fake) for fake in (True, False))
+    assert [(a.nbytes, *a.kind) for a in traced.allocations] == [(a.nbytes, *a.kind) for a in real.allocations]
+    assert traced.events == real.events
 
 
 # --- how many images a pass takes -------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from nvae_lowmem.config.model import ModelConfig
 from nvae_lowmem.memory.measure import job as measuring
 from nvae_lowmem.memory.measure import worker as measure_child
 from nvae_lowmem.memory.measure.assess import assess
-from nvae_lowmem.memory.measure.convolutions import ConvolutionWatcher, largest_bytes, workspaces
+from nvae_lowmem.memory.measure.convolutions import ConvolutionRecorder, largest_bytes, workspaces
 from nvae_lowmem.memory.measure.job import Ended, Job, Outcome, measure, run_process
 from nvae_lowmem.memory.measure.report import as_table, as_text
 from nvae_lowmem.memory.measure.worker import synthetic_images
@@ -148,7 +148,7 @@ def test_running_out_of_memory_is_a_result(monkeypatch: pytest.MonkeyPatch) -> N
 def test_each_convolution_is_noted_once_forward_or_backward() -> None:
     x = torch.randn(2, 4, 6, 6, requires_grad=True)
     weight = torch.randn(8, 4, 3, 3, requires_grad=True)
-    with ConvolutionWatcher() as watcher:
+    with ConvolutionRecorder() as watcher:
         for stride in (1, 1, 2):
             torch.nn.functional.conv2d(x, weight, stride=stride).sum().backward()
     assert [c.options[0] for c in watcher.found] == [(1, 1), (2, 2)]

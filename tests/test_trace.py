@@ -1,4 +1,4 @@
-"""The tracer: ghosts against real tensors event by event, repetition, and batch sizes from two traces."""
+"""The tracer: tensors without memory against real ones event by event, repetition, and batch sizes from two traces."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from nvae_lowmem.config.recipes import recipe
 from nvae_lowmem.config.sections import Profile, TrainConfig
 from nvae_lowmem.memory.trace import training as tracing
 from nvae_lowmem.memory.trace.batch_scaling import NotAffine, affine
-from nvae_lowmem.memory.trace.events import BLOCK_BYTES, Allocation, Window, handed_on, repeat
-from nvae_lowmem.memory.trace.storageless import Ghosts, make_ghost, nature_of
-from nvae_lowmem.memory.trace.training import Trace, trace_training
+from nvae_lowmem.memory.trace.events import BLOCK_BYTES, Allocation, Trace, Window, handed_on, repeat
+from nvae_lowmem.memory.trace.storageless import StoragelessTensors, make_storageless, operator_info
+from nvae_lowmem.memory.trace.training import trace_training
 from nvae_lowmem.training.engines.torch_engine import TorchEngine
 
 aten = torch.ops.aten
@@ -61,18 +61,18 @@ def test_a_trace_without_memory_equals_that_of_a_real_step(
     model: ModelConfig, accumulation: int, plan: dict[str, Any]
 ) -> None:
     profile = profile_of(model, **plan)
-    ghosts, real = (trace_training(profile, 2, accumulation, steps=1, fake=fake) for fake in (True, False))
-    assert lives(ghosts) == lives(real)
-    assert ghosts.events == real.events
-    assert ghosts.peak() == real.peak()
+    traced, real = (trace_training(profile, 2, accumulation, steps=1, fake=fake) for fake in (True, False))
+    assert lives(traced) == lives(real)
+    assert traced.events == real.events
+    assert traced.peak() == real.peak()
 
 
 def test_two_real_steps_of_a_shipped_recipe_are_traced_exactly() -> None:
     profile = replace(recipe("tiny"), plan=profile_of(keep="input").plan)
-    ghosts, real = (trace_training(profile, 2, steps=2, fake=fake) for fake in (True, False))
-    assert lives(ghosts) == lives(real) and ghosts.events == real.events
-    states = sum(a.nbytes for a in ghosts.allocations if a.category == "optimizer state")
-    assert 2 * sum(ghosts.parameter_bytes) <= states < 2.1 * sum(ghosts.parameter_bytes)
+    traced, real = (trace_training(profile, 2, steps=2, fake=fake) for fake in (True, False))
+    assert lives(traced) == lives(real) and traced.events == real.events
+    states = sum(a.nbytes for a in traced.allocations if a.category == "optimizer state")
+    assert 2 * sum(traced.parameter_bytes) <= states < 2.1 * sum(traced.parameter_bytes)
 
 
 def test_steps_are_alike_where_the_host_keeps_the_states() -> None:
@@ -96,11 +96,11 @@ def test_further_micro_batches_need_what_the_second_does(offload: bool) -> None:
 
 def test_one_power_iteration_stands_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
     def all_iterations(self: Any, *args: Any) -> Any:
-        self.watcher.phase = "forward"
+        self.tracer.phase = "forward"
         return TorchEngine.forward(self, *args)
 
     one = small(2)
-    monkeypatch.setattr(tracing.WatchedEngine, "forward", all_iterations)
+    monkeypatch.setattr(tracing.TracedEngine, "forward", all_iterations)
     four = trace_training(profile_of(), 2, steps=1)
     assert len(four.events) > len(one.events)
     assert four.peak().nbytes == one.peak().nbytes and four.peak().by_category == one.peak().by_category
@@ -235,31 +235,31 @@ def test_traces_that_do_not_belong_together_are_told_apart() -> None:
         affine(small(2), replace(small(4), allocations=[replace(a, nbytes=a.nbytes + 1) for a in small(4).allocations]))
 
 
-# --- ghosts -----------------------------------------------------------------------------------------------------------
+# --- without memory ---------------------------------------------------------------------------------------------------
 
 
-def test_a_ghost_reports_its_bytes_and_has_none() -> None:
-    ghost = make_ghost((1 << 20, 1 << 20), (1 << 20, 1), torch.float16)
-    assert type(ghost) is torch.Tensor and ghost.device.type == "cpu"
-    assert ghost.untyped_storage().nbytes() == 2 << 40 and ghost.data_ptr() == 0
-    assert ghost[0].untyped_storage()._cdata == ghost.untyped_storage()._cdata
+def test_a_tensor_without_memory_reports_its_bytes_and_has_none() -> None:
+    tensor = make_storageless((1 << 20, 1 << 20), (1 << 20, 1), torch.float16)
+    assert type(tensor) is torch.Tensor and tensor.device.type == "cpu"
+    assert tensor.untyped_storage().nbytes() == 2 << 40 and tensor.data_ptr() == 0
+    assert tensor[0].untyped_storage()._cdata == tensor.untyped_storage()._cdata
 
 
 @pytest.mark.parametrize(("scalar", "dtype"), [(1, torch.int64), (1.0, torch.float32), (True, torch.int64)])
 def test_equal_arguments_of_other_types_have_other_answers(scalar: float, dtype: torch.dtype) -> None:
-    ghosts, integers = Ghosts(), make_ghost((3,), (1,), torch.int64)
+    tensors, integers = StoragelessTensors(), make_storageless((3,), (1,), torch.int64)
     func = aten.mul.Tensor
     for other in (1, 1.0, True):  # so that all three are remembered, whichever is asked for
-        ghosts.run(func, nature_of(func), (integers, other), {})
-    assert ghosts.run(func, nature_of(func), (integers, scalar), {}).dtype == dtype
+        tensors.run(func, operator_info(func), (integers, other), {})
+    assert tensors.run(func, operator_info(func), (integers, scalar), {}).dtype == dtype
 
 
 def test_operations_that_write_return_what_they_were_given() -> None:
-    ghosts = Ghosts()
-    a, b = (make_ghost((2, 3), (3, 1), torch.float32) for _ in range(2))
-    assert ghosts.run(aten.add_.Tensor, nature_of(aten.add_.Tensor), (a, b), {}) is a
-    assert ghosts.run(aten.maximum.out, nature_of(aten.maximum.out), (a, b), {"out": b}) is b
-    sums = ghosts.run(aten.sum.dim_IntList, nature_of(aten.sum.dim_IntList), (a, [1]), {"keepdim": True})
+    tensors = StoragelessTensors()
+    a, b = (make_storageless((2, 3), (3, 1), torch.float32) for _ in range(2))
+    assert tensors.run(aten.add_.Tensor, operator_info(aten.add_.Tensor), (a, b), {}) is a
+    assert tensors.run(aten.maximum.out, operator_info(aten.maximum.out), (a, b), {"out": b}) is b
+    sums = tensors.run(aten.sum.dim_IntList, operator_info(aten.sum.dim_IntList), (a, [1]), {"keepdim": True})
     assert sums.shape == (2, 1) and sums.untyped_storage().nbytes() == 8
 
 

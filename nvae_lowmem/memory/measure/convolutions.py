@@ -34,7 +34,7 @@ class Convolution(NamedTuple):
         )
 
 
-class ConvolutionWatcher(TorchDispatchMode):
+class ConvolutionRecorder(TorchDispatchMode):
     """Notes each kind of convolution once, forward or backward, whichever is met; results are unchanged."""
 
     def __init__(self) -> None:

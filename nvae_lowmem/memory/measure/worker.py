@@ -35,7 +35,7 @@ from nvae_lowmem.hardware.gpu_facts import GpuFacts, read_gpu
 from nvae_lowmem.memory.allocator.allocator import AllocatorSettings, CachingAllocator
 from nvae_lowmem.memory.allocator.recording import OUT_OF_MEMORY, Recording, save_recordings
 from nvae_lowmem.memory.allocator.settings import UNLIMITED_BYTES
-from nvae_lowmem.memory.measure.convolutions import Convolution, ConvolutionWatcher, workspaces
+from nvae_lowmem.memory.measure.convolutions import Convolution, ConvolutionRecorder, workspaces
 from nvae_lowmem.memory.measure.cuda import CudaMonitor
 from nvae_lowmem.memory.predict.untraced import entries, overlaid
 from nvae_lowmem.memory.trace.requests import from_trace
@@ -214,9 +214,9 @@ def _convolutions(plan: RunPlan, engine: Engine, device: torch.device, step: int
     """Every distinct convolution of one more step."""
     _say("the convolutions of one more step, and their workspaces")
     images = functools.partial(synthetic_images, plan.profile.model, device=device)
-    with ConvolutionWatcher() as watcher:
+    with ConvolutionRecorder() as recorder:
         _step(plan, engine, images, step)
-    return list(watcher.found)
+    return list(recorder.found)
 
 
 def _set_up(plan: RunPlan, engine_name: str, device: torch.device) -> tuple[Engine, WeightEma | None]:

@@ -24,8 +24,8 @@ from nvae_lowmem.config.sections import KEEPS, Keep, MemoryPlan, Profile
 from nvae_lowmem.errors import ConfigError
 from nvae_lowmem.memory.plan.roofline import Rates, Work, operation_work
 from nvae_lowmem.memory.trace.events import BLOCK_BYTES
-from nvae_lowmem.memory.trace.storageless import Ghosts
-from nvae_lowmem.memory.trace.training import WatchedRunner, Watcher, quiet_gc
+from nvae_lowmem.memory.trace.storageless import StoragelessTensors
+from nvae_lowmem.memory.trace.tracer import StorageTracer, TracedRunner, paused_gc
 from nvae_lowmem.model.functional import as_on_card
 from nvae_lowmem.model.keep import apply_plan
 from nvae_lowmem.model.latents import SeededNoise
@@ -86,11 +86,11 @@ class Block:
     stands_for: str
 
 
-class Recorder(Watcher):
+class Recorder(StorageTracer):
     """Watches storages as its parent does, and notes the work of every operation by block."""
 
     def __init__(self, batch: int) -> None:
-        super().__init__(Ghosts())
+        super().__init__(StoragelessTensors())
         self.batch = batch
         self.work: dict[str, list[tuple[float, float, float, bool]]] = {}
 
@@ -238,8 +238,8 @@ def record_blocks(profile: Profile, keeps: tuple[Keep, ...] = KEEPS) -> BlockTab
     *lower, top = config.scale_groups
     small = replace(profile, model=with_groups(config, (*[1] * len(lower), min(top, 2))))
     costs: dict[Keep, dict[str, BlockCosts]] = {}
-    with quiet_gc(), as_on_card():
-        with Watcher(Ghosts()):
+    with paused_gc(), as_on_card():
+        with StorageTracer(StoragelessTensors()):
             model = NVAE(small.model).train()
         batch = _batch_prime(model)
         for keep in keeps:
@@ -266,14 +266,14 @@ def _record(model: NVAE, profile: Profile, keep: Keep, batch: int) -> dict[str, 
     recorder = Recorder(batch)
     plan: MemoryPlan = replace(profile.plan, keep=keep, keep_blocks={})
     apply_plan(model, plan)
-    model.run_block = WatchedRunner(model.run_block, recorder)
+    model.run_block = TracedRunner(model.run_block, recorder)
     hooks = [p.register_post_accumulate_grad_hook(_drop_gradient) for p in model.parameters()]
     begin_micro_batch(model, 1, 2, 1.0, 1)  # not the first of its step: power iterations belong to no batch size
     with recorder:
         recorder.category = "weight"
         objective = Objective(model, profile.training, plan.precision)
         for tensor in [*objective.parameters(), *objective.buffers()]:
-            recorder.see(tensor, "setup")
+            recorder.record(tensor, "setup")
         recorder.category = ""
         recorder.phase, recorder.block = "forward", "stem"
         x = torch.rand(batch, profile.model.image_channels, *[profile.model.network_size] * 2)

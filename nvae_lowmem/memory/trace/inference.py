@@ -28,8 +28,8 @@ from nvae_lowmem.generation.reconstruct import parse_first_groups, reconstruct
 from nvae_lowmem.generation.sample import reconstruct_images, sample_chunks
 from nvae_lowmem.generation.traverse import Move, channel_kl, traverse
 from nvae_lowmem.memory.trace.events import Peak, Trace
-from nvae_lowmem.memory.trace.storageless import Ghosts
-from nvae_lowmem.memory.trace.training import Watcher, finished, quiet_gc, watch, watched_engine
+from nvae_lowmem.memory.trace.storageless import StoragelessTensors
+from nvae_lowmem.memory.trace.training XX
 from nvae_lowmem.model.functional import as_on_card
 from nvae_lowmem.model.host import host_memory
 from nvae_lowmem.model.nvae import NVAE
@@ -68,20 +68,20 @@ def trace_generation(profile: Profile, work: Work, micro_batch: int, draws: int 
     profile = replace(profile, plan=plan, training=replace(profile.training, total_batch=micro_batch))
     images = images_per_pass(profile)
     modes: tuple[Mode, ...] = ("linear", "simple")
-    # made before the watcher comes: these are numbers, which the work looks at
+    # made before the tracer comes: these are numbers, which the work looks at
     weights = {mode: path_weights(profile.model, mode, "1", "", 2 * images + 2) for mode in modes}
-    watcher = Watcher(Ghosts() if fake else None)
-    with quiet_gc(), as_on_card(), watcher:
-        task = _Task(profile, watcher, images, draws or 2 * images, weights)
+    tracer = StorageTracer(StoragelessTensors() if fake else None)
+    with paused_gc(), as_on_card(), tracer:
+        task = _Task(profile, tracer, images, draws or 2 * images, weights)
         do, stand = _WORKS[work]
         with stand(task) as model:
-            watcher.phase, watcher.block = "evaluation", ""
-            watcher.mark("setup done")
-            with HostAndCard(watcher):
+            tracer.phase, tracer.block = "evaluation", ""
+            tracer.mark("setup done")
+            with HostAndCard(tracer):
                 do(task, model)
-            watcher.mark("end")
-            trace = watcher.close()
-    return finished(trace, model, micro_batch)
+            tracer.mark("end")
+            trace = tracer.close()
+    return complete_trace(trace, model, micro_batch)
 
 
 class HostAndCard(TorchFunctionMode):
@@ -91,9 +91,9 @@ class HostAndCard(TorchFunctionMode):
     host. A list made of a tensor without memory is all ones.
     """
 
-    def __init__(self, watcher: Watcher) -> None:
+    def __init__(self, tracer: StorageTracer) -> None:
         super().__init__()
-        self._watcher = watcher
+        self._tracer = tracer
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -103,7 +103,7 @@ class HostAndCard(TorchFunctionMode):
         if func is Tensor.tolist and args[0].data_ptr() == 0:
             return np.ones(tuple(args[0].shape)).tolist()
         tensors = list(_tensors(args))
-        if not tensors or any(self._watcher.is_on_card(t) for t in tensors):
+        if not tensors or any(self._tracer.is_on_card(t) for t in tensors):
             return func(*args, **kwargs)
         if func is Tensor.to and any(isinstance(a, torch.device) for a in (*args, *kwargs.values())):
             out = func(*args, **kwargs)
@@ -129,7 +129,7 @@ class _Task:
     """What work is done with."""
 
     profile: Profile
-    watcher: Watcher
+    tracer: StorageTracer
     images: int
     """Images per pass of a command."""
     draws: int
@@ -145,9 +145,9 @@ class _Task:
     def batches(self, count: int) -> Iterator[Tensor]:
         """Two batches of images on the card."""
         for _ in range(2):
-            self.watcher.block = "data"
+            self.tracer.block = "data"
             x = self.on_host(count).to(_CARD)
-            self.watcher.refile(x, "data")
+            self.tracer.set_category(x, "data")
             yield x
 
 
@@ -156,7 +156,7 @@ def _command(task: _Task) -> Iterator[NVAE]:
     """The model as a command opens it."""
     model = NVAE(task.profile.model).eval()
     plan_without_gradients(model, task.profile)
-    watch(model, task.watcher)
+    attach_tracer(model, task.tracer)
     yield model
 
 
@@ -169,7 +169,7 @@ def _trainer(task: _Task) -> Iterator[NVAE]:
     where = host_memory if training.ema_on_host else contextlib.nullcontext
     with where():
         average = WeightEma(model, training.ema_decay, None) if training.ema_decay else None
-    engine = watched_engine(model, profile, 1, task.watcher)
+    engine = traced_engine(model, profile, 1, task.tracer)
     if not profile.plan.offload_optimizer:  # the optimiser's states come with the first step
         c = profile.model
         alone = replace(profile, training=replace(training, total_batch=1))

@@ -1,9 +1,9 @@
-"""Tensors that have a shape and a storage of so many bytes, but no memory: what a traced step is run on.
+"""Tensors that have a shape and a storage of so many bytes, but no memory: what a step is traced on.
 
-torch's FakeTensorMode says what an operation returns; it is asked once for every kind of operation and arguments in
-this process. All further times its answer is looked up, and the result made outright. A ghost is an ordinary tensor on
-device "cpu", so autograd, autocast, checkpointing and views treat it as they treat any tensor; only its bytes must
-never be touched, which is why no operation but views may reach it.
+torch's FakeTensorMode says what an operation returns. It is slow, so it is asked once per operator and kind of
+arguments in this process: output layouts are cached per (operator, argument layouts). A storageless tensor is an
+ordinary tensor on device "cpu", so autograd, autocast, checkpointing and views treat it as they treat any tensor; only
+its bytes must never be touched, which is why no operation but views may reach it.
 """
 
 from __future__ import annotations
@@ -24,52 +24,52 @@ _UNDECLARED_VIEWS = {aten._unsafe_view.default, aten.lift_fresh.default}
 Layout = tuple[torch.Size, tuple[int, ...], torch.dtype]
 
 
-class Nature(NamedTuple):
-    """What can be said of an operation from its schema alone, and what it was seen to return."""
+class OperatorInfo(NamedTuple):
+    """What the schema of an operator says, and the layouts that it was seen to return."""
 
     name: str
     touches_nothing: bool
     """It moves no bytes: a view, or no business of tensors at all (profiler)."""
     written: tuple[int | str, ...] | None
-    """Which argument each return is, for operations that write to their arguments; None for others."""
-    answers: dict[Any, Any]
-    """Key of the arguments -> layout of the results."""
+    """Which argument each return is, for operators that write to their arguments; None for others."""
+    output_layouts: dict[Any, Any]
+    """Layouts of the results by argument layouts: the cache of `StoragelessTensors.run`."""
 
 
-class _Ghost(Tensor):
-    """A wrapper without memory; `make_ghost` hands out ordinary tensors on its storage."""
+class _Storageless(Tensor):
+    """A wrapper without memory; `make_storageless` returns ordinary tensors on its storage."""
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         raise RuntimeError(f"{func} would touch a tensor without memory")
 
 
-def make_ghost(size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Tensor:
+def make_storageless(size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Tensor:
     """A tensor of that layout whose storage reports its bytes and has none."""
-    wrapper = Tensor._make_wrapper_subclass(_Ghost, size, strides=stride, dtype=dtype, device=_CPU)
+    wrapper = Tensor._make_wrapper_subclass(_Storageless, size, strides=stride, dtype=dtype, device=_CPU)
     with torch._C._DisableTorchDispatch():
         return aten.alias.default(wrapper)
 
 
-class Ghosts:
-    """Runs operations on ghosts. What torch answered is remembered as long as `nature_of` remembers the operation."""
+class StoragelessTensors:
+    """Runs operations on tensors without memory. Output layouts are cached as long as `operator_info` is."""
 
     def __init__(self) -> None:
         self._fake = FakeTensorMode()
         self._fake.cache_enabled = False  # it is never asked twice
 
-    def run(self, func: Any, nature: Nature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What `func` returns, new tensors as ghosts; what it would write is not written."""
-        if nature.touches_nothing:
+    def run(self, func: Any, info: OperatorInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What `func` returns, new tensors without memory; what it would write to its arguments is not written."""
+        if info.touches_nothing:
             return func(*args, **kwargs)
-        if nature.written is not None:
-            returned = [args[w] if isinstance(w, int) else kwargs[w] for w in nature.written]
+        if info.written is not None:
+            returned = [args[w] if isinstance(w, int) else kwargs[w] for w in info.written]
             return returned[0] if len(returned) == 1 else tuple(returned) or None
         key = (_key(args), _key(kwargs.items())) if kwargs else _key(args)
-        answer = nature.answers.get(key)
-        if answer is None:
-            answer = nature.answers[key] = _map(_layout, self._ask(func, args, kwargs))
-        return _made(answer)
+        layouts = info.output_layouts.get(key)
+        if layouts is None:
+            layouts = info.output_layouts[key] = _map(_layout_of, self._ask(func, args, kwargs))
+        return _make(layouts)
 
     def _ask(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         inputs = _map(self._stand_in, (args, tuple(kwargs.values())))
@@ -89,8 +89,8 @@ class Ghosts:
 
 
 @cache
-def nature_of(func: Any) -> Nature:
-    """What the schema of an operator says of it."""
+def operator_info(func: Any) -> OperatorInfo:
+    """What the schema of an operator says; cached, and the cache of its output layouts with it."""
     schema = func._schema
     aliases = [r.alias_info for r in schema.returns]
     changes_layout = torch.Tag.inplace_view in func.tags
@@ -107,7 +107,7 @@ def nature_of(func: Any) -> Nature:
             )
             for alias in aliases
         )
-    return Nature(func.name(), is_view or func.namespace == "profiler", written, {})
+    return OperatorInfo(func.name(), is_view or func.namespace == "profiler", written, {})
 
 
 def _key(values: Any) -> tuple[Any, ...]:
@@ -135,17 +135,18 @@ def _tensors(value: Any) -> list[Tensor]:
     return found
 
 
-class _Made(NamedTuple):
+class _OutputLayout(NamedTuple):
     layout: Layout
 
 
-def _layout(value: Any) -> Any:
-    return _Made((value.shape, value.stride(), value.dtype)) if isinstance(value, Tensor) else value
+def _layout_of(value: Any) -> Any:
+    return _OutputLayout((value.shape, value.stride(), value.dtype)) if isinstance(value, Tensor) else value
 
 
-def _made(answer: Any) -> Any:
-    if isinstance(answer, _Made):
-        return make_ghost(*answer.layout)
-    if isinstance(answer, (list, tuple)):
-        return [_made(a) for a in answer] if isinstance(answer, list) else tuple(map(_made, answer))
-    return answer
+def _make(layouts: Any) -> Any:
+    """The results of an operation, by their cached layouts."""
+    if isinstance(layouts, _OutputLayout):
+        return make_storageless(*layouts.layout)
+    if isinstance(layouts, (list, tuple)):
+        return [_make(part) for part in layouts] if isinstance(layouts, list) else tuple(map(_make, layouts))
+    return layouts
