@@ -27,12 +27,11 @@ def block_peaks(trace: Trace) -> dict[str, int]:
     """For each block the most bytes that lay on the card, beside weights and block inputs, while it was at work."""
     peaks: dict[str, int] = {}
     live, block = 0, ""
-    for event in trace.events:
-        a = trace.allocations[event if event >= 0 else ~event]
-        if event >= 0:
+    for a, is_alloc in trace.walk():
+        if is_alloc:
             block = a.block
         if a.category not in ("host", "weight", "block input", "data"):
-            live += a.nbytes if event >= 0 else -a.nbytes
+            live += a.nbytes if is_alloc else -a.nbytes
         peaks[block] = max(peaks.get(block, 0), live)
     return peaks
 

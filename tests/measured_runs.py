@@ -45,19 +45,18 @@ def played(profile: Profile, steps: int = 3, leak_bytes: int = 0) -> tuple[Recor
     ends = {at: name for name, at in trace.marks.items()}
     blocks: dict[int, Block] = {}
     phase = ""
-    for i, event in enumerate(trace.events):
+    for i, (a, is_alloc) in enumerate(trace.walk()):
         if i in ends:
             monitor.checkpoint(ends[i])
-        a = trace.allocations[event if event >= 0 else ~event]
-        if a.category == "host":
+        if not a.on_card:
             continue
-        if event < 0:
-            cuda.free(blocks.pop(~event))
+        if not is_alloc:
+            cuda.free(blocks.pop(a.born))
             continue
         if a.phase != phase:
             phase = a.phase
             monitor.phase(phase)
-        blocks[event] = cuda.malloc(a.nbytes)
+        blocks[a.born] = cuda.malloc(a.nbytes)
         if "convolution" in a.operation:
             cuda.free(cuda.malloc(3 * MIB + 1))
     if leak_bytes:

@@ -18,7 +18,7 @@ from nvae_lowmem.config import profile_file as profiles
 from nvae_lowmem.config.sections import MemoryPlan, Profile
 from nvae_lowmem.errors import ConfigError
 from nvae_lowmem.hardware.budget import Budget, find_card, usable_bytes
-from nvae_lowmem.memory.allocator.allocator import FREE_ID, AllocatorSettings, CachingAllocator
+from nvae_lowmem.memory.allocator.allocator import AllocatorSettings, CachingAllocator
 from nvae_lowmem.memory.predict import predict as predicting
 from nvae_lowmem.memory.predict.predict import as_text, predict
 from nvae_lowmem.memory.predict.untraced import (
@@ -52,8 +52,7 @@ def test_the_prediction_is_three_traced_steps_through_the_allocator(plan: dict[s
     found = predict(profile_of(**plan), 2, settings=settings, calibration=NOTHING)
     trace = trace_training(profile_of(**plan), 2, steps=3)
     allocator = CachingAllocator(AllocatorSettings.from_string(settings), 4 * GIB)
-    on_card = [e for e in trace.events if trace.allocations[e if e >= 0 else ~e].category != "host"]
-    allocator.replay([(trace.allocations[e].nbytes, e) if e >= 0 else (FREE_ID, ~e) for e in on_card])
+    allocator.replay(trace.requests())
     assert found.allocated_peak_bytes == allocator.stats.peak_allocated_bytes
     assert found.reserved_peak_bytes == allocator.stats.peak_reserved_bytes
     assert (found.margin_bytes, found.retries, found.oom) == (0, 0, None)

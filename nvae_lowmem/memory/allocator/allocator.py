@@ -36,6 +36,7 @@ from nvae_lowmem.memory.allocator.settings import (
     SMALL_LIMIT_BYTES,
     UNLIMITED_BYTES,
     AllocatorSettings,
+    round_to_block,
     segment_size,
 )
 from nvae_lowmem.units import format_bytes
@@ -177,7 +178,7 @@ class CachingAllocator:
                 raise ValueError(f"malloc({nbytes}): at least 1 byte")  # PyTorch never asks for less
             size = self.settings.round_size(nbytes)
         else:
-            size = (nbytes + 511) & -512
+            size = round_to_block(nbytes)
         pool = self._small if size <= SMALL_LIMIT_BYTES else self._large
         keys = pool.keys
         index = bisect_left(keys, size << ADDRESS_BITS)

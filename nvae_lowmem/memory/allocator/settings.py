@@ -86,7 +86,12 @@ class AllocatorSettings:
         if divisions > 1 and nbytes > MIN_BLOCK_BYTES * divisions:
             step = (1 << exponent) // divisions
             return -(-nbytes // step) * step
-        return (nbytes + MIN_BLOCK_BYTES - 1) & -MIN_BLOCK_BYTES
+        return round_to_block(nbytes)
+
+
+def round_to_block(nbytes: int) -> int:
+    """`nbytes` rounded up to a multiple of MIN_BLOCK_BYTES, as the allocator rounds without further settings."""
+    return (nbytes + MIN_BLOCK_BYTES - 1) & -MIN_BLOCK_BYTES
 
 
 def segment_size(block_bytes: int) -> int:

@@ -22,8 +22,8 @@ from nvae_lowmem.config.model import ModelConfig
 from nvae_lowmem.config.recipes import with_groups
 from nvae_lowmem.config.sections import KEEPS, Keep, MemoryPlan, Profile
 from nvae_lowmem.errors import ConfigError
+from nvae_lowmem.memory.allocator.settings import MIN_BLOCK_BYTES, round_to_block
 from nvae_lowmem.memory.plan.roofline import Rates, Work, operation_work
-from nvae_lowmem.memory.trace.events import BLOCK_BYTES
 from nvae_lowmem.memory.trace.storageless import StoragelessTensors
 from nvae_lowmem.memory.trace.tracer import StorageTracer, TracedRunner, paused_gc
 from nvae_lowmem.model.functional import as_on_card
@@ -106,15 +106,14 @@ class Recorder(StorageTracer):
         passes: dict[tuple[str, str], list[tuple[int, int]]] = {}
         host: dict[str, int] = {}
         at = passes.setdefault(("forward", "stem"), [])
-        for event in self.trace.events:
-            a = self.trace.allocations[event if event >= 0 else ~event]
-            if event >= 0:
+        for a, is_alloc in self.trace.walk():
+            if is_alloc:
                 at = passes.setdefault((a.phase, a.block), [])
             if a.category == "host":
-                host[a.block] = host.get(a.block, 0) + (a.nbytes // self.batch if event >= 0 and a.died >= 0 else 0)
+                host[a.block] = host.get(a.block, 0) + (a.nbytes // self.batch if is_alloc and a.died >= 0 else 0)
             elif a.category != "weight":
                 fixed, per_image = self._split(a.nbytes)
-                at.append((fixed, per_image) if event >= 0 else (-fixed, -per_image))
+                at.append((fixed, per_image) if is_alloc else (-fixed, -per_image))
         blocks = {block for _, block in passes}
         return {
             block: BlockCosts(
@@ -128,8 +127,8 @@ class Recorder(StorageTracer):
 
     def _split(self, nbytes: int) -> tuple[int, int]:
         """(fixed bytes, bytes per image) of a storage; small ones take a whole block of the allocator."""
-        if nbytes % self.batch or nbytes <= BLOCK_BYTES:
-            return -(-nbytes // BLOCK_BYTES) * BLOCK_BYTES, 0
+        if nbytes % self.batch or nbytes <= MIN_BLOCK_BYTES:
+            return round_to_block(nbytes), 0
         return 0, nbytes // self.batch
 
 
@@ -259,7 +258,7 @@ def record_blocks(profile: Profile, keeps: tuple[Keep, ...] = KEEPS) -> BlockTab
 
 
 def _rounded_bytes(tensor: torch.Tensor) -> int:
-    return -(-tensor.nbytes // BLOCK_BYTES) * BLOCK_BYTES
+    return round_to_block(tensor.nbytes)
 
 
 def _record(model: NVAE, profile: Profile, keep: Keep, batch: int) -> dict[str, BlockCosts]:

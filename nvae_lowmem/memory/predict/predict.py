@@ -21,13 +21,12 @@ from nvae_lowmem.errors import ConfigError, raise_problems
 from nvae_lowmem.hardware.budget import Budget, Card, memory_fraction, precision_for
 from nvae_lowmem.memory.allocator.allocator import (
     CHECKPOINT,
-    FREE_ID,
     AllocatorSettings,
     AllocatorStats,
     CachingAllocator,
     Replay,
 )
-from nvae_lowmem.memory.allocator.settings import UNLIMITED_BYTES
+from nvae_lowmem.memory.allocator.settings import UNLIMITED_BYTES, round_to_block
 from nvae_lowmem.memory.predict.untraced import (
     Entry,
     entries,
@@ -37,7 +36,7 @@ from nvae_lowmem.memory.predict.untraced import (
     without_weights,
 )
 from nvae_lowmem.memory.trace.batch_scaling import NotAffine, affine
-from nvae_lowmem.memory.trace.events import BLOCK_BYTES, ON_CARD, Peak, Trace, handed_on
+from nvae_lowmem.memory.trace.events import ON_CARD, Peak, Trace, loop_carried
 from nvae_lowmem.memory.trace.training import trace_training
 from nvae_lowmem.units import format_bytes
 
@@ -214,19 +213,9 @@ def _three_steps(trace: Trace) -> Requests:
     """The trace's requests on the card, its last step as often as makes three; a checkpoint before the last of all."""
     start, missing = _last_step(trace), 3 - sum(name.startswith("step ") for name in trace.marks)
     # a step frees all that it allocates, so its requests can be made again under the same numbers
-    assert not handed_on(trace, start, len(trace.events))
-    before, step = (_requests(trace, span) for span in ((0, start), (start, len(trace.events))))
+    assert not loop_carried(trace, start, len(trace.events))
+    before, step = list(trace.requests(0, start)), list(trace.requests(start))
     return [*before, *(step * missing), (CHECKPOINT, 0), *step]
-
-
-def _requests(trace: Trace, span: tuple[int, int]) -> Requests:
-    found: Requests = []
-    for event in trace.events[slice(*span)]:
-        number = event if event >= 0 else ~event
-        a = trace.allocations[number]
-        if a.category != "host":
-            found.append((a.nbytes if event >= 0 else FREE_ID, number))
-    return found
 
 
 def _replay(requests: Requests, settings: AllocatorSettings, budget: Budget | None, margin_bytes: int = 0) -> Replay:
@@ -265,12 +254,11 @@ def _why(trace: Trace, requests: Requests, replay: Replay, margin_bytes: int) ->
 def _timeline(trace: Trace, start: int, points: int) -> Iterator[tuple[int, dict[str, int]]]:
     """(event, bytes by category) at the highest moment of each of `points` equal stretches from event `start` on."""
     stretch = max(1, (len(trace.events) - start) // points)
-    live = dict.fromkeys(ON_CARD, 0)
+    live: dict[str, int] = dict.fromkeys(ON_CARD, 0)
     total, best, at, moment = 0, -1, 0, dict(live)
-    for i, event in enumerate(trace.events):
-        a = trace.allocations[event if event >= 0 else ~event]
-        if a.category != "host":
-            change = -(-a.nbytes // BLOCK_BYTES) * BLOCK_BYTES * (1 if event >= 0 else -1)
+    for i, (a, is_alloc) in enumerate(trace.walk()):
+        if a.on_card:
+            change = round_to_block(a.nbytes) * (1 if is_alloc else -1)
             live[a.category] += change
             total += change
         if i >= start and total > best:
@@ -284,16 +272,15 @@ def _at_setup(trace: Trace) -> int:
     """Bytes in the allocator when the engine is built; libraries' buffers come with the first step."""
     end = trace.marks["setup done"]
     kept = (a for a in trace.allocations if a.born < end and a.category not in ("host", "buffer"))
-    return sum(-(-a.nbytes // BLOCK_BYTES) * BLOCK_BYTES for a in kept)
+    return sum(round_to_block(a.nbytes) for a in kept)
 
 
 def _parked_bytes(trace: Trace) -> int:
     """Most page-locked bytes of parked block inputs at once."""
     live = most = 0
-    for event in trace.events:
-        a = trace.allocations[event if event >= 0 else ~event]
+    for a, is_alloc in trace.walk():
         if a.category == "host" and a.phase == "forward":
-            live += pinned_bytes(a.nbytes) * (1 if event >= 0 else -1)
+            live += pinned_bytes(a.nbytes) * (1 if is_alloc else -1)
             most = max(most, live)
     return most
 

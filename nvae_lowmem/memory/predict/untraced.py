@@ -16,13 +16,14 @@ import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
 from nvae_lowmem.config.sections import MemoryPlan, Profile
 from nvae_lowmem.errors import ConfigError, raise_problems, unknown_name
 from nvae_lowmem.hardware.card import DEFAULT_CONTEXT_BYTES, Card
-from nvae_lowmem.memory.trace.events import Allocation, Trace
+from nvae_lowmem.memory.trace.events import Phase, Trace, TraceWriter
 from nvae_lowmem.units import KIB, MIB
 
 if sys.version_info >= (3, 11):
@@ -240,52 +241,34 @@ def _row_problems(name: str, row: Any) -> list[str]:
 
 def overlaid(trace: Trace, held: Sequence[Entry]) -> Trace:
     """The trace with those entries allocated and freed where they are, under category "buffer"."""
-    out = replace(trace, allocations=[], events=[], marks={}, chunks=[])
-    writer = _Writer(out, [entry for entry in held if entry.nbytes > 0])
-    positions: dict[int, int] = {}
-    marks = set(trace.marks.values())
-    number: dict[int, int] = {}
-    writer.hold("always", "setup")
-    for i, event in enumerate(trace.events):
-        if i in marks:  # a phase ends with its step: what is held in it must not reach into the next
-            writer.enter("")
-            positions[i] = len(out.events)
-        if event < 0:
-            writer.free(number.pop(~event))
-            continue
-        a = trace.allocations[event]
-        writer.enter(a.phase)
-        number[event] = writer.allocate(a)
-        if "convolution" in a.operation:
-            writer.hold("convolution", a.phase)
-            writer.release("convolution")
-    writer.enter("")
-    positions[len(trace.events)] = len(out.events)
-    out.marks = {name: positions[at] for name, at in trace.marks.items()}
-    return out
+    writer = TraceWriter(trace)
+    buffers = _Buffers(writer.trace, [entry for entry in held if entry.nbytes > 0])
+    buffers.hold("always", "setup")
+    for start, end in pairwise(sorted({0, *trace.marks.values(), len(trace.events)})):
+        for number, is_alloc in writer.span(start, end):
+            a = trace.allocations[number]
+            if is_alloc:
+                buffers.enter(a.phase)
+            writer.copy(number, is_alloc)
+            if is_alloc and "convolution" in a.operation:
+                buffers.hold("convolution", a.phase)
+                buffers.release("convolution")
+        buffers.end_phase()  # a phase ends with its step: what is held in it must not reach into the next
+    return writer.finished()
 
 
-class _Writer:
-    """Appends events to a trace, keeping account of which entries are held."""
+class _Buffers:
+    """Appends the allocations and frees of entries to a trace, keeping account of which are held."""
 
-    def __init__(self, trace: Trace, held: Sequence[Entry]) -> None:
-        self.trace, self._entries, self._phase = trace, held, "setup"
+    def __init__(self, trace: Trace, entries: Sequence[Entry]) -> None:
+        self._trace, self._entries = trace, entries
+        self._phase: Phase | None = "setup"
         self._held: dict[str, list[int]] = {}
 
-    def allocate(self, a: Allocation) -> int:
-        number, born = len(self.trace.allocations), len(self.trace.events)
-        self.trace.allocations.append(Allocation(a.nbytes, a.category, a.block, a.phase, a.operation, born))
-        self.trace.events.append(number)
-        return number
-
-    def free(self, number: int) -> None:
-        self.trace.allocations[number].died = len(self.trace.events)
-        self.trace.events.append(~number)
-
-    def hold(self, when: str, phase: str) -> None:
+    def hold(self, when: str, phase: Phase) -> None:
         """Allocate the entries of that time."""
         self._held[when] = [
-            self.allocate(Allocation(entry.nbytes, "buffer", entry.name, phase, entry.name, 0))
+            self._trace.allocate(entry.nbytes, "buffer", entry.name, phase, entry.name)
             for entry in self._entries
             if entry.when == when
         ]
@@ -293,14 +276,20 @@ class _Writer:
     def release(self, when: str) -> None:
         """Free them."""
         for number in self._held.pop(when, ()):
-            self.free(number)
+            self._trace.free(number)
 
-    def enter(self, phase: str) -> None:
+    def enter(self, phase: Phase) -> None:
         """A phase begins, or goes on."""
         if phase != self._phase:
-            self.release(self._phase)
+            self.end_phase()
             self._phase = phase
             self.hold(phase, phase)
+
+    def end_phase(self) -> None:
+        """Free what is held for the phase alone."""
+        if self._phase is not None:
+            self.release(self._phase)
+            self._phase = None
 
 
 def without_weights(trace: Trace, smallest_bytes: int) -> Trace:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from nvae_lowmem.memory.trace.events import Trace, Window, repeat
+from nvae_lowmem.memory.trace.events import NotRepeatable, Trace, Window, repeat
 
 
 class NotAffine(ValueError):
@@ -28,7 +28,7 @@ def affine(first: Trace, second: Trace) -> Callable[[int], Trace]:
     step = large.micro_batch - small.micro_batch
     if step == 0:
         raise NotAffine(f"both traces have micro-batch {small.micro_batch}")
-    extended, origins = repeat(small, _more_chunks(small, large.micro_batch))
+    extended, origins = _with_more_chunks(small, large.micro_batch)
     if extended.events != large.events:
         at = next((i for i, (a, b) in enumerate(zip(extended.events, large.events, strict=False)) if a != b), None)
         where = "one ends earlier" if at is None else f"they part at event {at}"
@@ -44,13 +44,22 @@ def affine(first: Trace, second: Trace) -> Callable[[int], Trace]:
 
     def trace_at(micro_batch: int) -> Trace:
         more = micro_batch - small.micro_batch
-        windows = _more_chunks(small, micro_batch)
         sized = [replace(a, nbytes=a.nbytes + slopes[n] * more) for n, a in enumerate(small.allocations)]
         if any(a.nbytes <= 0 for a in sized):
             raise NotAffine(f"micro-batch {micro_batch} is too far below {small.micro_batch}")
-        return repeat(replace(small, allocations=sized, micro_batch=micro_batch), windows)[0]
+        made, _ = _with_more_chunks(replace(small, allocations=sized), micro_batch)
+        return replace(made, micro_batch=micro_batch)
 
     return trace_at
+
+
+def _with_more_chunks(trace: Trace, micro_batch: int) -> tuple[Trace, list[int]]:
+    """The trace with as many chunks of the likelihood as that micro-batch has, and of each allocation its origin."""
+    windows = _more_chunks(trace, micro_batch)
+    try:
+        return repeat(trace, windows)
+    except NotRepeatable as error:
+        raise NotAffine(f"a chunk of micro-batch {trace.micro_batch} cannot be repeated: {error}") from error
 
 
 def _more_chunks(trace: Trace, micro_batch: int) -> list[Window]:

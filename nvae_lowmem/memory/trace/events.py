@@ -1,19 +1,34 @@
-"""A traced step as data: every allocation's life, the order of allocations and frees, and what the peak is made of."""
+"""A traced step as data: every allocation's life, the order of allocations and frees, and what the peak is made of.
+
+    for allocation, is_alloc in trace.walk(): ...
+    trace.peak().by_category
+    CachingAllocator(settings, total_bytes).replay(trace.requests())
+
+Traces are made by `tracer.StorageTracer` and written anew by `TraceWriter`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import bisect
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
-CATEGORIES = (
+from nvae_lowmem.memory.allocator.allocator import FREE_ID
+from nvae_lowmem.memory.allocator.settings import round_to_block
+
+Phase = Literal["setup", "forward", "backward", "update", "evaluation"]
+"""The part of a step in which an allocation is made; evaluation: all work without gradients."""
+
+Category = Literal[
     "weight", "optimizer state", "gradient", "block input", "saved activation", "temporary", "noise", "data", "buffer",
     "host",
-)  # fmt: skip
+]  # fmt: skip
+"""What an allocation is for. buffer: what engines and libraries hold, which no trace sees (predict/untraced.py); host:
+in the host's memory, whatever for."""
+
+CATEGORIES: tuple[Category, ...] = get_args(Category)
 ON_CARD = CATEGORIES[:-1]
-"""buffer: what engines and libraries hold, which no trace sees (overlay.py)."""
-BLOCK_BYTES = 512
-"""The CUDA caching allocator rounds every request up to a multiple of this."""
 
 
 @dataclass(slots=True)
@@ -21,9 +36,9 @@ class Allocation:
     """One storage's life. Times are indices into `Trace.events`; died is -1 while it lives."""
 
     nbytes: int
-    category: str
+    category: Category
     block: str
-    phase: str  # setup, forward, backward, update, evaluation
+    phase: Phase
     operation: str
     born: int
     died: int = -1
@@ -33,6 +48,11 @@ class Allocation:
         """All that is known of it but its size and its time."""
         return self.category, self.block, self.phase, self.operation
 
+    @property
+    def on_card(self) -> bool:
+        """Whether it lies in the card's memory."""
+        return self.category != "host"
+
 
 @dataclass(frozen=True)
 class Peak:
@@ -41,7 +61,7 @@ class Peak:
     nbytes: int
     event: int
     block: str
-    phase: str
+    phase: Phase
     operation: str
     by_category: dict[str, int]
     by_block: dict[str, int]
@@ -49,11 +69,16 @@ class Peak:
 
 @dataclass
 class Trace:
-    """What happened: `events` holds the allocation's number, negative minus one (~n) for its free, in order."""
+    """What happened in a step, in order.
+
+    An event is the number of an allocation, an index into `allocations`, or for its free the number's complement (~n):
+    `walk()` and `requests()` read them, `allocate()` and `free()` append them, and nothing else needs to know.
+    """
 
     allocations: list[Allocation] = field(default_factory=list)
     events: list[int] = field(default_factory=list)
-    marks: dict[str, int] = field(default_factory=dict)  # name of a moment -> number of events before it
+    marks: dict[str, int] = field(default_factory=dict)
+    """Name of a moment -> number of events before it."""
     chunks: list[list[int]] = field(default_factory=list)
     """Per run through the likelihood's chunks: the number of events before each chunk."""
     chunk_images: int = 0
@@ -62,50 +87,132 @@ class Trace:
     parameter_bytes: tuple[int, ...] = ()
     """Bytes of each parameter of the model."""
 
-    def live_bytes(self, rounding: int = BLOCK_BYTES) -> Iterator[tuple[int, int]]:
-        """(event index, bytes on the card after it), each storage rounded up as the CUDA allocator does."""
+    # -- appending --
+
+    def allocate(self, nbytes: int, category: Category, block: str, phase: Phase, operation: str) -> int:
+        """Append an allocation; returns its number."""
+        number = len(self.allocations)
+        self.allocations.append(Allocation(nbytes, category, block, phase, operation, len(self.events)))
+        self.events.append(number)
+        return number
+
+    def free(self, number: int) -> None:
+        """Append the free of an allocation."""
+        self.allocations[number].died = len(self.events)
+        self.events.append(~number)
+
+    # -- reading --
+
+    def walk(self, start: int = 0, end: int | None = None) -> Iterator[tuple[Allocation, bool]]:
+        """(allocation, whether it is allocated rather than freed) of the events from `start` to `end`, excluded."""
+        for event in self.events[start:end]:
+            yield (self.allocations[event], True) if event >= 0 else (self.allocations[~event], False)
+
+    def requests(self, start: int = 0, end: int | None = None) -> Iterator[tuple[int, int]]:
+        """What the events from `start` to `end` ask of the card's allocator: (op, id), see CachingAllocator.replay."""
+        for event in self.events[start:end]:
+            number = event if event >= 0 else ~event
+            a = self.allocations[number]
+            if a.category != "host":
+                yield (a.nbytes if event >= 0 else FREE_ID), number
+
+    def live_bytes(self, rounded: bool = True) -> Iterator[tuple[int, int]]:
+        """(event index, bytes on the card after it), each storage rounded up as the CUDA allocator does, or exact."""
         live = 0
-        sizes = [0 if a.category == "host" else -(-a.nbytes // rounding) * rounding for a in self.allocations]
-        for i, event in enumerate(self.events):
-            live += sizes[event] if event >= 0 else -sizes[~event]
+        for i, (a, is_alloc) in enumerate(self.walk()):
+            if a.category != "host":
+                nbytes = round_to_block(a.nbytes) if rounded else a.nbytes
+                live += nbytes if is_alloc else -nbytes
             yield i, live
 
-    def peak(self, rounding: int = BLOCK_BYTES) -> Peak:
+    def peak(self, rounded: bool = True) -> Peak:
         """The largest number of bytes on the card at once, when, and what they are."""
-        at, peak_bytes = max(self.live_bytes(rounding), key=lambda pair: pair[1], default=(0, 0))
+        at, peak_bytes = max(self.live_bytes(rounded), key=lambda pair: pair[1], default=(0, 0))
         return self.moment(at, peak_bytes)
 
     def moment(self, at: int, nbytes: int) -> Peak:
         """What lives on the card after event `at`, where `nbytes` are in use; sizes of the split are not rounded."""
-        by_category = dict.fromkeys(ON_CARD, 0)
+        by_category: dict[str, int] = dict.fromkeys(ON_CARD, 0)
         by_block: dict[str, int] = {}
         for a in self.allocations:
-            if a.category != "host" and a.born <= at and (a.died < 0 or a.died > at):
+            if a.on_card and a.born <= at and (a.died < 0 or a.died > at):
                 by_category[a.category] += a.nbytes
                 by_block[a.block] = by_block.get(a.block, 0) + a.nbytes
-        event = self.events[at] if self.events else 0
-        owner = self.allocations[event if event >= 0 else ~event] if self.events else Allocation(0, "", "", "", "", 0)
+        nobody = (Allocation(0, "temporary", "", "setup", "", 0), True)
+        owner, _ = next(self.walk(at), nobody)
         return Peak(nbytes, at, owner.block, owner.phase, owner.operation, by_category, by_block)
 
     def host_bytes(self) -> int:
         """The largest number of bytes of host memory at once."""
         live = most = 0
-        for event in self.events:
-            a = self.allocations[event if event >= 0 else ~event]
+        for a, is_alloc in self.walk():
             if a.category == "host":
-                live += a.nbytes if event >= 0 else -a.nbytes
+                live += a.nbytes if is_alloc else -a.nbytes
                 most = max(most, live)
         return most
+
+    # -- other traces made from this one --
 
     def without_temporaries(self, end: int) -> Trace:
         """The trace without what was born and freed among the first `end` events."""
         return self.only([not (a.born < end and 0 <= a.died < end) for a in self.allocations])
 
-    def only(self, keep: list[bool]) -> Trace:
+    def only(self, keep: Sequence[bool]) -> Trace:
         """The trace of those allocations that are kept."""
-        copy = _Copy(self, keep)
-        copy.span(0, len(self.events))
-        return copy.finished()
+        writer = TraceWriter(self)
+        for number, is_alloc in writer.span(0, len(self.events)):
+            if keep[number]:
+                writer.copy(number, is_alloc)
+        return writer.finished()
+
+
+class TraceWriter:
+    """Writes a trace anew from the events of another, which may be left out, repeated, or have others between them.
+
+    `trace` is what is written; allocate() and free() of it add what the source does not have.
+    """
+
+    def __init__(self, source: Trace) -> None:
+        self.source = source
+        self.trace = replace(source, allocations=[], events=[], marks={}, chunks=[])
+        self.current: dict[int, int] = {}
+        """Number of an allocation of the source -> of its latest copy."""
+        self.origins: list[int] = []
+        """Of every copy, in order, its number in the source."""
+        self._positions: dict[int, int] = {}  # of marked events of the source, where the span first came to them
+        self._marked = {*source.marks.values(), *(at for run in source.chunks for at in run)}
+
+    def span(self, start: int, end: int) -> Iterator[tuple[int, bool]]:
+        """(number in the source, whether it is allocated) of its events from `start` to `end`, to be copied or not."""
+        for i in range(start, end):
+            if i in self._marked:
+                self._positions.setdefault(i, len(self.trace.events))
+            event = self.source.events[i]
+            yield (event, True) if event >= 0 else (~event, False)
+
+    def copy(self, number: int, is_alloc: bool) -> None:
+        """Write an event of the source."""
+        if is_alloc:
+            a = self.source.allocations[number]
+            self.current[number] = self.trace.allocate(a.nbytes, a.category, a.block, a.phase, a.operation)
+            self.origins.append(number)
+        else:
+            self.trace.free(self.current[number])
+
+    def copy_span(self, start: int, end: int) -> None:
+        """Write all events of the source from `start` to `end`."""
+        for number, is_alloc in self.span(start, end):
+            self.copy(number, is_alloc)
+
+    def finished(self) -> Trace:
+        """The trace, with the marks of the source where they belong."""
+        self._positions.setdefault(len(self.source.events), len(self.trace.events))
+        self.trace.marks = {name: self._positions[at] for name, at in self.source.marks.items()}
+        self.trace.chunks = [[self._positions[at] for at in run] for run in self.source.chunks]
+        return self.trace
+
+
+# --- repetition -------------------------------------------------------------------------------------------------------
 
 
 class Window(NamedTuple):
@@ -116,75 +223,83 @@ class Window(NamedTuple):
     times: int
 
 
+class NotRepeatable(ValueError):
+    """A window of events does not leave behind what it found, so it cannot happen twice in a row."""
+
+
 def repeat(trace: Trace, windows: Sequence[Window]) -> tuple[Trace, list[int]]:
     """The trace in which each window happens `times` more, and of each allocation its number in the original.
 
-    Windows are in order and do not overlap. Raises ValueError where a window does not leave behind what it found: it
-    then cannot happen twice in a row.
+    Windows are in order and do not overlap. Raises NotRepeatable.
     """
-    copy = _Copy(trace)
+    writer = TraceWriter(trace)
     done = 0
     for start, end, times in windows:
-        copy.span(done, end)
-        pairs = handed_on(trace, start, end)
+        writer.copy_span(done, end)
+        pairs = loop_carried(trace, start, end)
         for _ in range(times):
-            for found, left in pairs:
-                copy.number[found] = copy.number[left]
-            copy.span(start, end)
+            for carried_in, carried_out in pairs:
+                writer.current[carried_in] = writer.current[carried_out]
+            writer.copy_span(start, end)
         done = end
-    copy.span(done, len(trace.events))
-    return copy.finished(), copy.origins
+    writer.copy_span(done, len(trace.events))
+    return writer.finished(), writer.origins
 
 
-def handed_on(trace: Trace, start: int, end: int) -> list[tuple[int, int]]:
-    """Pairs: what the window frees though it was born before, and its like, born in the window and freed after it.
+def loop_carried(trace: Trace, start: int, end: int) -> list[tuple[int, int]]:
+    """Loop-carried pairs of a window: (carried in and freed there, of the same size born there and carried out).
 
-    Raises ValueError where there are no such pairs.
+    Raises NotRepeatable where what is carried out is not of the sizes of what is carried in.
     """
-    window = trace.events[start:end]
-    found = [~e for e in window if e < 0 and trace.allocations[~e].born < start]
-    left = [e for e in window if e >= 0 and not 0 <= trace.allocations[e].died < end]
-    found.sort(key=lambda n: trace.allocations[n].born)
-    sizes = [[trace.allocations[n].nbytes for n in numbers] for numbers in (found, left)]
-    if sizes[0] != sizes[1]:
-        raise ValueError(f"events {start} to {end} free {sizes[0]} bytes from before them and leave {sizes[1]} bytes")
-    return list(zip(found, left, strict=True))
+    window = list(TraceWriter(trace).span(start, end))
+    carried_in = [n for n, is_alloc in window if not is_alloc and trace.allocations[n].born < start]
+    carried_out = [n for n, is_alloc in window if is_alloc and not 0 <= trace.allocations[n].died < end]
+    carried_in.sort(key=lambda n: trace.allocations[n].born)
+    freed, left = ([trace.allocations[n].nbytes for n in numbers] for numbers in (carried_in, carried_out))
+    if freed != left:
+        raise NotRepeatable(f"events {start} to {end} free {freed} bytes from before them and leave {left} bytes")
+    return list(zip(carried_in, carried_out, strict=True))
 
 
-class _Copy:
-    """A trace written anew, span of events by span of events; a span may come several times."""
+# --- categories -------------------------------------------------------------------------------------------------------
 
-    def __init__(self, source: Trace, keep: list[bool] | None = None) -> None:
-        self.source, self._keep = source, keep
-        self.made = replace(source, allocations=[], events=[], marks={}, chunks=[])
-        self.number: dict[int, int] = {}  # of the copy that stands for the source's allocation now
-        self.origins: list[int] = []
-        self._position: dict[int, int] = {}  # where the copy first came to an event of the source that is marked
-        self._marked = {*source.marks.values(), *(at for group in source.chunks for at in group)}
 
-    def span(self, start: int, end: int) -> None:
-        """Copy events start to end, end excluded."""
-        allocations, events, number = self.made.allocations, self.made.events, self.number
-        for i in range(start, end):
-            if i in self._marked:
-                self._position.setdefault(i, len(events))
-            event = self.source.events[i]
-            n = event if event >= 0 else ~event
-            if self._keep is not None and not self._keep[n]:
-                continue
-            if event >= 0:
-                a = self.source.allocations[n]
-                number[n] = len(allocations)
-                self.origins.append(n)
-                allocations.append(Allocation(a.nbytes, a.category, a.block, a.phase, a.operation, len(events)))
-                events.append(number[n])
+def categorise_by_lifetime(trace: Trace) -> None:
+    """Categorise allocations by lifetime, after tracing.
+
+    What the tracer could only record as temporary, block input or optimizer state is, by the phase in which it was
+    made: update: optimizer state if it outlives the trace; forward: noise or a saved activation if another phase begins
+    in its life (a block input stays one); backward: a gradient if another phase begins; evaluation: a block input if
+    another block begins; and temporary otherwise.
+    """
+    phases, blocks = _starts(trace, lambda a: a.phase), _starts(trace, lambda a: (a.phase, a.block))
+    for a in trace.allocations:
+        if a.category in ("temporary", "block input", "optimizer state"):
+            died = a.died if a.died >= 0 else len(trace.events)
+            if a.phase == "update":
+                a.category = "optimizer state" if a.died < 0 else "temporary"
+            elif a.phase == "forward" and _crosses(phases, a.born, died):
+                if a.category != "block input":
+                    a.category = "noise" if "normal" in a.operation else "saved activation"
+            elif a.phase == "backward" and _crosses(phases, a.born, died):
+                a.category = "gradient"
+            elif a.phase == "evaluation" and _crosses(blocks, a.born, died):
+                a.category = "block input"
             else:
-                allocations[number[n]].died = len(events)
-                events.append(~number[n])
+                a.category = "temporary"
 
-    def finished(self) -> Trace:
-        """The copy, with the marks of the source where they belong."""
-        self._position.setdefault(len(self.source.events), len(self.made.events))
-        self.made.marks = {name: self._position[at] for name, at in self.source.marks.items()}
-        self.made.chunks = [[self._position[at] for at in group] for group in self.source.chunks]
-        return self.made
+
+def _starts(trace: Trace, part: Callable[[Allocation], Any]) -> list[int]:
+    """The events with which another part of the trace begins, by what is allocated."""
+    starts: list[int] = []
+    last: Any = ""
+    for i, (a, is_alloc) in enumerate(trace.walk()):
+        if is_alloc and part(a) != last:
+            starts.append(i)
+            last = part(a)
+    return starts
+
+
+def _crosses(starts: list[int], born: int, died: int) -> bool:
+    """Whether a new part began during the life (born, died)."""
+    return bisect.bisect_right(starts, born) < bisect.bisect_right(starts, died)

@@ -29,7 +29,8 @@ from nvae_lowmem.generation.sample import reconstruct_images, sample_chunks
 from nvae_lowmem.generation.traverse import Move, channel_kl, traverse
 from nvae_lowmem.memory.trace.events import Peak, Trace
 from nvae_lowmem.memory.trace.storageless import StoragelessTensors
-from nvae_lowmem.memory.trace.training XX
+from nvae_lowmem.memory.trace.tracer import StorageTracer, attach_tracer, paused_gc
+from nvae_lowmem.memory.trace.training import complete_trace, traced_engine
 from nvae_lowmem.model.functional import as_on_card
 from nvae_lowmem.model.host import host_memory
 from nvae_lowmem.model.nvae import NVAE

@@ -12,13 +12,13 @@ import functools
 import gc
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nvae_lowmem.memory.trace.events import Allocation, Trace
+from nvae_lowmem.memory.trace.events import Category, Phase, Trace
 from nvae_lowmem.memory.trace.storageless import StoragelessTensors, operator_info
 from nvae_lowmem.model.blocks import Head
 from nvae_lowmem.model.host import in_host_memory
@@ -41,7 +41,9 @@ class StorageTracer(TorchDispatchMode):
     def __init__(self, storageless: StoragelessTensors | None) -> None:
         super().__init__()
         self.trace = Trace()
-        self.phase, self.block, self.category = "setup", "", ""
+        self.phase: Phase = "setup"
+        self.block = ""
+        self.category: Category | Literal[""] = ""
         self.pass_number = 0
         self._storageless = storageless
         self._references: dict[int, _StorageReference] = {}  # by address of the storage
@@ -83,20 +85,16 @@ class StorageTracer(TorchDispatchMode):
         nbytes = storage.nbytes()
         if nbytes == 0:
             return
-        trace = self.trace
-        number = len(trace.allocations)
         category = "host" if in_host_memory() else self.category or "temporary"
-        trace.allocations.append(Allocation(nbytes, category, self.block, self.phase, operation, len(trace.events)))
-        trace.events.append(number)
+        number = self.trace.allocate(nbytes, category, self.block, self.phase, operation)
         self._references[address] = _StorageReference(storage, self._record_free, address, number)
 
     def _record_free(self, reference: _StorageReference) -> None:
         del self._references[reference.address]
         self._values.pop(reference.address, None)
-        self.trace.allocations[reference.number].died = len(self.trace.events)
-        self.trace.events.append(~reference.number)
+        self.trace.free(reference.number)
 
-    def set_category(self, tensor: Tensor, category: str) -> None:
+    def set_category(self, tensor: Tensor, category: Category) -> None:
         """Record the tensor's storage under `category`; one in host memory, or an unknown one, stays what it is."""
         reference = self._references.get(_address(tensor))
         if reference is not None and self.trace.allocations[reference.number].category != "host":

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from nvae_lowmem.config.sections import Profile
-from nvae_lowmem.memory.trace.events import Trace
-from nvae_lowmem.memory.trace.lifetimes import file_by_life
+from nvae_lowmem.memory.trace.events import Trace, categorise_by_lifetime
 from nvae_lowmem.memory.trace.storageless import StoragelessTensors
 from nvae_lowmem.memory.trace.tracer import StorageTracer, attach_tracer, paused_gc
 from nvae_lowmem.model.blocks import Head
@@ -24,14 +23,14 @@ from nvae_lowmem.training.step import BatchPlan, training_step
 
 
 class AbsentAdamax(torch.optim.Adamax):
-    """Stands where the host updates its own weights, which takes nothing of the card."""
+    """In place of the update that the host makes of its own weights, which takes nothing of the card."""
 
     def step(self, closure: Any = None) -> Any:
         """Nothing."""
 
 
 class TracedEngine(TorchEngine):
-    """The torch engine with its phases told to the tracer."""
+    """The torch engine, which tells the tracer its phases."""
 
     tracer: StorageTracer
     offloaded = False
@@ -91,8 +90,8 @@ def trace_training(
 
 
 def complete_trace(trace: Trace, model: NVAE, micro_batch: int) -> Trace:
-    """The trace from the end of the set-up on, with what stays of that, every allocation filed."""
-    file_by_life(trace)
+    """The trace with every allocation categorised, its model's sizes, and of the set-up only what stays."""
+    categorise_by_lifetime(trace)
     trace.micro_batch = micro_batch
     trace.parameter_bytes = tuple(p.numel() * p.element_size() for p in model.parameters())
     trace.chunk_images = _images_per_chunk(model)
@@ -100,7 +99,7 @@ def complete_trace(trace: Trace, model: NVAE, micro_batch: int) -> Trace:
 
 
 def traced_engine(model: NVAE, profile: Profile, accumulation: int, tracer: StorageTracer) -> TracedEngine:
-    """The engine that trains the model under the profile's plan, watched."""
+    """The engine that trains the model under the profile's plan, with the tracer attached."""
     apply_plan(model, profile.plan)
     attach_tracer(model, tracer)
     objective = Objective(model, profile.training, profile.plan.precision)
