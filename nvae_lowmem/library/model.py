@@ -32,12 +32,14 @@ from nvae_lowmem.generation.recalibrate import (
     RECALIBRATION_SEED,
     default_passes,
     recalibrate,
+    recalibrate_once,
     recalibrated_statistics,
     set_statistics,
 )
 from nvae_lowmem.generation.reconstruct import Posterior, posterior_noise, reconstruct
 from nvae_lowmem.generation.sample import Temperature, decoded_mean, sample_images, temperature_text
 from nvae_lowmem.interop import nvlabs
+from nvae_lowmem.library.export import CONFIG, is_export, read_export
 from nvae_lowmem.library.images import Images, Output, as_batch, as_output
 from nvae_lowmem.model.latents import FromPosterior, Given
 from nvae_lowmem.model.nvae import NVAE
@@ -89,7 +91,15 @@ class Latents:
 class Model:
     """A trained NVAE in evaluation mode on one device. Made by `load`."""
 
-    def __init__(self, profile: Profile, network: NVAE, device: torch.device, micro_batch: int, name: str) -> None:
+    def __init__(
+        self,
+        profile: Profile,
+        network: NVAE,
+        device: torch.device,
+        micro_batch: int,
+        name: str,
+        folder: Path | None = None,
+    ) -> None:
         self.profile = profile
         """What it was made with: model, data, training, plan."""
         self.network = network
@@ -98,6 +108,8 @@ class Model:
         self.micro_batch = micro_batch
         """Images per pass, as the run's memory plan has room for."""
         self.name = name
+        self._folder = folder  # where BatchNorm statistics for sampling lie beside the weights
+        self._unpacked: Any = None  # a temporary folder, which goes when the model does
         self._posterior_statistics = {key: value.clone() for key, value in recalibrated_statistics(network).items()}
         self._prior_statistics: dict[tuple[str, int], Mapping[str, Tensor]] = {}
 
@@ -227,12 +239,19 @@ class Model:
             if key in self._prior_statistics:
                 set_statistics(self.network, self._prior_statistics[key])
             else:
-                recalibrate(self.network, temperature, passes, self.micro_batch, RECALIBRATION_SEED)
+                self._estimate(temperature, passes)
                 found = recalibrated_statistics(self.network)
                 self._prior_statistics[key] = {name: value.clone() for name, value in found.items()}
             yield
         finally:
             set_statistics(self.network, self._posterior_statistics)
+
+    def _estimate(self, temperature: Temperature, passes: int) -> None:
+        """From the file beside the weights where there is one of these settings, else anew (and then such a file)."""
+        if self._folder is None:
+            recalibrate(self.network, temperature, passes, self.micro_batch, RECALIBRATION_SEED)
+        else:
+            recalibrate_once(self.network, self._folder, temperature, passes, self.micro_batch, RECALIBRATION_SEED)
 
 
 def load(
@@ -245,37 +264,43 @@ def load(
     Raises ConfigError with what to do for anything else.
     """
     path = Path(str(source))
-    if path.is_file() and zipfile.is_zipfile(path) and _is_export(path):
-        return _from_zip(path, device)
+    if path.is_file() and zipfile.is_zipfile(path) and _is_packed_export(path):
+        return _of_zip(path, device)
     if path.is_file():
-        profile, network = nvlabs.restore(path)
-        where = choose_device(device)
-        plan_without_gradients(network, profile)
-        return Model(profile, network.to(where), where, images_per_pass(profile), path.name)
+        return _of_parts(*nvlabs.restore(path), device, path.name)
+    if is_export(path):
+        return _of_parts(*read_export(path), device, path.name, path)
     if path.name == "latest" and not path.exists():
         return _of_run(open_run("latest", str(path.parent) if len(path.parts) > 1 else str(runs_dir), device))
     return _of_run(open_run(str(source), str(runs_dir), device))
 
 
 def _of_run(run: OpenRun) -> Model:
-    return Model(run.profile, run.model, run.device, run.micro_batch, run.folder.name)
+    return Model(run.profile, run.model, run.device, run.micro_batch, run.folder.name, run.checkpoint)
 
 
-def _is_export(path: Path) -> bool:
+def _of_parts(profile: Profile, network: NVAE, device: DeviceChoice, name: str, folder: Path | None = None) -> Model:
+    where = choose_device(device)
+    plan_without_gradients(network, profile)
+    return Model(profile, network.to(where), where, images_per_pass(profile), name, folder)
+
+
+def _is_packed_export(path: Path) -> bool:
     """Whether a ZIP is an export and no checkpoint, which torch writes as a ZIP, too."""
     with zipfile.ZipFile(path) as archive:
-        return any(Path(name).name == "config.toml" for name in archive.namelist())
+        return any(Path(name).name == CONFIG for name in archive.namelist())
 
 
-def _from_zip(path: Path, device: DeviceChoice) -> Model:
-    with tempfile.TemporaryDirectory(prefix="nvae-lowmem-") as folder, zipfile.ZipFile(path) as archive:
+def _of_zip(path: Path, device: DeviceChoice) -> Model:
+    unpacked = tempfile.TemporaryDirectory(prefix="nvae-lowmem-")
+    with zipfile.ZipFile(path) as archive:
         if sum(entry.file_size for entry in archive.infolist()) > 4 * path.stat().st_size + (1 << 20):
             raise ConfigError(f"{path}: claims to hold far more than its size, as no weights do: give an export")
         try:
-            archive.extractall(folder)  # takes drive letters and ".." out of the names
+            archive.extractall(unpacked.name)  # takes drive letters and ".." out of the names
         except (zipfile.BadZipFile, OSError) as error:
             raise ConfigError(f"{path}: cannot be unpacked: {error}; copy the file anew") from None
-        root = next(Path(folder).rglob("config.toml")).parent
-        loaded = _of_run(open_run(str(root), str(root.parent), device))
-    loaded.name = path.stem
-    return loaded
+    folder = next(Path(unpacked.name).rglob(CONFIG)).parent
+    model = _of_parts(*read_export(folder), device, path.stem, folder)
+    model._unpacked = unpacked
+    return model

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-import zipfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from generation_runs import GREY, RGB, responsive, write_run
+from generation_runs import GREY, RGB, demo_run, responsive, write_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -21,7 +20,9 @@ from published_checkpoint import FIXTURES
 
 import nvae_lowmem as nl
 from nvae_lowmem.config.sections import Profile
+from nvae_lowmem.library.export import export_run, pack
 from nvae_lowmem.library.images import as_batch, as_output
+from nvae_lowmem.training.open_run import open_run
 
 
 @pytest.fixture(scope="module")
@@ -77,14 +78,40 @@ def test_a_published_checkpoint_can_be_sampled(tmp_path: Path) -> None:
     assert published.sample(2, passes=1).shape == (2, published.config.image_channels, size, size)
 
 
-def test_a_zip_of_a_run_gives_the_same_images(tmp_path: Path, model: nl.Model) -> None:
-    folder = write_run(tmp_path / "run", responsive(RGB))
-    with zipfile.ZipFile(tmp_path / "faces.zip", "w") as archive:
-        for file in folder.rglob("*"):
-            archive.write(file, Path("faces") / file.relative_to(folder))
-    loaded = nl.load(tmp_path / "faces.zip")
-    assert loaded.name == "faces"
-    assert torch.equal(loaded.sample(3, seed=5, passes=2), model.sample(3, seed=5, passes=2))
+def test_an_export_and_its_zip_give_the_same_images_as_the_run(tmp_path: Path, model: nl.Model) -> None:
+    folder = write_run(tmp_path / "run", responsive(RGB), source="faces-elsewhere")
+    out = export_run(open_run(str(folder), ""), tmp_path / "faces", temperatures=(0.8,), licence="CC0", passes=2)
+    assert {file.name for file in out.iterdir()} == {
+        "model.safetensors", "config.json", "README.md", "samples.png", "bn-t0.80.safetensors"
+    }  # fmt: skip
+    wanted = model.sample(3, seed=5, passes=2)
+    for source in (out, pack(out)):
+        loaded = nl.load(source)
+        assert loaded.name in ("faces", "faces.zip")
+        assert torch.equal(loaded.sample(3, seed=5, passes=2), wanted)
+        assert torch.equal(loaded.elbo(images_of(2)), model.elbo(images_of(2)))
+    card = (out / "README.md").read_text()
+    assert "CC0" in card and "samples.png" in card and str(tmp_path) not in card
+
+
+def test_an_export_that_was_damaged_or_is_in_the_way_is_named(tmp_path: Path) -> None:
+    run = open_run(str(write_run(tmp_path / "run", responsive(RGB))), "")
+    out = export_run(run, tmp_path / "out", temperatures=())
+    with pytest.raises(nl.ConfigError, match="not an empty folder"):
+        export_run(run, out)
+    weights = out / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(nl.ConfigError, match="no complete export"):
+        nl.load(out)
+    (out / "config.json").write_text("[" * 100_000)
+    with pytest.raises(nl.ConfigError, match="no complete export"):
+        nl.load(out)
+
+
+def test_an_export_shows_held_out_images_where_the_data_are(tmp_path: Path) -> None:
+    out = export_run(open_run(str(demo_run(tmp_path / "run")), ""), tmp_path / "out", temperatures=())
+    assert "reconstructions.png" in (out / "README.md").read_text()
+    assert Image.open(out / "reconstructions.png").width > 100
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x05\x06" + bytes(18), b"<html>not found</html>"])
