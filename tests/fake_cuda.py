@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from nvae_lowmem.hardware.budget import allocator_fraction
 from nvae_lowmem.memory.allocator.allocator import AllocatorSettings, CachingAllocator, OutOfMemory
 from nvae_lowmem.memory.allocator.segments import Block
 from nvae_lowmem.memory.measure.cuda import CudaMonitor
@@ -27,7 +28,7 @@ class FakeCuda:
 
     def __init__(self, cap_bytes: int = 0, text: str = "") -> None:
         self.total_bytes = 4 * GIB
-        fraction = (cap_bytes + 0.5) / self.total_bytes if cap_bytes else 0.0
+        fraction = allocator_fraction(cap_bytes, self.total_bytes) if cap_bytes else 0.0
         parsed = AllocatorSettings.from_string(text)
         self.allocator = CachingAllocator(parsed, self.total_bytes, CONTEXT_BYTES, fraction)
         self.history: list[dict[str, Any]] = []

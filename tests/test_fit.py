@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from nvae_lowmem.config.model import ModelConfig
 from nvae_lowmem.config.sections import KEEPS, Keep, MemoryPlan, Profile, TrainConfig
 from nvae_lowmem.errors import ConfigError
-from nvae_lowmem.hardware.budget import Budget, find_card, usable_bytes
+from nvae_lowmem.hardware.budget import Budget, usable_bytes
+from nvae_lowmem.hardware.find_card import find_card
 from nvae_lowmem.memory.plan import search as fit_search
 from nvae_lowmem.memory.plan.block_costs import BlockTable, Choice, record_blocks
 from nvae_lowmem.memory.plan.candidates import ALIKE, Wishes, always_bytes, host_bytes, named_keeps, scaled_groups

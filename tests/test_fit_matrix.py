@@ -15,7 +15,9 @@ from test_fit import CARD, profile_of, small_model, table_of
 
 from nvae_lowmem.config.recipes import PUBLISHED_RECIPES, recipe
 from nvae_lowmem.config.sections import Profile
-from nvae_lowmem.hardware.budget import Budget, Card, find_card, memory_fraction, usable_bytes
+from nvae_lowmem.hardware.budget import Budget, memory_fraction, usable_bytes
+from nvae_lowmem.hardware.card import Card
+from nvae_lowmem.hardware.find_card import find_card
 from nvae_lowmem.memory.allocator.allocator import AllocatorSettings, AllocatorStats, CachingAllocator, Replay
 from nvae_lowmem.memory.catalogue.catalogue import fitted
 from nvae_lowmem.memory.plan.block_costs import BlockTable

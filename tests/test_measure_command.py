@@ -13,7 +13,7 @@ from measured_runs import nano, on_card, on_cpu
 
 from nvae_lowmem.commands import measure_memory as measure_command
 from nvae_lowmem.config import profile_file as profiles
-from nvae_lowmem.hardware.budget import find_card
+from nvae_lowmem.hardware.find_card import find_card
 from nvae_lowmem.memory.allocator import replay as allocator_replay
 from nvae_lowmem.memory.measure.assess import assess, described
 from nvae_lowmem.memory.measure.job import Job, Outcome

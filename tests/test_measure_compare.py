@@ -13,7 +13,7 @@ from fake_cuda import WORKSPACE_BYTES
 from measured_runs import CAP_BYTES, nano, on_card, on_cpu
 
 from nvae_lowmem.commands import measure_memory as measure_command
-from nvae_lowmem.hardware.budget import detect_card
+from nvae_lowmem.hardware.find_card import detect_card
 from nvae_lowmem.memory.allocator.recording import Place, Recording
 from nvae_lowmem.memory.measure.assess import assess
 from nvae_lowmem.memory.measure.compare import compared, matched

@@ -17,7 +17,8 @@ from test_trace import NANO, profile_of
 from nvae_lowmem.config import profile_file as profiles
 from nvae_lowmem.config.sections import MemoryPlan, Profile
 from nvae_lowmem.errors import ConfigError
-from nvae_lowmem.hardware.budget import Budget, find_card, usable_bytes
+from nvae_lowmem.hardware.budget import Budget, usable_bytes
+from nvae_lowmem.hardware.find_card import find_card
 from nvae_lowmem.memory.allocator.allocator import AllocatorSettings, CachingAllocator
 from nvae_lowmem.memory.predict import predict as predicting
 from nvae_lowmem.memory.predict.predict import as_text, predict

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nvae_lowmem.config.model import ModelConfig
 from nvae_lowmem.config.sections import MemoryPlan, Profile, TrainConfig
-from nvae_lowmem.hardware.budget import find_card
+from nvae_lowmem.hardware.find_card import find_card
 from nvae_lowmem.memory.plan.block_costs import record_blocks
 from nvae_lowmem.memory.plan.roofline import (
     HOST_SECONDS_PER_PARAMETER,

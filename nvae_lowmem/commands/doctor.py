@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nvae_lowmem.errors import ConfigError
-from nvae_lowmem.hardware.budget import find_card
 from nvae_lowmem.hardware.doctor import as_json, as_text, run_checks, worst
+from nvae_lowmem.hardware.find_card import find_card
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -20,14 +20,14 @@ from nvae_lowmem.config.profile_file import load, override, save
 from nvae_lowmem.config.recipes import RECIPES, recipe
 from nvae_lowmem.config.sections import Profile
 from nvae_lowmem.errors import ConfigError
-from nvae_lowmem.hardware.budget import Budget, Card, OsName, chosen_card, this_os
+from nvae_lowmem.hardware.budget import Budget, chosen_card, parse_memory, this_os
+from nvae_lowmem.hardware.card import Card, OsName
 from nvae_lowmem.memory.plan.candidates import Prefer, Wishes
 from nvae_lowmem.memory.plan.explain import as_json, as_text, frontier_rows, planned
 from nvae_lowmem.memory.plan.fit import Fit, Predictor, fit
 from nvae_lowmem.memory.predict.predict import predictor_for
 from nvae_lowmem.memory.predict.timeline import PICTURE_SUFFIXES, timeline_html, timeline_png
 from nvae_lowmem.memory.predict.untraced import Entry, load_calibration
-from nvae_lowmem.units import parse_bytes
 
 FITS, BAD_INPUT, NOTHING_FITS = 0, 2, 3
 Calibration = Mapping[str, Entry]
@@ -128,10 +128,7 @@ def _profile(arguments: argparse.Namespace) -> Profile:
 def _wishes(arguments: argparse.Namespace) -> Wishes:
     host = None
     if arguments.host_mem is not None:
-        try:
-            host = parse_bytes(arguments.host_mem, "--host-mem")
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
+        host = parse_memory(arguments.host_mem, "--host-mem")
     return Wishes(
         prefer=arguments.prefer,
         min_micro_batch=arguments.min_micro_batch,

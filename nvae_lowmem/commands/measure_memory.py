@@ -27,7 +27,8 @@ from nvae_lowmem.config.profile_file import load, override
 from nvae_lowmem.config.recipes import RECIPES, recipe
 from nvae_lowmem.config.sections import Profile
 from nvae_lowmem.errors import ConfigError
-from nvae_lowmem.hardware.budget import Card, detect_card
+from nvae_lowmem.hardware.card import Card
+from nvae_lowmem.hardware.find_card import detect_card
 from nvae_lowmem.memory.allocator.recording import Recording, save_recordings
 from nvae_lowmem.memory.measure.assess import MEASUREMENTS, assess, card_as_table, described, load_measured
 from nvae_lowmem.memory.measure.calibration import calibrate, save_calibration

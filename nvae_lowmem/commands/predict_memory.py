@@ -17,7 +17,8 @@ from nvae_lowmem.config.profile_file import load, override
 from nvae_lowmem.config.recipes import RECIPES, recipe
 from nvae_lowmem.config.sections import Profile
 from nvae_lowmem.errors import ConfigError
-from nvae_lowmem.hardware.budget import OsName, chosen_card, this_os
+from nvae_lowmem.hardware.budget import chosen_card, this_os
+from nvae_lowmem.hardware.card import OsName
 from nvae_lowmem.memory.predict.predict import as_text, decided, predict
 from nvae_lowmem.memory.predict.untraced import load_calibration
 from nvae_lowmem.memory.trace.inference import generation_peaks

@@ -29,10 +29,10 @@ from nvae_lowmem.evaluation.distances import (
     available,
 )
 from nvae_lowmem.evaluation.report import Evaluation, LikelihoodFigures, Mean, to_html, to_json, to_text
+from nvae_lowmem.hardware.precision import precision_here
 from nvae_lowmem.model.nvae import NVAE
 from nvae_lowmem.progress import Progress
 from nvae_lowmem.training.open_run import RunCommand, choose_device, exit_code, open_run, writable_file
-from nvae_lowmem.training.resolve import choose_precision
 from nvae_lowmem.training.validation import ACTIVE_NATS
 
 SHOWN_IMAGES = 24
@@ -112,7 +112,7 @@ def run_evaluation(argv: Sequence[str], generation: Generation) -> int:
 
 def _evaluate(command: EvaluateCommand, generation: Generation) -> None:
     _check_numbers(command)
-    precision, _ = choose_precision(command.precision, choose_device(command.device))
+    precision, _ = precision_here(command.precision, choose_device(command.device))
     run = open_run(command.run, command.runs_dir, command.device, command.micro_batch, precision)
     profile, model, device, micro_batch = run.profile, run.model, run.device, run.micro_batch
     request = SampleRequest(

@@ -5,11 +5,14 @@ from __future__ import annotations
 import os as _os
 import re
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal
+
+import pydantic
+from pydantic_core import ErrorDetails
 
 from nvae_lowmem.errors import ConfigError, raise_problems, unknown_name
 from nvae_lowmem.units import MIB, parse_bytes
@@ -25,51 +28,77 @@ Fp16 = Literal["storage", "double", "tensor"]
 Capability = tuple[int, int]
 CARDS_FILE = Path(__file__).with_name("cards.toml")
 DEFAULT_CONTEXT_BYTES = 160 * MIB
+# no numbers that somebody measured
+_WITHOUT_SOURCE = ("name", "aliases", "compute_capability", "fp16", "bf16", "plain")
+
+
+def _capability(value: Any) -> Capability:
+    match = re.fullmatch(r"(\d+)\.(\d)", value) if isinstance(value, str) else None
+    if match is None:
+        raise ValueError('must be a text such as "5.2"')
+    return int(match[1]), int(match[2])
+
+
+def _size(value: Any) -> int:
+    try:
+        return parse_bytes(value)
+    except ValueError:
+        raise ValueError("must be a size above zero, such as 4G, 3800M or a number of bytes") from None
+
+
+# how a field is written in a file: strict, so that 1 is no flag and "3" no number
+_Text = Annotated[str, pydantic.StringConstraints(strict=True, min_length=1)]
+_Flag = Annotated[bool, pydantic.Strict()]
+_Rate = Annotated[float, pydantic.Field(strict=True, gt=0, allow_inf_nan=False)]
+_Size = Annotated[int, pydantic.BeforeValidator(_size)]
+_Capability = Annotated[Capability, pydantic.BeforeValidator(_capability)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Card:
     """One graphics card. Sizes in bytes, rates per second; `sources` says where each number comes from."""
 
+    __pydantic_config__: ClassVar = pydantic.ConfigDict(extra="forbid")
+
     id: str
     """Name in cards.toml, for example gtx-970."""
-    name: str
+    name: _Text
     """Name as the driver reports it."""
-    compute_capability: Capability
+    compute_capability: _Capability
     """(major, minor), for example (5, 2)."""
-    total_bytes_linux: int
+    total_bytes_linux: _Size
     """Total memory as torch reports it under Linux."""
-    total_bytes_windows: int
+    total_bytes_windows: _Size
     """The same under Windows."""
-    bandwidth_bytes_per_second: float
+    bandwidth_bytes_per_second: _Rate
     """Data-sheet memory bandwidth (of the fast segment, where there is a slow one)."""
-    fp32_flops_per_second: float
+    fp32_flops_per_second: _Rate
     """Data-sheet fp32 operations per second; a multiply-add is two."""
     fp16: Fp16
     """storage: fp32 arithmetic on half the bytes; double: twice the rate but NaN-prone; tensor: tensor cores."""
-    fp16_flops_per_second: float
+    fp16_flops_per_second: _Rate = 0.0
     """fp16 operations per second."""
-    bf16: bool
+    bf16: _Flag = False
     """bf16 in hardware (not emulated)."""
-    pcie_pinned_bytes_per_second: float
+    pcie_pinned_bytes_per_second: _Rate
     """Host to card from page-locked memory."""
-    pcie_pageable_bytes_per_second: float
+    pcie_pageable_bytes_per_second: _Rate = 0.0
     """Host to card from ordinary memory."""
-    context_bytes: int = DEFAULT_CONTEXT_BYTES
+    context_bytes: _Size = DEFAULT_CONTEXT_BYTES
     """What the CUDA context takes outside the allocator (plan value)."""
-    slow_segment_bytes: int = 0
+    slow_segment_bytes: _Size = 0
     """Bytes at the end of the memory that are slow (GTX 970); 0: none."""
-    slow_bandwidth_bytes_per_second: float = 0.0
+    slow_bandwidth_bytes_per_second: _Rate = 0.0
     """Bandwidth of the slow segment, never together with the fast one."""
-    cap_linux: int = 0
+    cap_linux: _Size = 0
     """Default allocator cap on headless Linux; 0: by the general rule."""
-    cap_desktop: int = 0
+    cap_desktop: _Size = 0
     """The same on a Linux desktop."""
-    cap_windows: int = 0
+    cap_windows: _Size = 0
     """The same under Windows."""
-    plain: bool = False
+    plain: _Flag = False
     """A size class, not a card."""
-    aliases: tuple[str, ...] = ()
+    aliases: tuple[_Text, ...] = ()
     """Other names of the same card."""
     sources: Mapping[str, str] = field(default_factory=dict, compare=False)
     """Field name -> where its number comes from."""
@@ -88,7 +117,7 @@ class Card:
 class TorchBuild:
     """The torch to install for cards below a compute capability."""
 
-    below: Capability
+    below: _Capability
     requirement: str
     """For pip, for example torch==2.7.1."""
     windows_index: str
@@ -99,13 +128,23 @@ class TorchBuild:
 @cache
 def _shipped() -> tuple[dict[str, Card], tuple[TorchBuild, ...]]:
     table = _read_toml(CARDS_FILE)
-    builds = (TorchBuild(**{**row, "below": _capability("below", row["below"])}) for row in table["torch_builds"])
-    return _parse_cards(table["cards"], CARDS_FILE.name), tuple(builds)
+    builds = pydantic.TypeAdapter(tuple[TorchBuild, ...]).validate_python(table["torch_builds"])
+    return _parse_cards(table["cards"], CARDS_FILE.name), builds
 
 
 def torch_builds() -> tuple[TorchBuild, ...]:
     """Which torch runs on which compute capability, by rising capability; the first with `below` above it counts."""
     return _shipped()[1]
+
+
+def torch_install_line(compute_capability: Capability, windows: bool = False) -> tuple[str, str]:
+    """The pip command for a torch with kernels for that compute capability, and the reason.
+
+    windows: for Python under Windows itself (not WSL), where PyPI's own wheels are CPU-only.
+    """
+    build = next(build for build in torch_builds() if compute_capability < build.below)
+    index = f" --index-url {build.windows_index}" if windows else ""
+    return f'pip install "{build.requirement}"{index}', build.why
 
 
 def load_cards(path: str | _os.PathLike[str] | None = None) -> dict[str, Card]:
@@ -151,100 +190,50 @@ def _parse_card(card_id: str, table: Any) -> tuple[Card | None, list[str]]:
     """One card from its table, or None with every problem. An entry is a value, or { value, source }."""
     if not isinstance(table, Mapping):
         return None, [f"must be a table, not {table!r}"]
-    values: dict[str, Any] = {"id": card_id}
-    sources: dict[str, str] = {}
-    problems = []
-    for key, entry in table.items():
-        value = entry.get("value") if isinstance(entry, Mapping) else entry
-        reader = _READERS.get(key)
-        if reader is None:
-            problems.append(unknown_name("field", key, _READERS))
-            continue
-        try:
-            values[key] = reader(key, value)
-        except ValueError as error:
-            problems.append(str(error))
-        if reader in (_rate, _size):
-            sources[key] = str(entry.get("source", "own file")) if isinstance(entry, Mapping) else "own file"
-    problems += [f"{name} is missing" for name in _REQUIRED if name not in table]
-    if table.get("fp16") == "tensor" and "fp16_flops_per_second" not in table:
+    values = {key: entry.get("value") if isinstance(entry, Mapping) else entry for key, entry in table.items()}
+    sources = {
+        key: str(entry.get("source", "own file")) if isinstance(entry, Mapping) else "own file"
+        for key, entry in table.items()
+        if key not in _WITHOUT_SOURCE
+    }
+    known = [f.name for f in fields(Card) if f.name not in ("id", "sources")]
+    problems = [unknown_name("field", key, known) for key in values if key not in known]
+    if values.get("fp16") == "tensor" and "fp16_flops_per_second" not in values:
         problems.append("fp16_flops_per_second is missing: it cannot be derived for fp16 = 'tensor'")
-    if problems:
-        return None, problems
-    fp32, pinned = values["fp32_flops_per_second"], values["pcie_pinned_bytes_per_second"]
+    given = {key: value for key, value in values.items() if key in known}
+    try:
+        card = _adapter().validate_python(given | {"id": card_id, "sources": sources})
+    except pydantic.ValidationError as error:
+        return None, problems + [_in_words(detail) for detail in error.errors()]
+    return (None, problems) if problems else (_completed(card, given), [])
+
+
+def _completed(card: Card, given: Mapping[str, Any]) -> Card:
+    """The card with what its table left out and follows from the rest."""
     derived = {
         "fp16_flops_per_second": (
-            fp32 * (2 if values["fp16"] == "double" else 1),
+            card.fp32_flops_per_second * (2 if card.fp16 == "double" else 1),
             "derived from fp32 and the kind of fp16",
         ),
-        "pcie_pageable_bytes_per_second": (pinned / 2, "estimated: half the pinned rate"),
+        "pcie_pageable_bytes_per_second": (card.pcie_pinned_bytes_per_second / 2, "estimated: half the pinned rate"),
         "context_bytes": (DEFAULT_CONTEXT_BYTES, "plan value: 68 to 117 MiB seen on 4 GB cards, plus reserve"),
     }
-    values = {key: value for key, (value, _) in derived.items()} | values
-    sources = {key: source for key, (_, source) in derived.items()} | sources
-    return Card(**{"bf16": values["compute_capability"] >= (8, 0), **values}, sources=sources), []
+    left_out = {key: found for key, found in derived.items() if key not in given}
+    values: dict[str, Any] = {key: value for key, (value, _) in left_out.items()}
+    if "bf16" not in given:
+        values["bf16"] = card.compute_capability >= (8, 0)
+    return replace(card, **values, sources={key: source for key, (_, source) in left_out.items()} | dict(card.sources))
 
 
-def _capability(key: str, value: Any) -> Capability:
-    match = re.fullmatch(r"(\d+)\.(\d)", value) if isinstance(value, str) else None
-    if match is None:
-        raise ValueError(f'{key} = {value!r} must be a text such as "5.2"')
-    return int(match[1]), int(match[2])
+@cache
+def _adapter() -> pydantic.TypeAdapter[Card]:
+    return pydantic.TypeAdapter(Card)
 
 
-def _size(key: str, value: Any) -> int:
-    return parse_bytes(value, key)
-
-
-def _rate(key: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
-        raise ValueError(f"{key} = {value!r} must be a number larger than 0, per second")
-    return float(value)
-
-
-def _text(key: str, value: Any) -> str:
-    if not isinstance(value, str) or not value:
-        raise ValueError(f"{key} = {value!r} must be a text")
-    return value
-
-
-def _fp16(key: str, value: Any) -> str:
-    if value not in get_args(Fp16):
-        raise ValueError(f"{key} = {value!r} must be one of {', '.join(map(repr, get_args(Fp16)))}")
-    return value
-
-
-def _flag(key: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError(f"{key} = {value!r} must be true or false")
-    return value
-
-
-def _aliases(key: str, value: Any) -> tuple[str, ...]:
-    if not isinstance(value, list):
-        raise ValueError(f"{key} = {value!r} must be a list of names")
-    return tuple(_text(key, name) for name in value)
-
-
-_READERS: dict[str, Callable[[str, Any], Any]] = {
-    "name": _text,
-    "compute_capability": _capability,
-    "fp16": _fp16,
-    "total_bytes_linux": _size,
-    "total_bytes_windows": _size,
-    "bandwidth_bytes_per_second": _rate,
-    "fp32_flops_per_second": _rate,
-    "pcie_pinned_bytes_per_second": _rate,
-    "fp16_flops_per_second": _rate,
-    "pcie_pageable_bytes_per_second": _rate,
-    "context_bytes": _size,
-    "slow_segment_bytes": _size,
-    "slow_bandwidth_bytes_per_second": _rate,
-    "cap_linux": _size,
-    "cap_desktop": _size,
-    "cap_windows": _size,
-    "bf16": _flag,
-    "plain": _flag,
-    "aliases": _aliases,
-}
-_REQUIRED = tuple(_READERS)[:8]
+def _in_words(detail: ErrorDetails) -> str:
+    """One of pydantic's findings as a sentence that names the field, its value and what is allowed."""
+    name, given = ".".join(map(str, detail["loc"])), detail["input"]
+    if detail["type"] == "missing":
+        return f"{name} is missing"
+    said = detail["msg"].removeprefix("Value error, ")
+    return f"{name} = {given!r}: {said[0].lower()}{said[1:]}"

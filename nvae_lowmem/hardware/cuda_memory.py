@@ -9,11 +9,13 @@ from typing import Any
 import torch
 
 from nvae_lowmem.config.sections import MemoryPlan
-from nvae_lowmem.units import GIB, format_bytes
+from nvae_lowmem.hardware.budget import allocator_fraction
+from nvae_lowmem.units import GIB, MIB, format_bytes
 
-_SMALL_CUBLAS_WORKSPACE = ":16:8"  # 128 KiB per handle and stream instead of 8.1 MiB
-
-_CUDNN_WORKSPACE_MIB = "64"  # what the prediction allows a convolution's workspace
+CAPPED_CUBLAS_CONFIG = ":16:8"
+"""CUBLAS_WORKSPACE_CONFIG under a cap: 128 KiB per handle and stream instead of 8.1 MiB."""
+CUDNN_WORKSPACE_BYTES = 64 * MIB
+"""The most that CUDNN_CONV_WSCAP_DBG allows a convolution's workspace under a cap."""
 
 
 def prepare_environment(plan: MemoryPlan) -> None:
@@ -21,8 +23,8 @@ def prepare_environment(plan: MemoryPlan) -> None:
     if plan.allocator_settings:  # the name that every torch reads; the newer one is unknown to 2.7
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", plan.allocator_settings)
     if plan.cap_bytes:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", _SMALL_CUBLAS_WORKSPACE)
-        os.environ.setdefault("CUDNN_CONV_WSCAP_DBG", _CUDNN_WORKSPACE_MIB)
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", CAPPED_CUBLAS_CONFIG)
+        os.environ.setdefault("CUDNN_CONV_WSCAP_DBG", str(CUDNN_WORKSPACE_BYTES // MIB))
 
 
 def apply_memory_cap(plan: MemoryPlan, device: torch.device) -> str:
@@ -37,8 +39,7 @@ def apply_memory_cap(plan: MemoryPlan, device: torch.device) -> str:
         return (
             f"memory cap {format_bytes(plan.cap_bytes)} is more than this card has ({format_bytes(total)}): no cap set"
         )
-    # torch multiplies and truncates; half a byte more gives back exactly the cap
-    torch.cuda.set_per_process_memory_fraction((plan.cap_bytes + 0.5) / total, device)
+    torch.cuda.set_per_process_memory_fraction(allocator_fraction(plan.cap_bytes, total), device)
     return f"memory cap {format_bytes(plan.cap_bytes)} of {format_bytes(total)}"
 
 

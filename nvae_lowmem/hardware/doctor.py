@@ -1,7 +1,7 @@
 """Looks at this machine and says what will work, what will not, and what to do: the logic of tools/doctor.py.
 
 It must run where things are broken: packages are imported inside the check that needs them, and an error inside a check
-is that check's finding. What it says of torch and the card is in doctor_card.py.
+is that check's finding. What it says of torch and the card is in gpu_facts.py.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 
-from nvae_lowmem.hardware.budget import Card, this_os
+from nvae_lowmem.hardware.budget import this_os
+from nvae_lowmem.hardware.card import Card
 from nvae_lowmem.hardware.gpu_facts import (
     Check,
     Status,

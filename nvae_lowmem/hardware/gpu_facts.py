@@ -16,15 +16,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from nvae_lowmem.errors import ConfigError
-from nvae_lowmem.hardware.budget import (
-    Card,
-    detect_card,
-    fp16_convolution_selftest,
-    precision_for,
-    this_os,
-    torch_install_line,
-    usable_bytes,
-)
+from nvae_lowmem.hardware.budget import this_os, usable_bytes
+from nvae_lowmem.hardware.card import Card, torch_install_line
+from nvae_lowmem.hardware.find_card import detect_card
+from nvae_lowmem.hardware.precision import choose_precision, fp16_convolution_selftest
 from nvae_lowmem.units import GIB, format_bytes
 
 Status = Literal["OK", "WARN", "FAIL"]
@@ -236,7 +231,7 @@ def check_fp16(facts: GpuFacts) -> Check | None:
         return None
     passed, finding = fp16_convolution_selftest("cpu" if facts.card is None else "cuda")
     if facts.card is not None and passed:
-        finding += f"; --precision auto takes {': '.join(precision_for(facts.card))}"
+        finding += f"; --precision auto takes {': '.join(choose_precision('auto', facts.card))}"
     if passed:
         return Check("fp16", "OK", finding)
     usable = "fp32 or bf16" if facts.card is None or facts.card.bf16 else "fp32"

@@ -7,8 +7,9 @@ from typing import NamedTuple
 
 import torch
 
-from nvae_lowmem.config.sections import Precision, Profile
+from nvae_lowmem.config.sections import Profile
 from nvae_lowmem.errors import ConfigError
+from nvae_lowmem.hardware.precision import precision_here
 from nvae_lowmem.training.learning_rate import suggest_learning_rate
 from nvae_lowmem.training.step import BatchPlan
 
@@ -30,22 +31,6 @@ class RunPlan:
     split: BatchPlan
     schedule: Schedule
     reasons: tuple[str, ...]
-
-
-def choose_precision(wanted: Precision, device: torch.device) -> tuple[Precision, str]:
-    """fp32, bf16 or fp16 and why. Raises ConfigError for what the device cannot do."""
-    if wanted == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise ConfigError(
-            "--precision bf16: this card only emulates bf16 (compute capability below 8.0): use fp16, auto or fp32"
-        )
-    if wanted != "auto":
-        return wanted, f"precision {wanted}: as asked"
-    if device.type != "cuda":
-        return "fp32", "precision fp32: no GPU; half precision saves card memory, which there is none of"
-    major, minor = torch.cuda.get_device_capability(device)
-    if major >= 8:
-        return "bf16", f"precision bf16: compute capability {major}.{minor} computes it natively, no loss scale needed"
-    return "fp16", f"precision fp16: compute capability {major}.{minor} has no bf16; halves the activations"
 
 
 def split_batch(profile: Profile, processes: int) -> BatchPlan:
@@ -70,7 +55,7 @@ def split_batch(profile: Profile, processes: int) -> BatchPlan:
 def plan_run(profile: Profile, images: int, device: torch.device, processes: int) -> RunPlan:
     """Decide precision, batch split, step counts and learning rate for `images` training images."""
     training = profile.training
-    precision, why_precision = choose_precision(profile.plan.precision, device)
+    precision, why = precision_here(profile.plan.precision, device)
     split = split_batch(profile, processes)
     steps_per_epoch = max(1, images // training.total_batch)
     total = training.steps or max(1, round(training.epochs * steps_per_epoch))
@@ -82,7 +67,7 @@ def plan_run(profile: Profile, images: int, device: torch.device, processes: int
             training.total_batch, batch, float(profile.provenance.get("published_learning_rate", 1e-2))
         )
     steps = f"{total} steps = {total / steps_per_epoch:.1f} epochs x {steps_per_epoch} steps ({images} images)"
-    reasons = (str(split), steps, f"warm-up {warmup} steps", why_rate, why_precision)
+    reasons = (str(split), steps, f"warm-up {warmup} steps", why_rate, f"precision {precision}: {why}")
     decided = profile.with_plan(precision=precision, micro_batch=split.micro)
     return RunPlan(
         profile=decided, split=split, schedule=Schedule(total, steps_per_epoch, warmup, rate), reasons=reasons

@@ -18,11 +18,14 @@ from nvae_lowmem.config.profile_file import PROFILES_DIR, load, save
 from nvae_lowmem.config.recipes import PUBLISHED_RECIPES, recipe, with_groups
 from nvae_lowmem.config.sections import KEEPS, Profile
 from nvae_lowmem.errors import ConfigError, unknown_name
-from nvae_lowmem.hardware.budget import Budget, Card, OsName, find_card, usable_bytes
+from nvae_lowmem.hardware.budget import Budget, usable_bytes
+from nvae_lowmem.hardware.card import Card, OsName
+from nvae_lowmem.hardware.find_card import find_card
+from nvae_lowmem.hardware.precision import choose_precision
 from nvae_lowmem.memory.plan.block_costs import BlockTable, record_blocks
 from nvae_lowmem.memory.plan.candidates import Wishes
 from nvae_lowmem.memory.plan.explain import planned
-from nvae_lowmem.memory.plan.fit import Fit, decide_precision, fit
+from nvae_lowmem.memory.plan.fit import Fit, fit
 from nvae_lowmem.memory.predict.predict import predictor_for
 
 WISHES = Wishes(prefer="batch")
@@ -146,7 +149,7 @@ _tables: dict[str, BlockTable] = {}
 
 def fitted(profile: Profile, card: Card, budget: Budget, wishes: Wishes = WISHES) -> Fit:
     """`fit` without a limit of time, which would let the answer depend on the machine; tables of blocks are shared."""
-    decided, _ = decide_precision(profile, card)
+    decided = profile.with_plan(precision=choose_precision(profile.plan.precision, card)[0])
     # the bytes and the work of a block depend on nothing else: the recipes of one model share a table, as cards do
     key = repr((decided.model, decided.plan))
     if key not in _tables:

@@ -15,7 +15,8 @@ from typing import Any
 from nvae_lowmem.config import profile_file as profiles
 from nvae_lowmem.config.sections import Profile
 from nvae_lowmem.errors import ConfigError
-from nvae_lowmem.hardware.budget import Budget, Card
+from nvae_lowmem.hardware.budget import Budget
+from nvae_lowmem.hardware.card import Card
 from nvae_lowmem.memory.allocator.recording import OUT_OF_MEMORY, load_recordings
 from nvae_lowmem.memory.measure.compare import compared, matched, replayed
 from nvae_lowmem.memory.measure.job import Ended, Job, Outcome

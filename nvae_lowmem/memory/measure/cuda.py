@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 from nvae_lowmem.config.sections import MemoryPlan
 from nvae_lowmem.hardware import cuda_memory
+from nvae_lowmem.hardware.budget import allocator_fraction
 from nvae_lowmem.memory.allocator.allocator import AllocatorStats
 from nvae_lowmem.memory.allocator.recording import OUT_OF_MEMORY, Moment, Place, Recording, from_snapshot
 from nvae_lowmem.units import GIB
@@ -92,7 +93,7 @@ class CudaMonitor:
         """The stream so far; end it with a checkpoint. Raises ConfigError where the history has gaps."""
         history = self._cuda.memory._snapshot()["device_traces"][self._device.index or 0]
         capped = 0 < plan.cap_bytes < self.total_bytes
-        fraction = (plan.cap_bytes + 0.5) / self.total_bytes if capped else 0.0  # as apply_memory_cap sets it
+        fraction = allocator_fraction(plan.cap_bytes, self.total_bytes) if capped else 0.0
         outside = self.total_bytes - self.free_bytes["context"]
         return from_snapshot(name, history, self._moments, Place(settings, self.total_bytes, outside, fraction))
 

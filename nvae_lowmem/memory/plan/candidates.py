@@ -10,7 +10,8 @@ from typing import Literal, TypeVar
 from nvae_lowmem.config.recipes import with_groups
 from nvae_lowmem.config.sections import EngineName, Keep, MemoryPlan, Profile
 from nvae_lowmem.errors import ConfigError
-from nvae_lowmem.hardware.budget import Budget, Card
+from nvae_lowmem.hardware.budget import Budget
+from nvae_lowmem.hardware.card import Card
 from nvae_lowmem.memory.plan.block_costs import BlockTable
 from nvae_lowmem.memory.plan.roofline import StepSeconds, rates_of, step_seconds
 from nvae_lowmem.memory.plan.search import Assignment, Rows, fastest, least_peak

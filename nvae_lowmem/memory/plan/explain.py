@@ -10,7 +10,7 @@ import torch
 
 from nvae_lowmem import __version__
 from nvae_lowmem.config.sections import Profile
-from nvae_lowmem.hardware.budget import Card, OsName
+from nvae_lowmem.hardware.card import Card, OsName
 from nvae_lowmem.memory.plan.fit import Fit
 from nvae_lowmem.text_table import text_table
 from nvae_lowmem.units import format_bytes, format_seconds

@@ -13,8 +13,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from nvae_lowmem.config.sections import KEEPS, Profile
-from nvae_lowmem.errors import ConfigError
-from nvae_lowmem.hardware.budget import Budget, Card, precision_for
+from nvae_lowmem.hardware.budget import Budget
+from nvae_lowmem.hardware.card import Card
+from nvae_lowmem.hardware.precision import choose_precision
 from nvae_lowmem.memory.plan.block_costs import BlockTable, record_blocks
 from nvae_lowmem.memory.plan.candidates import Candidate, FrontierRow, Groups, Planner, Wishes
 from nvae_lowmem.memory.predict.predict import Prediction
@@ -69,7 +70,8 @@ def fit(
     start = time.monotonic()
     profile = profile.with_plan(micro_batch=0).check()
     wishes.check(profile)
-    profile, why_precision = decide_precision(profile, card)
+    precision, why = choose_precision(profile.plan.precision, card)
+    profile, why_precision = profile.with_plan(precision=precision), f"precision {precision}: {why}"
     if table is None:
         say("pricing every block under every policy")
         table = record_blocks(profile)
@@ -100,17 +102,6 @@ def fit(
         refused=refused,
         frontier=frontier,
     )
-
-
-def decide_precision(profile: Profile, card: Card) -> tuple[Profile, str]:
-    """The profile with a precision the card can do, and the reason. Raises ConfigError for bf16 where it cannot."""
-    wanted = profile.plan.precision
-    if wanted == "bf16" and not card.bf16:
-        raise ConfigError(
-            f"plan.precision = 'bf16': {card.name} has no bf16 in hardware; use fp16, fp32, or leave it at auto"
-        )
-    precision, why = precision_for(card) if wanted == "auto" else (wanted, "as the profile says")
-    return profile.with_plan(precision=precision), f"precision {precision}: {why}"
 
 
 def _verified(planner: Planner, predictor: Predictor, deadline: float, say: Say) -> tuple[Candidate, Prediction] | None:

@@ -18,7 +18,9 @@ from typing import Any
 
 from nvae_lowmem.config.sections import Precision, Profile
 from nvae_lowmem.errors import ConfigError, raise_problems
-from nvae_lowmem.hardware.budget import Budget, Card, memory_fraction, precision_for
+from nvae_lowmem.hardware.budget import Budget, memory_fraction
+from nvae_lowmem.hardware.card import Card
+from nvae_lowmem.hardware.precision import choose_precision
 from nvae_lowmem.memory.allocator.allocator import (
     CHECKPOINT,
     AllocatorSettings,
@@ -159,9 +161,7 @@ def predict(
 
 def decided(profile: Profile, card: Card | None, budget: Budget | None = None) -> Profile:
     """The profile with its precision decided for the card (fp16 where none is named) and the budget's cap."""
-    plan = profile.plan
-    if plan.precision == "auto":
-        plan = replace(plan, precision=precision_for(card)[0] if card is not None else "fp16")
+    plan = replace(profile.plan, precision=choose_precision(profile.plan.precision, card)[0])
     if budget is not None:
         plan = replace(plan, cap_bytes=budget.cap_bytes)
     if plan.offload_optimizer and plan.zero_stage == 0 and runs_deepspeed(plan):

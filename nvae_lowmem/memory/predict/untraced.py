@@ -23,6 +23,7 @@ from typing import Any, Literal
 from nvae_lowmem.config.sections import MemoryPlan, Profile
 from nvae_lowmem.errors import ConfigError, raise_problems, unknown_name
 from nvae_lowmem.hardware.card import DEFAULT_CONTEXT_BYTES, Card
+from nvae_lowmem.hardware.cuda_memory import CAPPED_CUBLAS_CONFIG, CUDNN_WORKSPACE_BYTES
 from nvae_lowmem.memory.trace.events import Phase, Trace, TraceWriter
 from nvae_lowmem.units import KIB, MIB
 
@@ -36,7 +37,7 @@ When = Literal["always", "backward", "update", "convolution", "setup", "context"
 operation; setup: on top of what stays, while the engine is built; context: on the card, outside the allocator; host:
 ordinary host memory; pinned: page-locked."""
 
-_DEFAULT_CUBLAS_CONFIG, _CAPPED_CUBLAS_CONFIG, _HOPPER_CUBLAS_CONFIG = ":4096:2:16:8", ":16:8", ":4096:8"
+_DEFAULT_CUBLAS_CONFIG, _HOPPER_CUBLAS_CONFIG = ":4096:2:16:8", ":4096:8"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +80,7 @@ def runs_deepspeed(plan: MemoryPlan) -> bool:
 
 
 def _libraries(plan: MemoryPlan, card: Card | None, context_bytes: int | None) -> list[Entry]:
-    config = os.environ.get("CUBLAS_WORKSPACE_CONFIG") or (_CAPPED_CUBLAS_CONFIG if plan.cap_bytes else "")
+    config = os.environ.get("CUBLAS_WORKSPACE_CONFIG") or (CAPPED_CUBLAS_CONFIG if plan.cap_bytes else "")
     if not config:
         hopper = card is not None and card.compute_capability >= (9, 0)
         config = _HOPPER_CUBLAS_CONFIG if hopper else _DEFAULT_CUBLAS_CONFIG
@@ -91,8 +92,8 @@ def _libraries(plan: MemoryPlan, card: Card | None, context_bytes: int | None) -
             source=f"CUBLAS_WORKSPACE_CONFIG={config}: {workspace} bytes for each of the forward and backward threads",
         ),
         Entry(
-            name="cudnn-workspace", nbytes=64 * MIB, when="convolution", is_bound=True,
-            source="what CUDNN_CONV_WSCAP_DBG=64 allows; algorithms that need no workspace take none",
+            name="cudnn-workspace", nbytes=CUDNN_WORKSPACE_BYTES, when="convolution", is_bound=True,
+            source=f"what CUDNN_CONV_WSCAP_DBG={CUDNN_WORKSPACE_BYTES // MIB} allows; many algorithms take none",
         ),
         Entry(
             name="reductions", nbytes=1 * MIB, when="always", is_bound=True,
@@ -117,7 +118,7 @@ def cublas_workspace_bytes(config: str) -> int:
     parts = config.split(":")[1:]
     if not config.startswith(":") or len(parts) % 2 or not all(part.isdecimal() for part in parts):
         raise ConfigError(
-            f"CUBLAS_WORKSPACE_CONFIG={config!r} must be pairs of KiB and count, such as {_CAPPED_CUBLAS_CONFIG} or "
+            f"CUBLAS_WORKSPACE_CONFIG={config!r} must be pairs of KiB and count, such as {CAPPED_CUBLAS_CONFIG} or "
             f"{_DEFAULT_CUBLAS_CONFIG}: set it so, or unset it"
         )
     numbers = [int(part) for part in parts]

@@ -16,8 +16,8 @@ import torch
 
 from nvae_lowmem.hardware import doctor
 from nvae_lowmem.hardware import gpu_facts as doctor_card
-from nvae_lowmem.hardware.budget import find_card
 from nvae_lowmem.hardware.doctor import Check, as_json, as_text, run_checks, worst
+from nvae_lowmem.hardware.find_card import find_card
 from nvae_lowmem.hardware.gpu_facts import (
     GpuFacts,
     check_card,
@@ -31,7 +31,7 @@ from nvae_lowmem.hardware.gpu_facts import (
 )
 from nvae_lowmem.units import GIB, MIB
 
-SCRIPT = Path(__file__).resolve().parent.parent / "tools" / "doctor.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "tools" / "doctor.py"
 CUDA_126 = ("sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90")  # torch 2.7.1 on PyPI
 CUDA_130 = ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120")  # torch 2.13.0
 GTX_970 = find_card("gtx-970")

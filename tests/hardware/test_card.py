@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from nvae_lowmem.errors import ConfigError
-from nvae_lowmem.hardware.card import Card, card_from_file, load_cards
+from nvae_lowmem.hardware.card import Card, card_from_file, load_cards, torch_install_line
 from nvae_lowmem.units import GIB, MIB
 
 OWN_CARD = """
@@ -64,7 +64,8 @@ def test_every_problem_of_a_users_own_card_is_named_at_once(tmp_path: Path) -> N
     missing = ("total_bytes_linux", "total_bytes_windows", "bandwidth_bytes_per_second", "fp32_flops_per_second")
     for part in (*missing, "pcie_pinned_bytes_per_second"):
         assert f"{part} is missing" in message
-    for part in ("name = ''", "compute_capability = 5", "fp16 = 'half'", "cap_linux 'much'", "'bandwith'", "bf16 = 1"):
+    wrong = ("name = ''", "compute_capability = 5", "fp16 = 'half'", "cap_linux = 'much'", "'bandwith'", "bf16 = 1")
+    for part in wrong:
         assert part in message
 
 
@@ -73,8 +74,8 @@ def test_every_problem_of_a_users_own_card_is_named_at_once(tmp_path: Path) -> N
     [
         ("name = ", "not valid TOML"),
         (OWN_CARD.replace('"storage"', '"tensor"'), "fp16_flops_per_second is missing"),
-        (OWN_CARD.replace("100e9", "-1"), "bandwidth_bytes_per_second = -1 must be a number larger than 0"),
-        (OWN_CARD.replace('"3.9G"', "0"), "total_bytes_linux '?0'? must be larger than zero"),
+        (OWN_CARD.replace("100e9", "-1"), "bandwidth_bytes_per_second = -1: input should be greater than 0"),
+        (OWN_CARD.replace('"3.9G"', "0"), "total_bytes_linux = 0: must be a size above zero"),
     ],
 )
 def test_a_bad_card_file_is_one_message(tmp_path: Path, text: str, message: str) -> None:
@@ -90,3 +91,20 @@ def test_a_missing_card_file_and_one_without_tables_are_messages(tmp_path: Path)
     (tmp_path / "flat.toml").write_text(OWN_CARD)
     with pytest.raises(ConfigError, match=r"has no \[cards\.NAME\] table"):
         load_cards(tmp_path / "flat.toml")
+
+
+@pytest.mark.parametrize(
+    ("capability", "line"),
+    [
+        ((5, 2), 'pip install "torch==2.7.1"'),
+        ((6, 1), 'pip install "torch==2.7.1"'),
+        ((7, 0), 'pip install "torch==2.10.0"'),
+        ((7, 5), 'pip install "torch>=2.8,<2.16"'),
+        ((9, 0), 'pip install "torch>=2.8,<2.16"'),
+    ],
+)
+def test_the_torch_to_install_has_kernels_for_the_card(capability: tuple[int, int], line: str) -> None:
+    assert torch_install_line(capability)[0] == line
+    assert torch_install_line(capability, windows=True)[0].startswith(
+        f"{line} --index-url https://download.pytorch.org"
+    )
