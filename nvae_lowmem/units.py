@@ -9,6 +9,7 @@ from typing import TypeVar
 from nvae_lowmem.errors import ConfigError
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+LARGEST_BYTES = 1 << 50
 _FACTORS = {"": 1, "B": 1, "K": KIB, "M": MIB, "G": GIB, "T": 1 << 40}
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?B?)\s*", re.IGNORECASE)
 
@@ -21,7 +22,10 @@ def parse_bytes(text: str | int | float, flag: str = "size") -> int:
     match = _SIZE.fullmatch(str(text))
     if match is None:
         raise ValueError(f"{flag} {text!r} is not a size: write a number with K, M or G, for example 4G, 4GiB or 3800M")
-    size = int(float(match[1]) * _FACTORS[match[2].upper()])
+    exact = float(match[1]) * _FACTORS[match[2].upper()]
+    if exact > LARGEST_BYTES:
+        raise ValueError(f"{flag} {str(text)[:40]!r} is more than 1,024 TiB: give the memory that there is, such as 4G")
+    size = int(exact)
     if size <= 0:
         raise ValueError(f"{flag} {text!r} must be larger than zero, for example 4G")
     return size

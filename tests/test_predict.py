@@ -258,7 +258,8 @@ def test_a_calibration_replaces_a_bound_by_a_measurement(tmp_path: Path, name: s
         ("[cudnn-workspaces]\nnbytes = 1", "did you mean 'cudnn-workspace'"),
         ("[cudnn-workspace]\nnbytes = -1", "whole number"),
         ("cudnn-workspace = 3", "must be a table"),
-        ("[[[", "neither TOML nor JSON"),
+        ("[[[", "not valid TOML"),
+        ("[cudnn-workspace]\nnbytes = " + "9" * 4000, "whole number from 0 to"),
     ],
 )
 def test_a_calibration_file_that_is_wrong_says_where(tmp_path: Path, text: str, message: str) -> None:

@@ -134,15 +134,15 @@ def profile_of(command: TrainCommand) -> Profile:
     """The profile with the command line's overrides. Raises ConfigError with every problem."""
     profile = profiles.load(command.profile)
     shortcuts = {
-        "data.source": profiles.quoted(command.data) if command.data else None,
+        "data.source": command.data or None,
         "training.total_batch": command.total_batch or None,
         "plan.micro_batch": command.micro_batch or None,
         "training.steps": command.steps or None,
-        "plan.precision": profiles.quoted(command.precision) if command.precision else None,
-        "plan.engine": profiles.quoted(command.engine) if command.engine else None,
+        "plan.precision": command.precision,
+        "plan.engine": command.engine,
     }
-    given = [f"{key}={value}" for key, value in shortcuts.items() if value is not None]
-    return profiles.override(profile, [*given, *command.set]) if given or command.set else profile
+    given = {key: value for key, value in shortcuts.items() if value is not None}
+    return profiles.override(profile, command.set, given) if given or command.set else profile
 
 
 def _train(command: TrainCommand, pictures_for: Callable[[Profile], Pictures], fitted: Fitter) -> int:

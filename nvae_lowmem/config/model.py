@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from nvae_lowmem.errors import at_least_one
+from nvae_lowmem.config.limits import Between, range_problems
 
 Architecture = Literal[
     "res_elu",
@@ -20,6 +20,10 @@ Architecture = Literal[
     "mbconv_res",
     "mbconv_den",
 ]
+WIDEST = 1 << 14
+"""Channels of any layer, at the lowest resolution too."""
+MOST_GROUPS = 1000
+"""Latent groups of a whole hierarchy."""
 LikelihoodName = Literal["auto", "bernoulli", "logistic_mixture", "normal", "squared_error"]
 
 
@@ -27,48 +31,48 @@ LikelihoodName = Literal["auto", "bernoulli", "logistic_mixture", "normal", "squ
 class ModelConfig:
     """The network. Defaults are the published choices; sizes are per image."""
 
-    image_channels: int = 1
+    image_channels: Annotated[int, Between(1, 1024)] = 1
     """Colour channels of an image: 1 grey, 3 RGB, or any other number."""
-    image_size: int = 28
+    image_size: Annotated[int, Between(1, 8192)] = 28
     """Height and width of an image in pixels, before padding."""
-    padding: int = 0
+    padding: Annotated[int, Between(0, 1024)] = 0
     """Zero pixels added on each side for the network (MNIST: 2, so 28 -> 32); the likelihood crops them off again."""
-    bits: int = 8
+    bits: Annotated[int, Between(1, 8, note="binary")] = 8
     """Bits per channel value, 1 to 8; 1 means binary images."""
     likelihood: LikelihoodName = "auto"
     """p(x|z): auto takes bernoulli for 1 bit, normal for one mixture component, else logistic_mixture.
     squared_error is what plain autoencoders minimise; it is here to compare with."""
-    mixtures: int = 10
+    mixtures: Annotated[int, Between(1, 1000)] = 10
     """Components of the discretised logistic mixture; 1 means a normal."""
-    channels_encoder: int = 32
+    channels_encoder: Annotated[int, Between(1, WIDEST)] = 32
     """Channels of the stem; they double with every halving of the resolution."""
-    channels_decoder: int = 32
+    channels_decoder: Annotated[int, Between(1, WIDEST)] = 32
     """Channels of the decoder at the image's resolution; doubled in the same way."""
-    scales: int = 2
+    scales: Annotated[int, Between(1, 13)] = 2
     """Resolutions that carry latent groups."""
-    groups: int = 10
+    groups: Annotated[int, Between(1, MOST_GROUPS)] = 10
     """Latent groups of the highest resolution (of every one, unless adaptive)."""
     adaptive: bool = True
     """Halve the number of groups with every scale going down in resolution."""
-    min_groups: int = 1
+    min_groups: Annotated[int, Between(1, MOST_GROUPS)] = 1
     """Adaptive groups never go below this."""
-    groups_per_scale: tuple[int, ...] | None = None
+    groups_per_scale: Annotated[tuple[int, ...] | None, Between(1, MOST_GROUPS)] = None
     """Groups per scale, highest resolution first, given outright (what the planner sets when fewer groups must do)."""
-    latents: int = 20
+    latents: Annotated[int, Between(1, 4096)] = 20
     """Latent channels of one group."""
-    cells_encoder: int = 2
+    cells_encoder: Annotated[int, Between(0, 100)] = 2
     """Cells per group of the encoder tower."""
-    cells_decoder: int = 2
+    cells_decoder: Annotated[int, Between(0, 100)] = 2
     """Cells per group of the decoder tower."""
-    preprocess_blocks: int = 2
+    preprocess_blocks: Annotated[int, Between(0, 13)] = 2
     """Blocks before the encoder tower; each halves the resolution."""
-    preprocess_cells: int = 3
+    preprocess_cells: Annotated[int, Between(1, 100)] = 3
     """Cells per pre-process block."""
-    postprocess_blocks: int = 2
+    postprocess_blocks: Annotated[int, Between(0, 13)] = 2
     """Blocks after the decoder tower; each doubles the resolution. As many as pre-process blocks."""
-    postprocess_cells: int = 3
+    postprocess_cells: Annotated[int, Between(1, 100)] = 3
     """Cells per post-process block."""
-    flows: int = 0
+    flows: Annotated[int, Between(0, 100)] = 0
     """Pairs of autoregressive cells per group's posterior."""
     architecture: Architecture = "res_mbconv"
     """Which cells: see docs/architecture.md for the table."""
@@ -121,17 +125,7 @@ class ModelConfig:
 
     def problems(self) -> list[str]:
         """Every reason why this model cannot be built, each with what to do."""
-        out = at_least_one(
-            self,
-            "model",
-            "image_channels image_size mixtures channels_encoder channels_decoder scales groups min_groups "
-            "latents preprocess_cells postprocess_cells",
-        )
-        for name in ("padding", "flows", "preprocess_blocks", "postprocess_blocks", "cells_encoder", "cells_decoder"):
-            if getattr(self, name) < 0:
-                out.append(f"model.{name} = {getattr(self, name)} must not be negative")
-        if not 1 <= self.bits <= 8:
-            out.append(f"model.bits = {self.bits} must be from 1 (binary) to 8")
+        out = range_problems(self, "model")
         if self.likelihood == "bernoulli" and self.bits != 1:
             out.append(f"model.likelihood = 'bernoulli' describes binary images, but model.bits = {self.bits}: set 1")
         if self.preprocess_blocks != self.postprocess_blocks:
@@ -145,11 +139,15 @@ class ModelConfig:
             out.append(
                 f"model.groups_per_scale {list(self.groups_per_scale)} needs model.scales = {self.scales} numbers"
             )
-        elif any(g < 1 for g in self.scale_groups):
-            out.append(
-                f"model: groups per scale {list(self.scale_groups)}: every scale needs a group; set min_groups = 1"
-            )
+        if self.total_groups > MOST_GROUPS:
+            out.append(f"model: {self.total_groups:,} latent groups over all scales; at most {MOST_GROUPS:,} are built")
         halvings = self.preprocess_blocks + self.scales - 1
+        for name in ("channels_encoder", "channels_decoder"):
+            if (channels := getattr(self, name)) << halvings > WIDEST:
+                out.append(
+                    f"model.{name} = {channels:,} doubled {halvings} times is {channels << halvings:,} channels; "
+                    f"at most {WIDEST:,} are built"
+                )
         if self.network_size % (1 << halvings):
             good = -(-self.network_size >> halvings) << halvings
             out.append(

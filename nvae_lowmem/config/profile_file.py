@@ -4,76 +4,71 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pydantic
-import tomli_w
 
+from nvae_lowmem.config.limits import shown
+from nvae_lowmem.config.paths import from_uri, storable
 from nvae_lowmem.config.sections import Profile
+from nvae_lowmem.config.tables import parse_toml, read_table, to_toml
 from nvae_lowmem.errors import ConfigError, raise_problems
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 # an installed wheel carries the profiles inside the package, a checkout beside it
 PROFILES_DIR = _PACKAGE / "profiles" if (_PACKAGE / "profiles").is_dir() else _PACKAGE.parent / "profiles"
 _SECTIONS = ("model", "data", "training", "plan")
+_DATA_PATHS = ("source", "test_source", "cache_dir")
+_NOT_IN_FOLDER_NAMES = frozenset('/\\<>:"|?*&')
+_LONGEST_NAME = 100
 
 
 def loads(text: str, where: str = "profile") -> Profile:
     """A Profile from TOML text. Raises ConfigError with every problem: syntax, unknown keys, types, values."""
-    try:
-        table = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{where} is not valid TOML: {error}") from None
-    return from_dict(table, where)
+    return from_dict(parse_toml(text, where), where)
 
 
 def load(path: str | os.PathLike[str]) -> Profile:
     """A Profile from a TOML file, or from the name of a shipped one (with or without .toml)."""
-    found = find(path)
-    try:
-        text = found.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--profile {path}: cannot be read: {error}") from None
-    return loads(text, str(path))
+    return from_dict(read_table(find(path), f"profile {str(path)!r}"), str(path))
 
 
 def find(path: str | os.PathLike[str]) -> Path:
     """The file of a profile given by path or by shipped name. Raises ConfigError with suggestions."""
     given = Path(path)
-    if given.is_file():
-        return given
-    for candidate in (PROFILES_DIR / given.name, PROFILES_DIR / f"{given.name}.toml"):
-        if candidate.is_file():
-            return candidate
     shipped = sorted(p.stem for p in PROFILES_DIR.rglob("*.toml"))
+    if "\0" not in str(path):  # the system takes no such name
+        for candidate in (given, PROFILES_DIR / given.name, PROFILES_DIR / f"{given.name}.toml"):
+            if candidate.is_file():
+                return candidate
     near = difflib.get_close_matches(given.stem, shipped, n=3, cutoff=0.3)
     hint = f"; near: {', '.join(near)}" if near else ""
     raise ConfigError(f"--profile {path}: no such file, and no shipped profile of that name{hint}")
 
 
 def dumps(profile: Profile) -> str:
-    """The Profile as TOML; `loads(dumps(p)) == p`."""
-    return tomli_w.dumps(_without_none(to_dict(profile)))
+    """The Profile as TOML; `loads(dumps(p)) == p`, where paths that are no UTF-8 come back absolute."""
+    table = to_dict(profile)
+    table["data"] |= {key: storable(table["data"][key]) for key in _DATA_PATHS}
+    return to_toml(table)
 
 
 def save(profile: Profile, path: str | os.PathLike[str], header: str = "") -> None:
     """Write the Profile as TOML under an optional comment header; atomic, so a crash leaves the old file."""
-    comment = "".join(f"# {line}\n" for line in header.splitlines())
+    text = "".join(f"# {line}\n" for line in header.splitlines()) + dumps(profile)
+    content = text.encode("utf-8", "backslashreplace")  # a header may name a file whose name is no UTF-8
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(target.name + ".partial")
-    partial.write_text(comment + dumps(profile), encoding="utf-8")
-    os.replace(partial, target)
+    try:
+        partial.write_bytes(content)
+        os.replace(partial, target)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def to_dict(profile: Profile) -> dict[str, Any]:
@@ -91,43 +86,72 @@ def from_dict(table: Mapping[str, Any], where: str = "profile") -> Profile:
     for section in _SECTIONS:
         values = table.get(section, {})
         if not isinstance(values, Mapping):
-            problems.append(f"[{section}] must be a table, not {values!r}")
+            problems.append(f"[{section}] must be a table, not {shown(values)}")
             continue
         built, found = _section(hints[section], values, section)
         problems += found
         sections[section] = built
     name, provenance = table.get("name", "unnamed"), table.get("provenance", {})
-    if not isinstance(name, str) or not name or "/" in name or "\\" in name or name.startswith("."):
-        problems.append(f"name = {name!r} must be a plain word: it becomes part of a folder's name")
+    problems += _name_problems(name)
     if not isinstance(provenance, Mapping):
-        problems.append(f"[provenance] must be a table, not {provenance!r}")
+        problems.append(f"[provenance] must be a table, not {shown(provenance)}")
     raise_problems(problems, where)
     return Profile(name=name, provenance=dict(provenance), **sections).check(where)
 
 
-def override(profile: Profile, assignments: Sequence[str]) -> Profile:
-    """The Profile with `section.key=value` assignments applied; values are read as TOML, else as plain strings."""
+def override(profile: Profile, assignments: Sequence[str] = (), values: Mapping[str, Any] | None = None) -> Profile:
+    """The Profile with changes: `values` by section.key, taken as they are, then `section.key=value` texts as of --set.
+
+    The value of a text is read as TOML, and as a plain string where it is none. Raises ConfigError with every problem.
+    """
     table = to_dict(profile)
     problems = []
+    for key, value in (values or {}).items():
+        problems += _assign(table, key, key, value)
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
-        section, dot, name = key.strip().partition(".")
-        if not equals or not dot or section not in _SECTIONS:
-            problems.append(f"--set {assignment!r} must look like training.total_batch=32 ({', '.join(_SECTIONS)})")
-            continue
-        unknown = _unknown([name], list(table[section]), section + ".")
-        problems += unknown
-        if not unknown:
-            table[section][name] = _value(text.strip())
+        if not equals:
+            problems.append(_shapeless(assignment))
+        else:
+            problems += _assign(table, assignment, key.strip(), _value(text.strip()))
     raise_problems(problems, "overrides")
-    return from_dict(_without_none(table), "overrides")
+    return from_dict({key: _without_none(value) for key, value in table.items()}, "overrides")
+
+
+def _assign(table: dict[str, Any], given: str, key: str, value: Any) -> list[str]:
+    """Set table[section][name] for the key section.name; returns the problem there is with the key."""
+    section, _, name = key.partition(".")
+    if not name or section not in _SECTIONS:
+        return [_shapeless(given)]
+    unknown = _unknown([name], list(table[section]), section + ".")
+    if not unknown:
+        table[section][name] = value
+    return unknown
+
+
+def _shapeless(assignment: str) -> str:
+    return f"--set {shown(assignment)} must look like training.total_batch=32 ({', '.join(_SECTIONS)})"
 
 
 def _value(text: str) -> Any:
     try:
-        return tomllib.loads(f"v = {text}")["v"]
-    except tomllib.TOMLDecodeError:
+        return parse_toml(f"v = {text}", "the value")["v"]
+    except ConfigError:
         return text
+
+
+def _name_problems(name: Any) -> list[str]:
+    """Why a profile's name cannot be part of a folder's name, on any system."""
+    if not isinstance(name, str) or not name:
+        return [f"name = {shown(name)} must be a plain word: it becomes part of a folder's name"]
+    odd = sorted({c for c in name if c in _NOT_IN_FOLDER_NAMES or not c.isprintable()})
+    if odd or name.startswith(".") or name.endswith((".", " ")) or len(name) > _LONGEST_NAME:
+        what = f"; it holds {' '.join(map(ascii, odd))}" if odd else ""
+        return [
+            f"name = {shown(name)} must be a plain word of at most {_LONGEST_NAME} letters: it becomes part of a "
+            f"folder's name{what}"
+        ]
+    return []
 
 
 def _section(kind: type, values: Mapping[str, Any], section: str) -> tuple[Any, list[str]]:
@@ -135,15 +159,16 @@ def _section(kind: type, values: Mapping[str, Any], section: str) -> tuple[Any, 
     names = [f.name for f in dataclasses.fields(kind)]
     problems = _unknown(values, names, section + ".")
     hints = get_type_hints(kind)
-    good = {}
+    good: dict[str, Any] = {}
     for name in names:
         if name in values:
             try:
                 # strict: 1 is not true and "3" is not 3; integers are still good floats, lists good tuples
                 good[name] = _strict(hints[name], values[name])
             except pydantic.ValidationError:
-                shown = values[name]
-                problems.append(f"{section}.{name} = {shown!r} must be {_describe(hints[name])}")
+                problems.append(f"{section}.{name} = {shown(values[name])} must be {_describe(hints[name])}")
+            if section == "data" and name in _DATA_PATHS and isinstance(good.get(name), str):
+                good[name] = from_uri(good[name])
     return (None if problems else kind(**good)), problems
 
 
@@ -165,16 +190,11 @@ def _unknown(given: Any, known: list[str], prefix: str) -> list[str]:
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
             hint = f"; did you mean {prefix}{near[0]}?" if near else f"; known: {', '.join(known)}"
-            out.append(f"unknown key {prefix}{key}{hint}")
+            out.append(f"unknown key {shown(f'{prefix}{key}')[1:-1]}{hint}")
     return out
 
 
 def _without_none(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {k: _without_none(v) for k, v in value.items() if v is not None}
-    return list(value) if isinstance(value, tuple) else value
-
-
-def quoted(text: str) -> str:
-    """A TOML string literal, for `override`."""
-    return json.dumps(text)
+        return {k: v for k, v in value.items() if v is not None}
+    return value

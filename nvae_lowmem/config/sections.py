@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from nvae_lowmem.config.limits import LARGEST_STEPS, Between, range_problems, shown
 from nvae_lowmem.config.model import Architecture, LikelihoodName, ModelConfig
-from nvae_lowmem.errors import ConfigError, at_least_one, raise_problems, unknown_name
+from nvae_lowmem.errors import ConfigError, raise_problems, unknown_name
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 EngineName = Literal["auto", "torch", "deepspeed"]
@@ -41,19 +42,19 @@ class DataConfig:
     """Folder of images, ZIP, LMDB, MNIST IDX files, CIFAR-10 python batches, or an embedded set: mnist5k, faces."""
     test_source: str = ""
     """Held-out images in the same forms; empty: the source's own test part, or a fixed share of the source."""
-    test_fraction: float = 0.05
+    test_fraction: Annotated[float, Between(0, 1, above_least=True, below_most=True)] = 0.05
     """Share held out when the source has no test part of its own."""
     crop: Literal["centre", "none"] = "centre"
     """centre: the largest centred square, then resized; none: the image must be square already."""
-    crop_pixels: int = 0
+    crop_pixels: Annotated[int, Between(0, 1 << 16)] = 0
     """Side of the centred square cut before resizing (CelebA: 148 or 140); 0: the largest that fits."""
     flip: bool = False
     """Mirror images at random while training."""
     dynamic_binarisation: bool = True
     """1-bit data: each pixel is drawn with its grey value as probability, anew in every step; false: threshold 1/2."""
-    max_images: int = 0
+    max_images: Annotated[int, Between(0, 10**9)] = 0
     """Use only the first so many training images; 0: all."""
-    faces_count: int = 4000
+    faces_count: Annotated[int, Between(1, 10**6)] = 4000
     """Embedded set faces: how many to draw."""
     cache_dir: str = ""
     """Where embedded sets are kept; empty: the user's cache folder."""
@@ -63,87 +64,71 @@ class DataConfig:
         out = []
         if not self.source:
             out.append("data.source is empty: name a folder, a ZIP, or an embedded set (mnist5k, faces)")
-        if not 0 < self.test_fraction < 1:
-            out.append(f"data.test_fraction = {self.test_fraction} must lie between 0 and 1, for example 0.05")
-        for name in ("crop_pixels", "max_images"):
-            if getattr(self, name) < 0:
-                out.append(f"data.{name} = {getattr(self, name)} must not be negative")
-        return out + at_least_one(self, "data", "faces_count")
+        return out + range_problems(self, "data")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """The objective, the optimiser and the loop."""
 
-    total_batch: int = 200
+    total_batch: Annotated[int, Between(1, 1 << 20)] = 200
     """Images per optimiser step over all processes and micro-batches."""
-    epochs: float = 400.0
+    epochs: Annotated[float, Between(0, 10**9)] = 400.0
     """Passes over the training images; used when steps is 0."""
-    steps: int = 0
+    steps: Annotated[int, Between(0, LARGEST_STEPS)] = 0
     """Optimiser steps; 0: from epochs."""
-    learning_rate: float = 0.0
+    learning_rate: Annotated[float, Between(0, 1000)] = 0.0
     """Peak learning rate of Adamax; 0: derived from the total batch, with the reason printed."""
-    learning_rate_min: float = 1e-4
+    learning_rate_min: Annotated[float, Between(0, 1000, above_least=True)] = 1e-4
     """Where the cosine ends."""
-    warmup_epochs: float = 5.0
+    warmup_epochs: Annotated[float, Between(0, 10**9)] = 5.0
     """Epochs of linear warm-up."""
-    weight_decay: float = 3e-4
+    weight_decay: Annotated[float, Between(0, 1000)] = 3e-4
     """Weight decay of Adamax (L2, added to the gradient)."""
-    adamax_eps: float = 1e-3
+    adamax_eps: Annotated[float, Between(0, 1000, above_least=True)] = 1e-3
     """Epsilon of Adamax."""
-    clip_norm: float = 0.0
+    clip_norm: Annotated[float, Between(0, 10**12)] = 0.0
     """Clip the true (unscaled) gradient to this norm; 0: off."""
-    kl_warmup_fraction: float = 0.3
+    kl_warmup_fraction: Annotated[float, Between(0, 1)] = 0.3
     """Share of all steps over which beta rises to 1."""
-    kl_constant_fraction: float = 1e-4
+    kl_constant_fraction: Annotated[float, Between(0, 1)] = 1e-4
     """Share of all steps before beta starts to rise."""
-    kl_beta_min: float = 1e-4
+    kl_beta_min: Annotated[float, Between(0, 1000)] = 1e-4
     """Smallest beta."""
-    kl_beta_max: float = 1.0
+    kl_beta_max: Annotated[float, Between(0, 1000)] = 1.0
     """Beta after the warm-up: 1 is the ELBO, less favours reconstructions over samples."""
     kl_balance: bool = True
     """Balance the groups' KL while beta < 1."""
-    regulariser: float = 1e-2
+    regulariser: Annotated[float, Between(0, 1000)] = 1e-2
     """Weight lambda of the spectral and BatchNorm regularisers at the end of annealing."""
-    regulariser_start: float = 0.0
+    regulariser_start: Annotated[float, Between(0, 1000)] = 0.0
     """Lambda at beta = 0, annealed log-linearly along beta; 0: constant lambda."""
-    ema_decay: float = 0.9999
+    ema_decay: Annotated[float, Between(0, 1, below_most=True, note="off")] = 0.9999
     """Decay of the averaged weights that evaluation and sampling use; 0: off."""
     ema_on_host: bool = True
     """Keep the averaged weights in host memory."""
-    seed: int = 1
+    seed: Annotated[int, Between(-(2**63), 2**63 - 1)] = 1
     """Seed of initialisation, data order, flips, binarisation and noise."""
-    log_every: int = 50
+    log_every: Annotated[int, Between(1, LARGEST_STEPS)] = 50
     """Steps between log lines (also at 1, 2, 4, 8, ...)."""
-    sample_every: int = 0
+    sample_every: Annotated[int, Between(0, LARGEST_STEPS)] = 0
     """Steps between sample grids; 0: ten times per run."""
-    evaluate_every: int = 0
+    evaluate_every: Annotated[int, Between(0, LARGEST_STEPS)] = 0
     """Steps between evaluations on held-out images; 0: ten times per run."""
-    evaluate_images: int = 500
+    evaluate_images: Annotated[int, Between(0, 10**9)] = 500
     """Held-out images of a periodic evaluation; 0: all."""
-    save_every: int = 0
+    save_every: Annotated[int, Between(0, LARGEST_STEPS)] = 0
     """Steps between checkpoints; 0: ten times per run."""
-    keep_last: int = 2
+    keep_last: Annotated[int, Between(1, 10**6)] = 2
     """Checkpoints kept."""
 
     def problems(self) -> list[str]:
         """Every reason why this training section cannot be used."""
-        out = at_least_one(self, "training", "total_batch log_every keep_last")
-        for name in (
-            "steps learning_rate weight_decay clip_norm warmup_epochs regulariser regulariser_start "
-            "sample_every evaluate_every evaluate_images save_every kl_warmup_fraction kl_constant_fraction"
-        ).split():
-            if not getattr(self, name) >= 0:
-                out.append(f"training.{name} = {getattr(self, name)} must not be negative")
-        for name in ("learning_rate_min", "adamax_eps"):
-            if not getattr(self, name) > 0:
-                out.append(f"training.{name} = {getattr(self, name)} must be larger than 0")
-        if self.steps == 0 and not self.epochs > 0:
-            out.append(f"training.epochs = {self.epochs} must be larger than 0 (or set training.steps)")
-        if not 0 <= self.ema_decay < 1:
-            out.append(f"training.ema_decay = {self.ema_decay} must be from 0 (off) to below 1")
-        if not 0 <= self.kl_beta_min <= self.kl_beta_max:
-            out.append(f"training.kl_beta_min = {self.kl_beta_min} must be from 0 to kl_beta_max = {self.kl_beta_max}")
+        out = range_problems(self, "training")
+        if self.steps == 0 and self.epochs == 0:
+            out.append("training.epochs = 0 must be larger than 0 (or set training.steps)")
+        if self.kl_beta_min > self.kl_beta_max:
+            out.append(f"training.kl_beta_min = {self.kl_beta_min} must be at most kl_beta_max = {self.kl_beta_max}")
         return out
 
 
@@ -151,21 +136,21 @@ class TrainConfig:
 class MemoryPlan:
     """How the training step uses the card; found by the planner, obeyed by the trainer."""
 
-    cap_bytes: int = 0
+    cap_bytes: Annotated[int, Between(0, 1 << 50)] = 0
     """Bytes the CUDA allocator may use; 0: no cap."""
     precision: Precision = "auto"
     """Dtype of activations; parameters, latents, KL, likelihood and regularisers are always fp32."""
-    micro_batch: int = 0
+    micro_batch: Annotated[int, Between(0, 1 << 16)] = 0
     """Images per forward pass and process; 0: the whole share of a process in one pass."""
     engine: EngineName = "auto"
     """auto: deepspeed where installed and started by it or offload asked for, else torch."""
-    zero_stage: int = 2
+    zero_stage: Annotated[int, Between(0, 3)] = 2
     """ZeRO stage of the deepspeed engine, 0 to 3."""
     offload_optimizer: bool = False
     """Gradients, master weights and Adamax states in host memory."""
     offload_parameters: bool = False
     """ZeRO stage 3: the weights too."""
-    bucket_elements: int = 5_000_000
+    bucket_elements: Annotated[int, Between(2, 1 << 40)] = 5_000_000
     """Elements of DeepSpeed's reduce and all-gather buckets."""
     pin_memory: bool = False
     """Page-locked host buffers: faster copies, more host memory."""
@@ -175,7 +160,7 @@ class MemoryPlan:
     """Block name (or a prefix of it ending in *) -> what that block keeps."""
     allocator_settings: str = ""
     """PyTorch's allocator settings (PYTORCH_CUDA_ALLOC_CONF), such as expandable_segments:True; empty: its defaults."""
-    likelihood_chunk_bytes: int = 64 << 20
+    likelihood_chunk_bytes: Annotated[int, Between(1, 1 << 50)] = 64 << 20
     """Upper bound of the likelihood's temporaries per chunk."""
 
     def keep_of(self, block: str) -> Keep:
@@ -187,19 +172,21 @@ class MemoryPlan:
 
     def problems(self) -> list[str]:
         """Every reason why this plan cannot be obeyed."""
-        out = []
-        if not 0 <= self.zero_stage <= 3:
-            out.append(f"plan.zero_stage = {self.zero_stage} must be 0, 1, 2 or 3")
+        out = range_problems(self, "plan")
         if self.offload_parameters and self.zero_stage != 3:
             out.append("plan.offload_parameters needs plan.zero_stage = 3")
         if self.offload_parameters and self.engine == "torch":
             out.append("plan.offload_parameters needs plan.engine = 'deepspeed'")
-        for name in ("cap_bytes", "micro_batch"):
-            if getattr(self, name) < 0:
-                out.append(f"plan.{name} = {getattr(self, name)} must not be negative")
-        if self.bucket_elements < 2 or self.bucket_elements % 2:
-            out.append(f"plan.bucket_elements = {self.bucket_elements} must be an even number from 2 up")
-        return out + at_least_one(self, "plan", "likelihood_chunk_bytes")
+        if self.bucket_elements % 2:
+            out.append(f"plan.bucket_elements = {self.bucket_elements} must be an even number")
+        return out
+
+
+# What the learning rate is derived from: key -> (types, range).
+_PROVENANCE: dict[str, tuple[tuple[type, ...], Between]] = {
+    "published_total_batch": ((int,), Between(1, 1 << 20)),
+    "published_learning_rate": ((int, float), Between(0, 1000, above_least=True)),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,6 +217,10 @@ class Profile:
         batch, micro = self.training.total_batch, self.plan.micro_batch
         if micro > 0 and batch > 0 and batch % micro:
             out.append(f"training.total_batch = {batch} is not a multiple of plan.micro_batch = {micro}")
+        for key, (kind, allowed) in _PROVENANCE.items():
+            value = self.provenance.get(key, allowed.most)
+            if isinstance(value, bool) or not isinstance(value, kind) or not allowed.allows(value):
+                out.append(f"provenance.{key} = {shown(value)} must be a number {allowed}")
         return out
 
     def check(self, where: str = "profile") -> Profile:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os as _os
 import re
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
@@ -14,13 +13,10 @@ from typing import Annotated, Any, ClassVar, Literal
 import pydantic
 from pydantic_core import ErrorDetails
 
+from nvae_lowmem.config.limits import shown
+from nvae_lowmem.config.tables import read_table
 from nvae_lowmem.errors import ConfigError, raise_problems, unknown_name
 from nvae_lowmem.units import MIB, parse_bytes
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 OsName = Literal["linux", "windows", "desktop"]
 """linux: headless; desktop: Linux with a graphical session on the card; windows: also under WSL (both are WDDM)."""
@@ -49,7 +45,7 @@ def _size(value: Any) -> int:
 # how a field is written in a file: strict, so that 1 is no flag and "3" no number
 _Text = Annotated[str, pydantic.StringConstraints(strict=True, min_length=1)]
 _Flag = Annotated[bool, pydantic.Strict()]
-_Rate = Annotated[float, pydantic.Field(strict=True, gt=0, allow_inf_nan=False)]
+_Rate = Annotated[float, pydantic.Field(strict=True, gt=0, le=1e21)]
 _Size = Annotated[int, pydantic.BeforeValidator(_size)]
 _Capability = Annotated[Capability, pydantic.BeforeValidator(_capability)]
 
@@ -127,7 +123,7 @@ class TorchBuild:
 
 @cache
 def _shipped() -> tuple[dict[str, Card], tuple[TorchBuild, ...]]:
-    table = _read_toml(CARDS_FILE)
+    table = read_table(CARDS_FILE, f"card file {CARDS_FILE}")
     builds = pydantic.TypeAdapter(tuple[TorchBuild, ...]).validate_python(table["torch_builds"])
     return _parse_cards(table["cards"], CARDS_FILE.name), builds
 
@@ -154,7 +150,7 @@ def load_cards(path: str | _os.PathLike[str] | None = None) -> dict[str, Card]:
     """
     if path is None:
         return dict(_shipped()[0])
-    table = _read_toml(Path(path))
+    table = read_table(path, f"card file {path}")
     if not isinstance(table.get("cards"), Mapping):
         raise ConfigError(f"card file {path} has no [cards.NAME] table: put each card's fields under one")
     return _parse_cards(table["cards"], f"card file {path}")
@@ -165,19 +161,10 @@ def card_from_file(path: str | _os.PathLike[str]) -> Card:
 
     Raises ConfigError that names every missing, unknown or bad field.
     """
-    card, problems = _parse_card(Path(path).stem, _read_toml(Path(path)))
+    card, problems = _parse_card(Path(path).stem, read_table(path, f"card file {path}"))
     raise_problems(problems, f"card file {path}")
     assert card is not None  # no card without a problem
     return card
-
-
-def _read_toml(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"card file {path} cannot be read: {error}") from None
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"card file {path} is not valid TOML: {error}") from None
 
 
 def _parse_cards(tables: Mapping[str, Any], where: str) -> dict[str, Card]:
@@ -189,7 +176,7 @@ def _parse_cards(tables: Mapping[str, Any], where: str) -> dict[str, Card]:
 def _parse_card(card_id: str, table: Any) -> tuple[Card | None, list[str]]:
     """One card from its table, or None with every problem. An entry is a value, or { value, source }."""
     if not isinstance(table, Mapping):
-        return None, [f"must be a table, not {table!r}"]
+        return None, [f"must be a table, not {shown(table)}"]
     values = {key: entry.get("value") if isinstance(entry, Mapping) else entry for key, entry in table.items()}
     sources = {
         key: str(entry.get("source", "own file")) if isinstance(entry, Mapping) else "own file"
@@ -236,4 +223,4 @@ def _in_words(detail: ErrorDetails) -> str:
     if detail["type"] == "missing":
         return f"{name} is missing"
     said = detail["msg"].removeprefix("Value error, ")
-    return f"{name} = {given!r}: {said[0].lower()}{said[1:]}"
+    return f"{name} = {shown(given)}: {said[0].lower()}{said[1:]}"

@@ -10,27 +10,21 @@ file replaces entries by what was measured on a card:
 
 from __future__ import annotations
 
-import json
 import os
-import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, Literal
 
+from nvae_lowmem.config.limits import shown
 from nvae_lowmem.config.sections import MemoryPlan, Profile
+from nvae_lowmem.config.tables import read_table
 from nvae_lowmem.errors import ConfigError, raise_problems, unknown_name
 from nvae_lowmem.hardware.card import DEFAULT_CONTEXT_BYTES, Card
 from nvae_lowmem.hardware.cuda_memory import CAPPED_CUBLAS_CONFIG, CUDNN_WORKSPACE_BYTES
 from nvae_lowmem.memory.trace.events import Phase, Trace, TraceWriter
-from nvae_lowmem.units import KIB, MIB
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from nvae_lowmem.units import KIB, LARGEST_BYTES, MIB
 
 When = Literal["always", "backward", "update", "convolution", "setup", "context", "host", "pinned"]
 """always, backward, update, convolution: in the allocator, all the time, in every such phase, or around every such
@@ -208,15 +202,7 @@ def calibrated(entry: Entry, measured: Entry) -> Entry:
 def load_calibration(path: str | os.PathLike[str]) -> dict[str, Entry]:
     """Entries by name from a TOML or JSON file: tables of nbytes and source. Raises ConfigError with all problems."""
     where = f"calibration file {path}"
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-        table = json.loads(text) if Path(path).suffix.lower() == ".json" else tomllib.loads(text)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{where} cannot be read: {error}") from None
-    except (json.JSONDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"{where} is neither TOML nor JSON as its name says: {error}") from None
-    if not isinstance(table, Mapping):
-        raise ConfigError(f"{where} must hold a table per entry, not {table!r}")
+    table = read_table(path, where)
     raise_problems((problem for name, row in table.items() for problem in _row_problems(name, row)), where)
     return {
         name: Entry(name=name, nbytes=row["nbytes"], when="always", source=str(row.get("source", f"{path}")))
@@ -232,8 +218,8 @@ def _row_problems(name: str, row: Any) -> list[str]:
     if name not in CALIBRATED:
         return [unknown_name("entry", name, CALIBRATED)]
     nbytes = row.get("nbytes") if isinstance(row, Mapping) else None
-    if isinstance(nbytes, bool) or not isinstance(nbytes, int) or nbytes < 0:
-        return [f"{name} must be a table with nbytes, a whole number from 0 up, not {row!r}"]
+    if isinstance(nbytes, bool) or not isinstance(nbytes, int) or not 0 <= nbytes <= LARGEST_BYTES:
+        return [f"{name} must be a table with nbytes, a whole number from 0 to {LARGEST_BYTES:,}, not {shown(row)}"]
     return []
 
 
