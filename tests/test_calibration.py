@@ -94,7 +94,7 @@ def test_a_calibration_file_narrows_the_margin_of_a_prediction(
         ("[cudnn-workspace]\nsource = 'guessed'", "whole number from 0"),
         ("[cudnn-workspace]\nnbytes = true", "whole number from 0"),
         ("reductions = 'much'", "must be a table with nbytes"),
-        ("[cudnn-workspace", "neither TOML nor JSON"),
+        ("[cudnn-workspace", "not valid TOML"),
     ],
 )
 def test_a_bad_calibration_file_is_one_message(

@@ -40,7 +40,7 @@ class Between(NamedTuple):
 def range_problems(section: Any, prefix: str) -> list[str]:
     """A problem for every number of a dataclass that is outside the range declared for its field."""
     out = []
-    for name, allowed in _ranges(type(section)).items():
+    for name, allowed in _ranges(section.__class__).items():
         value = getattr(section, name)
         values = value if isinstance(value, tuple) else () if value is None else (value,)
         if not all(allowed.allows(v) for v in values):
@@ -59,7 +59,7 @@ def shown(value: Any) -> str:
 
 
 @functools.cache
-def _ranges(kind: type) -> dict[str, Between]:
+def _ranges(kind: Any) -> dict[str, Between]:
     hints = get_type_hints(kind, include_extras=True)
     found = {}
     for field in dataclasses.fields(kind):

@@ -218,8 +218,9 @@ class Profile:
         if micro > 0 and batch > 0 and batch % micro:
             out.append(f"training.total_batch = {batch} is not a multiple of plan.micro_batch = {micro}")
         for key, (kind, allowed) in _PROVENANCE.items():
-            value = self.provenance.get(key, allowed.most)
-            if isinstance(value, bool) or not isinstance(value, kind) or not allowed.allows(value):
+            value: Any = self.provenance.get(key, allowed.most)
+            of_kind = isinstance(value, kind) and not isinstance(value, bool)
+            if not of_kind or not allowed.allows(value):
                 out.append(f"provenance.{key} = {shown(value)} must be a number {allowed}")
         return out
 

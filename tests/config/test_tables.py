@@ -61,13 +61,9 @@ def test_missing_large_and_misencoded_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "latin.toml").write_bytes(b"a = '\xe9'")
     with (tmp_path / "large.toml").open("wb") as file:
         file.truncate(1 << 40)
-    for name, told in {
-        "latin.toml": "not UTF-8",
-        "large.toml": "at most",
-        "none.toml": "No such file",
-        "a\0b": "null",
-    }.items():
-        with pytest.raises(ConfigError, match=f"^card file x .*{told}"):
+    told = {"latin.toml": "not UTF-8", "large.toml": "at most", "none.toml": "No such file", "a\0b": "null"}
+    for name, reason in told.items():
+        with pytest.raises(ConfigError, match=f"^card file x .*{reason}"):
             read_table(tmp_path / name, "card file x")
 
 
