@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from fake_cuda import CPU, WORKSPACE_BYTES, FakeCuda, watched
-from test_trace import NANO, profile_of
 
 from nvae_lowmem.config.sections import Profile
 from nvae_lowmem.memory.allocator.recording import Recording
@@ -18,6 +17,7 @@ from nvae_lowmem.memory.measure.job import Ended, Job, Outcome, measure
 from nvae_lowmem.memory.measure.worker import about_machine
 from nvae_lowmem.memory.trace.training import trace_training
 from nvae_lowmem.units import GIB, MIB
+from profiles import NANO, profile_of
 
 CAP_BYTES = GIB
 

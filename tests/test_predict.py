@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_trace import NANO, profile_of
 
 from nvae_lowmem.config import profile_file as profiles
 from nvae_lowmem.config.sections import MemoryPlan, Profile
@@ -35,6 +34,7 @@ from nvae_lowmem.memory.predict.untraced import (
 from nvae_lowmem.memory.trace.events import Allocation, Trace
 from nvae_lowmem.memory.trace.training import trace_training
 from nvae_lowmem.units import GIB, MIB
+from profiles import NANO, profile_of
 
 NOTHING = {
     name: Entry(name=name, nbytes=0, when="always", source="test")

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 from test_predict import run as predict_memory
-from test_trace import profile_of
 
 from nvae_lowmem.config import profile_file as profiles
 from nvae_lowmem.errors import ConfigError
@@ -15,6 +14,7 @@ from nvae_lowmem.memory.measure.calibration import calibrate, save_calibration
 from nvae_lowmem.memory.predict.predict import predict
 from nvae_lowmem.memory.predict.untraced import CALIBRATED, load_calibration
 from nvae_lowmem.units import MIB
+from profiles import profile_of
 
 SOURCE = "measured on GTX 970, torch 2.7.1, 2026-01-31"
 

@@ -28,7 +28,7 @@ from nvae_lowmem.summary.layout import lay_out
 from nvae_lowmem.summary.summary import Description, as_text, count_parameters, describe, runs, without_weights
 
 slow = pytest.mark.slow
-SCRIPT = Path(__file__).resolve().parent.parent / "tools" / "describe.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "tools" / "describe.py"
 # The published sizes: trainable parameters, groups from the highest resolution down, latent dimensions.
 SIZES = [
     pytest.param("tiny", 326_826, (3, 3), 7_680, id="tiny"),

@@ -18,7 +18,7 @@ import pytest
 
 from nvae_lowmem.memory.allocator.replay import RecordedTrace, load_traces, main
 
-RECORDED = Path(__file__).parent / "fixtures" / "allocator"
+RECORDED = Path(__file__).parents[2] / "fixtures" / "allocator"
 TRACES = load_traces(RECORDED)
 
 
