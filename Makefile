@@ -10,17 +10,18 @@ RUN := $(VENV)/bin/python
 TEST_EXTRAS := deepspeed,faces,metrics,test
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-faces test test-slow lint format env env-faces env-test clean
+.PHONY: help demo demo-faces test test-slow test-cuda lint format env env-faces env-test clean
 
 help:
 	@echo "make demo         train a small NVAE on real MNIST digits and draw samples from it"
 	@echo "make demo-faces   train on cartoon faces in colour; samples, reconstructions, a blend, a traverse"
 	@echo "make test         lint, types, spelling and the whole test suite (PYTEST_ARGS=... is passed on)"
 	@echo "make test-slow    the checks that take long, for every night rather than every change"
+	@echo "make test-cuda    the tests of the CUDA paths, on this machine's card or on a phantom that stands in for one"
 	@echo "make lint         lint, types and spelling only"
 	@echo "make format       put every file into the house style"
 	@echo "make env          only make the environment in $(VENV)"
-	@echo "make clean        remove $(VENV), builds and caches; runs/ stays"
+	@echo "make clean        remove the environments, builds and caches; runs/ stays"
 	@echo
 	@echo "PYTHON=python3.12   the Python to make the environment with"
 	@echo 'NVAE_TORCH="..."    the torch to install: "torch==2.7.1", an index URL, or "torch==2.7.1 --index-url URL"'
@@ -49,6 +50,9 @@ test: lint
 test-slow: env-test
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n $(JOBS) --dist worksteal -m slow $(PYTEST_ARGS)
 
+test-cuda:
+	@OMP_NUM_THREADS=1 $(PYTHON) tests/phantom/run_tests.py --jobs $(JOBS) $(PYTEST_ARGS)
+
 lint: env-test
 	$(RUN) -m ruff check
 	$(RUN) -m ruff format --check
@@ -60,7 +64,7 @@ format: env-test
 	$(RUN) -m ruff format
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-cuda build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 	find . -maxdepth 1 -name '*.egg-info' -exec rm -rf {} +
 	@if [ -d runs ]; then echo "runs/ stays: remove it yourself when you no longer need what was trained"; fi

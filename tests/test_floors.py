@@ -50,7 +50,9 @@ LONGEST_FILE = 450
 
 FILES = sorted(path for top in (PACKAGE, "launch", "tools") for path in (REPOSITORY / top).rglob("*.py"))
 IDS = [str(path.relative_to(REPOSITORY)) for path in FILES]
-TESTS = [pytest.param(path, id=f"tests/{path.name}") for path in sorted((REPOSITORY / "tests").glob("*.py"))]
+TESTS = [
+    pytest.param(path, id=str(path.relative_to(REPOSITORY))) for path in sorted((REPOSITORY / "tests").rglob("*.py"))
+]
 
 
 def module_of(path: Path) -> str:
@@ -198,7 +200,7 @@ def test_every_folder_of_the_package_is_one_that_setuptools_finds() -> None:
 def text_files() -> list[Path]:
     suffixes = {".py", ".md", ".toml", ".cfg", ".txt", ".yml", ".json"}
     named = {"Makefile", "LICENSE", ".gitignore", "run"}
-    skipped = {".git", ".venv", "venv", "build", "dist", "runs", "__pycache__"}
+    skipped = {".git", ".venv", ".venv-cuda", "venv", "build", "dist", "runs", "__pycache__"}
     skipped |= {".mypy_cache", ".ruff_cache", ".pytest_cache", ".hypothesis"}
     found = []
     for folder, folders, files in os.walk(REPOSITORY):
