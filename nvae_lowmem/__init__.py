@@ -27,10 +27,12 @@ PUBLIC = {
     "Model": "nvae_lowmem.library.model",
     "load": "nvae_lowmem.library.model",
 }
-"""The stable names, and the modules that they come from."""
+"""The stable names, and the modules that they come from; `nvae_lowmem.memory` has a few more."""
 
 
 def __getattr__(name: str) -> Any:
+    if name == "memory":
+        return importlib.import_module(f"{__name__}.{name}")
     if name not in PUBLIC:
         raise AttributeError(f"module 'nvae_lowmem' has no attribute {name!r}; its names are {', '.join(PUBLIC)}")
     value = globals()[name] = getattr(importlib.import_module(PUBLIC[name]), name)

@@ -21,6 +21,11 @@ _CPU = torch.device("cpu")
 # they hand on their argument's storage, though their schemas do not say so
 _UNDECLARED_VIEWS = {aten._unsafe_view.default, aten.lift_fresh.default}
 
+_FLOAT_STATISTICS = ("aten::native_batch_norm", "aten::native_group_norm")
+"""Their second and third result is fp32 for half-precision images, in real kernels; the fake ones follow the images."""
+_LIKE_THE_GRADIENT = ("aten::native_group_norm_backward",)
+"""Their first result has the dtype of their first argument, in real kernels; the fake one has the weight's."""
+
 Layout = tuple[torch.Size, tuple[int, ...], torch.dtype]
 
 
@@ -68,7 +73,8 @@ class StoragelessTensors:
         key = (_key(args), _key(kwargs.items())) if kwargs else _key(args)
         layouts = info.output_layouts.get(key)
         if layouts is None:
-            layouts = info.output_layouts[key] = _map(_layout_of, self._ask(func, args, kwargs))
+            layouts = _as_real_kernels(info.name, _map(_layout_of, self._ask(func, args, kwargs)), args)
+            info.output_layouts[key] = layouts
         return _make(layouts)
 
     def _ask(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -141,6 +147,22 @@ class _OutputLayout(NamedTuple):
 
 def _layout_of(value: Any) -> Any:
     return _OutputLayout((value.shape, value.stride(), value.dtype)) if isinstance(value, Tensor) else value
+
+
+def _as_real_kernels(name: str, layouts: Any, args: tuple[Any, ...]) -> Any:
+    """The layouts where torch's fake kernels are known to differ from the real ones."""
+
+    def with_dtype(value: Any, dtype: torch.dtype) -> Any:
+        if not isinstance(value, _OutputLayout):
+            return value
+        size, stride, _ = value.layout
+        return _OutputLayout((size, stride, dtype))
+
+    if name in _FLOAT_STATISTICS and args[0].dtype in (torch.float16, torch.bfloat16):
+        return (layouts[0], *(with_dtype(value, torch.float32) for value in layouts[1:]))
+    if name in _LIKE_THE_GRADIENT:
+        return (with_dtype(layouts[0], args[0].dtype), *layouts[1:])
+    return layouts
 
 
 def _make(layouts: Any) -> Any:
