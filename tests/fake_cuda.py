@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from nvae_lowmem.hardware.budget import allocator_fraction
-from nvae_lowmem.memory.allocator.allocator import AllocatorSettings, CachingAllocator, OutOfMemory
-from nvae_lowmem.memory.allocator.segments import Block
+from nvae_lowmem.memory.allocator.allocator import AllocatorSettings, CachingAllocator, SimulatedOutOfMemory
+from nvae_lowmem.memory.allocator.segments import MemoryBlock
 from nvae_lowmem.memory.measure.cuda import CudaMonitor
 from nvae_lowmem.units import GIB, MIB
 
@@ -44,10 +44,10 @@ class FakeCuda:
 
     # -- what a program does to the card --
 
-    def malloc(self, nbytes: int, stream: int = 0) -> Block:
+    def malloc(self, nbytes: int, stream: int = 0) -> MemoryBlock:
         try:
             block = self.allocator.malloc(nbytes)
-        except OutOfMemory:
+        except SimulatedOutOfMemory:
             size = self.allocator.settings.round_size(nbytes)
             self.history.append({"action": "oom", "device_free": 0, "size": size, "stream": stream})
             for observer in self.observers:
@@ -58,21 +58,21 @@ class FakeCuda:
         self._counts["allocated"] += 1
         return block
 
-    def free(self, block: Block) -> None:
+    def free(self, block: MemoryBlock) -> None:
         self.ask_free(block)
         self.complete_free(block)
 
-    def ask_free(self, block: Block) -> None:
+    def ask_free(self, block: MemoryBlock) -> None:
         self._note("free_requested", self._address(block), block.requested, 0)
         self._waiting[id(block)] = block.size
 
-    def complete_free(self, block: Block) -> None:
+    def complete_free(self, block: MemoryBlock) -> None:
         del self._waiting[id(block)]
         self._note("free_completed", self._addresses.pop(id(block)), block.requested, 0)
         self.allocator.free(block)
         self._counts["freed"] += 1
 
-    def _address(self, block: Block) -> int:
+    def _address(self, block: MemoryBlock) -> int:
         return self._addresses.setdefault(id(block), 1 << 30 | id(block) << 4)
 
     def _note(self, action: str, address: int, size: int, stream: int) -> None:

@@ -12,7 +12,7 @@ from fake_cuda import CPU, WORKSPACE_BYTES, FakeCuda, watched
 
 from nvae_lowmem.config.sections import Profile
 from nvae_lowmem.memory.allocator.recording import Recording
-from nvae_lowmem.memory.allocator.segments import Block
+from nvae_lowmem.memory.allocator.segments import MemoryBlock
 from nvae_lowmem.memory.measure.job import Ended, Job, Outcome, measure
 from nvae_lowmem.memory.measure.worker import about_machine
 from nvae_lowmem.memory.trace.training import trace_training
@@ -43,7 +43,7 @@ def played(profile: Profile, steps: int = 3, leak_bytes: int = 0) -> tuple[Recor
     accumulation = profile.training.total_batch // profile.plan.micro_batch
     trace = trace_training(profile, profile.plan.micro_batch, accumulation, steps)
     ends = {at: name for name, at in trace.marks.items()}
-    blocks: dict[int, Block] = {}
+    blocks: dict[int, MemoryBlock] = {}
     phase = ""
     for i, (a, is_alloc) in enumerate(trace.walk()):
         if i in ends:

@@ -7,9 +7,9 @@
 
 A request is rounded up to a block size and looked for in the small (up to 1 MiB) or the large pool, best fit first. A
 block that is larger than needed is split; a miss takes a new segment from the device; a refused segment makes the
-allocator give back what it caches and try again, before it raises OutOfMemory.
+allocator give back what it caches and try again, before it raises SimulatedOutOfMemory.
 
-`python -m nvae_lowmem.memory.allocator DIR` replays a folder of recorded traces: see replay.py.
+`python -m nvae_lowmem.memory.allocator DIR` replays a folder of recordings: see recording.py.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from nvae_lowmem.memory.allocator.segments import (
     FREE,
     UNMAPPED,
     USED,
-    Block,
     DeviceMemory,
     ExpandableSegments,
     FixedSegments,
     FreePool,
+    MemoryBlock,
     join_neighbours,
 )
 from nvae_lowmem.memory.allocator.settings import (
@@ -41,13 +41,15 @@ from nvae_lowmem.memory.allocator.settings import (
 )
 from nvae_lowmem.units import format_bytes
 
-__all__ = ["AllocatorSettings", "AllocatorStats", "CachingAllocator", "OutOfMemory", "Replay", "Segment"]
+__all__ = [
+    "AllocatorSettings", "AllocatorStats", "CachingAllocator", "Replay", "SegmentSnapshot", "SimulatedOutOfMemory",
+]  # fmt: skip
 
 CHECKPOINT, FREE_ID, EMPTY_CACHE = 0, -1, -3
 """The events (op, id) that are not an allocation: note the statistics; free `id`; empty_cache()."""
 
 
-class OutOfMemory(Exception):
+class SimulatedOutOfMemory(Exception):
     """No segment for a request, even after the cache was given back. All figures in bytes."""
 
     def __init__(self, requested_bytes: int, allocated_bytes: int, reserved_bytes: int, cap_bytes: int) -> None:
@@ -83,7 +85,7 @@ class AllocatorStats:
 
 
 @dataclass(frozen=True)
-class Segment:
+class SegmentSnapshot:
     """A snapshot of one segment: its blocks in address order as (size in bytes, "free" | "used" | "unmapped")."""
 
     address: int
@@ -110,7 +112,7 @@ class Replay:
     """One per CHECKPOINT event before the end or the failure, and one for the state after the last event."""
     oom_index: int | None
     """Index of the event that ran out of memory, if one did; the replay stops there."""
-    oom: OutOfMemory | None
+    oom: SimulatedOutOfMemory | None
 
 
 class CachingAllocator:
@@ -168,10 +170,10 @@ class CachingAllocator:
             ooms=self._ooms,
         )
 
-    def malloc(self, nbytes: int) -> Block:
+    def malloc(self, nbytes: int) -> MemoryBlock:
         """Allocate `nbytes` (at least 1) and return the block, to be given to free().
 
-        Raises OutOfMemory when neither the cache nor the device has room, and ValueError when nbytes < 1.
+        Raises SimulatedOutOfMemory when neither the cache nor the device has room, and ValueError when nbytes < 1.
         """
         if self._rounds_up or nbytes < MIN_BLOCK_BYTES:
             if nbytes < 1:
@@ -205,7 +207,7 @@ class CachingAllocator:
             self._peak_requested = requested
         return block
 
-    def free(self, block: Block) -> None:
+    def free(self, block: MemoryBlock) -> None:
         """Return a block from malloc() to its pool, merged with its free neighbours.
 
         Raises ValueError when the block is not in use.
@@ -227,11 +229,11 @@ class CachingAllocator:
         self._peak_allocated, self._peak_requested = self._allocated, self._requested
         self._device.peak_reserved = self._device.reserved
 
-    def segments(self) -> list[Segment]:
+    def segments(self) -> list[SegmentSnapshot]:
         """All segments in address order."""
         names = {FREE: "free", USED: "used", UNMAPPED: "unmapped"}
         return [
-            Segment(
+            SegmentSnapshot(
                 address=address,
                 pool="small" if head.pool.is_small else "large",
                 blocks=tuple((block.size, names[block.state]) for block in head.chain()),
@@ -242,10 +244,10 @@ class CachingAllocator:
     def replay(self, events: Iterable[Sequence[int]]) -> Replay:
         """Run events (op, id): op > 0 allocates op bytes as `id`; else CHECKPOINT, FREE_ID or EMPTY_CACHE.
 
-        Stops at the first OutOfMemory. Raises ValueError for an unknown op, an id allocated twice or not at all.
+        Stops where memory runs out. Raises ValueError for an unknown op, an id allocated twice or not at all.
         """
         malloc, free = self.malloc, self.free
-        live: dict[int, Block] = {}
+        live: dict[int, MemoryBlock] = {}
         checkpoints: list[AllocatorStats] = []
         for index, (op, name) in enumerate(events):
             if op > 0:
@@ -253,7 +255,7 @@ class CachingAllocator:
                     raise ValueError(f"event {index}: allocates id {name}, which is still in use")
                 try:
                     live[name] = malloc(op)
-                except OutOfMemory as error:
+                except SimulatedOutOfMemory as error:
                     return Replay((*checkpoints, self.stats), index, error)
             elif op == FREE_ID:
                 block = live.pop(name, None)
@@ -285,8 +287,8 @@ class CachingAllocator:
             return index if found < max_split else count
         return index if found < size + self.settings.max_non_split_rounding_bytes else count
 
-    def _miss(self, pool: FreePool, size: int, nbytes: int) -> Block:
-        """A block from the device, after giving back as much of the cache as it takes; raises OutOfMemory."""
+    def _miss(self, pool: FreePool, size: int, nbytes: int) -> MemoryBlock:
+        """A block from the device, after giving back as much of the cache as it takes; raises SimulatedOutOfMemory."""
         source, settings = self._source, self.settings
         segment_bytes = segment_size(size)
         if self._gc_bytes is not None:
@@ -306,11 +308,11 @@ class CachingAllocator:
             self._ooms += 1
             device = self._device
             cap = device.available if device.cap is None else min(device.cap, device.available)
-            raise OutOfMemory(nbytes, self._allocated, device.reserved, cap)
+            raise SimulatedOutOfMemory(nbytes, self._allocated, device.reserved, cap)
         return block
 
 
-def _growable_size(block: Block) -> int:
+def _growable_size(block: MemoryBlock) -> int:
     """What a free block of an expandable segment has with the unmapped space behind it."""
     after = block.next
     return block.size + after.size if after is not None and after.state == UNMAPPED else block.size

@@ -1,4 +1,4 @@
-"""What an allocator was really asked for: from PyTorch's snapshot to two small files that the simulator can replay.
+"""What an allocator was really asked for: from PyTorch's snapshot to two small files, and replayed by the simulator.
 
     recording = from_snapshot("mnist", torch.cuda.memory._snapshot()["device_traces"][0], moments, place)
     save_recordings(folder, [recording])     # then: python -m nvae_lowmem.memory.allocator FOLDER
@@ -6,6 +6,18 @@
 
 A block can be used again once its free is complete, which is later than the free was asked for where another stream
 still reads it. So events are allocations and completed frees, and `allocated_bytes` means what PyTorch calls active.
+
+A folder of recordings holds two files. traces.npz: integer arrays (events, 2) of rows (op, id): op > 0 allocates op
+bytes as id, -1 frees id, 0 is a checkpoint, -3 empties the cache. expected.json: a list with, per trace,
+
+    trace            its name in traces.npz
+    settings         the allocator's settings string
+    total_bytes, context_bytes, memory_fraction (0: none)
+    checkpoints      [name, allocated, peak allocated, reserved, peak reserved, retries] for each checkpoint and for the
+                     end, bytes but for the last; and ["OOM", event] before the end where memory ran out
+    more             optional: [requested, peak requested, ooms] for each of these, but for OOM
+    phases           optional: [event, name of the phase that begins with it]
+    streams          optional: CUDA streams that memory was allocated on
 """
 
 from __future__ import annotations
@@ -13,12 +25,13 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
+import pydantic
 
 from nvae_lowmem.errors import ConfigError
 from nvae_lowmem.memory.allocator.allocator import (
@@ -28,8 +41,8 @@ from nvae_lowmem.memory.allocator.allocator import (
     AllocatorSettings,
     AllocatorStats,
     CachingAllocator,
+    Replay,
 )
-from nvae_lowmem.memory.allocator.replay import load_traces
 
 OUT_OF_MEMORY = "out of memory"
 TRACES, EXPECTED = "traces.npz", "expected.json"
@@ -47,7 +60,7 @@ class Moment(NamedTuple):
     """At a checkpoint."""
 
 
-class Place(NamedTuple):
+class RecordedCard(NamedTuple):
     """The card and the allocator's settings that a recording was made under, in bytes."""
 
     settings: str
@@ -57,13 +70,26 @@ class Place(NamedTuple):
     """0: no cap."""
 
 
-class Difference(NamedTuple):
-    """One figure that the simulator got wrong; None where one side has no such checkpoint."""
+class Checkpoint(NamedTuple):
+    """A moment at which the allocator's figures were noted."""
 
+    name: str
+    figures: dict[str, int]
+    """Fields of AllocatorStats, as far as they were recorded."""
+
+
+class Difference(NamedTuple):
+    """One figure that the simulator got wrong; None where one side has no such checkpoint or no failure."""
+
+    number: int
+    """Of the checkpoint, from 0."""
     checkpoint: str
     figure: str
     recorded: int | None
     simulated: int | None
+
+    def __str__(self) -> str:
+        return f"checkpoint {self.number}: {self.figure} recorded {self.recorded}, simulated {self.simulated}"
 
 
 @dataclass(frozen=True)
@@ -71,20 +97,17 @@ class Recording:
     """A stream of requests, who made them, and what the allocator said on the way."""
 
     name: str
-    place: Place
+    card: RecordedCard
     events: list[tuple[int, int]]
-    """(op, id) as in traces.npz: see replay.py. Numbers are used again once they are free."""
+    """(op, id) as in traces.npz. Ids are used again once they are free."""
     phases: tuple[tuple[int, str], ...]
     """(index of an event, the phase that begins with it), in order."""
-    checkpoints: tuple[tuple[str, AllocatorStats], ...]
+    checkpoints: tuple[Checkpoint, ...]
     """One per CHECKPOINT event, and one for the end; none for a stream that no allocator served."""
     streams: int = 1
     """CUDA streams that memory was allocated on; the simulator knows one."""
-
-    @property
-    def ran_out(self) -> bool:
-        """Whether the last event is the request that could not be served."""
-        return bool(self.checkpoints) and self.checkpoints[-1][0] == OUT_OF_MEMORY
+    oom_index: int | None = None
+    """Index of the request that could not be served, if there is one."""
 
     def requests(self) -> Iterator[tuple[str, int]]:
         """(phase, bytes) of every allocation, in order."""
@@ -110,44 +133,41 @@ class Recording:
                 del live[number]
         return Counter(live.values())
 
+    def replay(self) -> Replay:
+        """The same requests through the simulated allocator. Raises ConfigError where the recording makes no sense."""
+        settings, total_bytes, context_bytes, memory_fraction = self.card
+        try:
+            parsed = AllocatorSettings.from_string(settings)
+            return CachingAllocator(parsed, total_bytes, context_bytes, memory_fraction).replay(self.events)
+        except ValueError as error:
+            raise ConfigError(f"recording {self.name!r}: {error}") from error
+
     def differences(self) -> list[Difference]:
         """Where the simulated allocator's figures are not the recorded ones, checkpoint by checkpoint.
 
         Raises ConfigError where the recording makes no sense.
         """
-        place = self.place
-        try:
-            allocator = CachingAllocator(
-                AllocatorSettings.from_string(place.settings),
-                place.total_bytes,
-                place.context_bytes,
-                place.memory_fraction,
-            )
-            simulated = allocator.replay(self.events).checkpoints
-        except ValueError as error:
-            raise ConfigError(f"recording {self.name!r}: {error}") from error
+        replay = self.replay()
         out = []
-        for recorded, stats in zip_longest(self.checkpoints, simulated):
+        if replay.oom_index != self.oom_index:
+            figure, last = "event that ran out of memory", len(self.checkpoints) - 1
+            out.append(Difference(last, OUT_OF_MEMORY, figure, self.oom_index, replay.oom_index))
+        for index, (recorded, stats) in enumerate(zip_longest(self.checkpoints, replay.checkpoints)):
             if recorded is None or stats is None:
-                out.append(Difference(recorded[0] if recorded else "", "checkpoints", *_counts(self, simulated)))
+                counts = len(self.checkpoints), len(replay.checkpoints)
+                out.append(Difference(index, recorded.name if recorded else "", "number of checkpoints", *counts))
                 break
-            name, said = recorded
-            for field in fields(AllocatorStats):
-                a, b = getattr(said, field.name), getattr(stats, field.name)
-                if a != b:
-                    out.append(Difference(name, field.name, a, b))
+            for figure, value in recorded.figures.items():
+                if value != getattr(stats, figure):
+                    out.append(Difference(index, recorded.name, figure, value, getattr(stats, figure)))
         return out
-
-
-def _counts(recording: Recording, simulated: Sequence[AllocatorStats]) -> tuple[int, int]:
-    return len(recording.checkpoints), len(simulated)
 
 
 # --- from PyTorch's snapshot ------------------------------------------------------------------------------------------
 
 
 def from_snapshot(
-    name: str, entries: Iterable[Mapping[str, Any]], moments: Sequence[Moment], place: Place
+    name: str, entries: Iterable[Mapping[str, Any]], moments: Sequence[Moment], card: RecordedCard
 ) -> Recording:
     """A recording from one device's trace in `torch.cuda.memory._snapshot()`, begun before the first allocation.
 
@@ -175,7 +195,7 @@ def from_snapshot(
     if builder.failed:
         if moment is not None and moment.name == OUT_OF_MEMORY:
             builder.moment(moment)
-        return builder.finished(place)
+        return builder.finished(card)
     while moment is not None and moment.events <= builder.counted:
         builder.moment(moment)
         moment = next(waiting, None)
@@ -184,7 +204,7 @@ def from_snapshot(
             f"recording {name!r}: {moment.events} allocations and frees were counted, but the history has only "
             f"{builder.counted}: it was cut short, so record fewer steps"
         )
-    return builder.finished(place)
+    return builder.finished(card)
 
 
 def _after_failure(moment: Moment) -> bool:
@@ -201,7 +221,7 @@ class _Builder:
         self.failed = False
         self._events: list[tuple[int, int]] = []
         self._phases: list[tuple[int, str]] = []
-        self._checkpoints: list[tuple[str, AllocatorStats]] = []
+        self._checkpoints: list[Checkpoint] = []
         self._end = 0  # events before the last checkpoint
         self._numbers: dict[Any, int] = {}  # by address
         self._unused: list[int] = []
@@ -243,13 +263,17 @@ class _Builder:
             assert moment.stats is not None
             self._end = len(self._events)
             self._events.append((CHECKPOINT, 0))
-            self._checkpoints.append((moment.name, moment.stats))
+            self._checkpoints.append(Checkpoint(moment.name, asdict(moment.stats)))
 
-    def finished(self, place: Place) -> Recording:
+    def finished(self, card: RecordedCard) -> Recording:
         """All up to the last checkpoint, which is the end and no event."""
         events = self._events[: self._end]
         phases = tuple(p for p in self._phases if p[0] < self._end)
-        return Recording(self.name, place, events, phases, tuple(self._checkpoints), max(1, len(self._streams)))
+        ran_out = bool(self._checkpoints) and self._checkpoints[-1].name == OUT_OF_MEMORY
+        return Recording(
+            self.name, card, events, phases, tuple(self._checkpoints), max(1, len(self._streams)),
+            oom_index=len(events) - 1 if ran_out else None,
+        )  # fmt: skip
 
     def _size(self, nbytes: Any) -> int:
         if not isinstance(nbytes, int) or nbytes < 1:
@@ -261,10 +285,7 @@ class _Builder:
 
 
 def save_recordings(folder: Path, recordings: Sequence[Recording]) -> None:
-    """Write traces.npz and expected.json as the replay reads them, with what more there is to know under further keys.
-
-    Raises OSError where the folder cannot be written.
-    """
+    """Write traces.npz and expected.json. Raises OSError where the folder cannot be written."""
     arrays = {r.name: _compact(np.array(r.events, dtype=np.int64).reshape(-1, 2)) for r in recordings}
     np.savez_compressed(folder / TRACES, **arrays)  # type: ignore[arg-type]
     (folder / EXPECTED).write_text(json.dumps([_entry(r) for r in recordings]) + "\n", encoding="utf-8")
@@ -275,53 +296,109 @@ def _compact(rows: np.ndarray) -> np.ndarray:
 
 
 def _entry(recording: Recording) -> dict[str, Any]:
-    rows: list[list[Any]] = [[name, *_figures(stats, _IN_ROW)] for name, stats in recording.checkpoints]
-    if recording.ran_out:
-        rows.insert(-1, ["OOM", len(recording.events) - 1])
+    rows: list[list[Any]] = [[name, *(figures[n] for n in _IN_ROW)] for name, figures in recording.checkpoints]
+    if recording.oom_index is not None:
+        rows.insert(-1, ["OOM", recording.oom_index])
     return {
         "trace": recording.name,
-        **recording.place._asdict(),
+        **recording.card._asdict(),
         "checkpoints": rows,
-        "more": [_figures(stats, _BESIDE_ROW) for _, stats in recording.checkpoints],
+        "more": [[figures[n] for n in _BESIDE_ROW] for _, figures in recording.checkpoints],
         "phases": recording.phases,
         "streams": recording.streams,
     }
 
 
-def _figures(stats: AllocatorStats, names: Sequence[str]) -> list[int]:
-    return [getattr(stats, name) for name in names]
+def _checked_row(row: list[str | int]) -> list[str | int]:
+    if not (
+        [type(value) for value in row] == [str, *[int] * len(_IN_ROW)]
+        or (len(row) == 2 and row[0] == "OOM" and isinstance(row[1], int))
+    ):
+        raise ValueError('a checkpoint is [name and 5 numbers] or ["OOM", event]')
+    return row
+
+
+class _RecordedTrace(pydantic.BaseModel):
+    """One trace of expected.json."""
+
+    model_config = pydantic.ConfigDict(strict=True)
+
+    trace: str
+    settings: str
+    total_bytes: int
+    context_bytes: int
+    memory_fraction: float
+    checkpoints: list[Annotated[list[str | int], pydantic.AfterValidator(_checked_row)]]
+    more: list[tuple[int, int, int]] | None = None
+    phases: list[tuple[int, str]] = []
+    streams: int = 1
+
+    def recorded(self) -> tuple[Checkpoint, ...]:
+        """The checkpoints. Raises ValueError where `more` belongs to other ones."""
+        rows = [row for row in self.checkpoints if row[0] != "OOM"]
+        if self.more is not None and len(self.more) != len(rows):
+            raise ValueError(f"more has {len(self.more)} rows for {len(rows)} checkpoints")
+        out = []
+        for index, (name, *values) in enumerate(rows):
+            figures = dict(zip(_IN_ROW, map(int, values), strict=True))
+            if self.more is not None:
+                figures |= zip(_BESIDE_ROW, self.more[index], strict=True)
+            out.append(Checkpoint(str(name), figures))
+        return tuple(out)
+
+    def oom_index(self) -> int | None:
+        return next((int(row[1]) for row in self.checkpoints if row[0] == "OOM"), None)
+
+
+_ENTRIES = pydantic.TypeAdapter(Annotated[list[_RecordedTrace], pydantic.Field(min_length=1)])
 
 
 def load_recordings(folder: Path) -> list[Recording]:
-    """What `save_recordings` wrote. Raises ConfigError where files are missing, damaged or of another kind."""
-    traces = load_traces(folder)
-    entries = json.loads((folder / EXPECTED).read_text(encoding="utf-8"))
-    return [
-        _loaded(trace.events, entry, f"{folder / EXPECTED}, entry {i}")
-        for i, (trace, entry) in enumerate(zip(traces, entries, strict=True))
-    ]
+    """The recordings of a folder. Raises ConfigError where files are missing, damaged or of another kind."""
+    if not folder.is_dir():
+        raise ConfigError(f"{folder} is not a folder; give one that holds {TRACES} and {EXPECTED}")
+    entries = _read_entries(folder / EXPECTED)
+    arrays = _read_arrays(folder / TRACES)
+    out = []
+    for index, entry in enumerate(entries):
+        try:
+            out.append(_recording(entry, arrays))
+        except ValueError as error:
+            raise ConfigError(f"{folder / EXPECTED}, entry {index}: {error}") from error
+    return out
 
 
-def _loaded(events: list[tuple[int, int]], entry: Mapping[str, Any], where: str) -> Recording:
-    rows = [row for row in entry["checkpoints"] if row[0] != "OOM"]
-    more, phases, streams = (entry.get(key) for key in ("more", "phases", "streams"))
-    tables = _is_table(rows, [str] + [int] * 5) and _is_table(more, [int] * 3) and _is_table(phases, [int, str])
-    if not (tables and isinstance(streams, int) and more is not None and phases is not None) or len(more) != len(rows):
-        raise ConfigError(
-            f"{where} is a trace but no recording: it must have more (3 numbers per checkpoint), phases (pairs of "
-            "event and name) and streams; record it anew with tools/measure_memory.py"
-        )
-    checkpoints = tuple(
-        (row[0], AllocatorStats(**dict(zip((*_IN_ROW, *_BESIDE_ROW), (*row[1:], *beside), strict=True))))
-        for row, beside in zip(rows, more, strict=True)
+def _recording(entry: _RecordedTrace, arrays: Mapping[str, np.ndarray]) -> Recording:
+    name = entry.trace
+    if name not in arrays:
+        raise ValueError(f"{TRACES} has no trace {name!r}")
+    rows = arrays[name]
+    if rows.ndim != 2 or rows.shape[1] != 2 or not np.issubdtype(rows.dtype, np.integer):
+        raise ValueError(f"trace {name!r} must be integers of shape (events, 2), not {rows.dtype}{rows.shape}")
+    AllocatorSettings.from_string(entry.settings)
+    card = RecordedCard(entry.settings, entry.total_bytes, entry.context_bytes, entry.memory_fraction)
+    events = [(op, number) for op, number in rows.tolist()]
+    return Recording(
+        name, card, events, tuple(entry.phases), entry.recorded(), entry.streams, oom_index=entry.oom_index()
     )
-    place = Place(entry["settings"], entry["total_bytes"], entry["context_bytes"], float(entry["memory_fraction"]))
-    pairs = tuple((index, name) for index, name in phases)
-    return Recording(entry["trace"], place, [(op, n) for op, n in events], pairs, checkpoints, streams)
 
 
-def _is_table(rows: Any, kinds: Sequence[type]) -> bool:
-    """Whether these are rows with columns of those types."""
-    return isinstance(rows, list) and all(
-        isinstance(row, list) and len(row) == len(kinds) and all(map(isinstance, row, kinds)) for row in rows
-    )
+def _read_entries(path: Path) -> list[_RecordedTrace]:
+    try:
+        return _ENTRIES.validate_json(path.read_bytes())
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error}); is it missing?") from error
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        where = "".join(f", {'entry ' if i == 0 else ''}{part}" for i, part in enumerate(first["loc"][:3]))
+        raise ConfigError(f"{path}{where}: {first['msg']}; cut short, or not a list of recordings?") from error
+
+
+def _read_arrays(path: Path) -> dict[str, np.ndarray]:
+    # A damaged archive fails in whatever layer meets the damage first: zipfile, zlib, struct, numpy, ast.
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except Exception as error:
+        reason = str(error) or type(error).__name__
+        raise ConfigError(f"{path} cannot be read as an .npz archive ({reason}); missing or cut short?") from error

@@ -17,7 +17,7 @@ FREE, USED, UNMAPPED = 0, 1, 2
 ADDRESS_BITS = 64
 
 
-class Block:
+class MemoryBlock:
     """A run of bytes in a segment, and the handle that malloc() returns."""
 
     __slots__ = ("address", "idle_since", "key", "next", "pool", "prev", "requested", "size", "state")
@@ -30,23 +30,23 @@ class Block:
         self.key = 0  # place in the pool's list; meaningful while FREE
         self.requested = 0  # bytes asked for by the program; meaningful while USED
         self.idle_since = 0  # pool.searches when it became free: its age for garbage collection
-        self.prev: Block | None = None
-        self.next: Block | None = None
+        self.prev: MemoryBlock | None = None
+        self.next: MemoryBlock | None = None
 
     @property
     def is_whole_segment(self) -> bool:
         return self.prev is None and self.next is None
 
-    def chain(self) -> Iterator[Block]:
+    def chain(self) -> Iterator[MemoryBlock]:
         """This block and those after it in the segment."""
-        block: Block | None = self
+        block: MemoryBlock | None = self
         while block is not None:
             yield block
             block = block.next
 
-    def cut(self, size: int, state: int) -> Block:
+    def cut(self, size: int, state: int) -> MemoryBlock:
         """Shorten this block to `size` and return the rest, in `state` and linked behind it; no pool is touched."""
-        rest = Block(self.address + size, self.size - size, self.pool, state)
+        rest = MemoryBlock(self.address + size, self.size - size, self.pool, state)
         after = rest.next = self.next
         if after is not None:
             after.prev = rest
@@ -74,8 +74,8 @@ class FreePool:
         self.is_small = is_small
         self.min_remainder = min_remainder  # bytes; a block is split if at least this much is left over
         self.keys: list[int] = []
-        self.blocks: list[Block] = []  # blocks[i] has keys[i]
-        self.unmapped: list[Block] = []
+        self.blocks: list[MemoryBlock] = []  # blocks[i] has keys[i]
+        self.unmapped: list[MemoryBlock] = []
         self.searches = 0  # counted only while garbage collection is on
 
     @property
@@ -83,22 +83,22 @@ class FreePool:
         """What an expandable segment of this pool grows by."""
         return SMALL_SEGMENT_BYTES if self.is_small else LARGE_SEGMENT_BYTES
 
-    def insert(self, block: Block) -> None:
+    def insert(self, block: MemoryBlock) -> None:
         key = block.key = (block.size << ADDRESS_BITS) + block.address
         block.idle_since = self.searches
         index = bisect_left(self.keys, key)
         self.keys.insert(index, key)
         self.blocks.insert(index, block)
 
-    def remove(self, block: Block) -> None:
+    def remove(self, block: MemoryBlock) -> None:
         index = bisect_left(self.keys, block.key)
         del self.keys[index], self.blocks[index]
 
-    def insert_unmapped(self, block: Block) -> None:
+    def insert_unmapped(self, block: MemoryBlock) -> None:
         insort(self.unmapped, block, key=_address)
 
 
-def _address(block: Block) -> int:
+def _address(block: MemoryBlock) -> int:
     return block.address
 
 
@@ -139,17 +139,17 @@ class FixedSegments:
     def __init__(self, device: DeviceMemory) -> None:
         self._device = device
         self._next_address = 0
-        self.heads: dict[int, Block] = {}
+        self.heads: dict[int, MemoryBlock] = {}
 
-    def grow(self, pool: FreePool, size: int, segment_bytes: int) -> Block | None:
+    def grow(self, pool: FreePool, size: int, segment_bytes: int) -> MemoryBlock | None:
         """A block of at least `size` bytes, not listed as free; None if cap or device refuse."""
         if not self._device.under_cap(segment_bytes) or not self._device.take(segment_bytes):
             return None
-        block = self.heads[self._next_address] = Block(self._next_address, segment_bytes, pool)
+        block = self.heads[self._next_address] = MemoryBlock(self._next_address, segment_bytes, pool)
         self._next_address += segment_bytes
         return block
 
-    def release(self, block: Block) -> None:
+    def release(self, block: MemoryBlock) -> None:
         """Give a free block that is a whole segment back to the device."""
         block.pool.remove(block)
         del self.heads[block.address]
@@ -199,9 +199,9 @@ class ExpandableSegments:
     def __init__(self, device: DeviceMemory) -> None:
         self._device = device
         self._next_address = 0
-        self.heads: dict[int, Block] = {}
+        self.heads: dict[int, MemoryBlock] = {}
 
-    def grow(self, pool: FreePool, size: int, segment_bytes: int) -> Block | None:
+    def grow(self, pool: FreePool, size: int, segment_bytes: int) -> MemoryBlock | None:
         """A block of at least `size` bytes, not listed as free; None if cap or device refuse.
 
         The cap is tested with what a segment of fixed size would take, though less may be mapped: PyTorch does so.
@@ -231,7 +231,7 @@ class ExpandableSegments:
             for block in list(pool.blocks):
                 self._unmap(block)
 
-    def _find_room(self, pool: FreePool, size: int) -> Block:
+    def _find_room(self, pool: FreePool, size: int) -> MemoryBlock:
         """The first unmapped block, or the free one before it, from which `size` bytes are not in use."""
         for unmapped in pool.unmapped:
             before = unmapped.prev
@@ -246,12 +246,12 @@ class ExpandableSegments:
         # 9/8 of the card, so that pages can move to the end of the segment when holes in it are unmapped
         space = self._device.total + self._device.total // 8
         space = -(-space // pool.page_bytes) * pool.page_bytes
-        head = self.heads[self._next_address] = Block(self._next_address, space, pool, UNMAPPED)
+        head = self.heads[self._next_address] = MemoryBlock(self._next_address, space, pool, UNMAPPED)
         self._next_address += -(-space // LARGE_SEGMENT_BYTES) * LARGE_SEGMENT_BYTES  # on a page of either pool
         pool.insert_unmapped(head)
         return head
 
-    def _map(self, block: Block, size: int) -> Block | None:
+    def _map(self, block: MemoryBlock, size: int) -> MemoryBlock | None:
         """Put whole pages behind the first `size` bytes of an unmapped block; the free block that it joins, or None."""
         pool = block.pool
         mapped = -(-size // pool.page_bytes) * pool.page_bytes
@@ -265,7 +265,7 @@ class ExpandableSegments:
         pool.insert(block)
         return block
 
-    def _unmap(self, block: Block) -> None:
+    def _unmap(self, block: MemoryBlock) -> None:
         """Take the memory from all pages that lie wholly in a free block; keep the rest of it free."""
         pool, page = block.pool, block.pool.page_bytes
         begin = -(-block.address // page) * page - block.address
@@ -287,7 +287,7 @@ class ExpandableSegments:
             pool.insert_unmapped(block)
 
 
-def join_neighbours(block: Block) -> Block:
+def join_neighbours(block: MemoryBlock) -> MemoryBlock:
     """Merge an unlisted block with neighbours of its own state, which leave the pool's lists; the merged block."""
     pool, state = block.pool, block.state
     delist = pool.remove if state == FREE else pool.unmapped.remove

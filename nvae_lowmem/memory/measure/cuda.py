@@ -18,7 +18,7 @@ from nvae_lowmem.config.sections import MemoryPlan
 from nvae_lowmem.hardware import cuda_memory
 from nvae_lowmem.hardware.budget import allocator_fraction
 from nvae_lowmem.memory.allocator.allocator import AllocatorStats
-from nvae_lowmem.memory.allocator.recording import OUT_OF_MEMORY, Moment, Place, Recording, from_snapshot
+from nvae_lowmem.memory.allocator.recording import OUT_OF_MEMORY, Moment, RecordedCard, Recording, from_snapshot
 from nvae_lowmem.units import GIB
 
 _PEAKS = ("allocated", "requested", "active", "reserved", "inactive_split")
@@ -95,7 +95,7 @@ class CudaMonitor:
         capped = 0 < plan.cap_bytes < self.total_bytes
         fraction = allocator_fraction(plan.cap_bytes, self.total_bytes) if capped else 0.0
         outside = self.total_bytes - self.free_bytes["context"]
-        return from_snapshot(name, history, self._moments, Place(settings, self.total_bytes, outside, fraction))
+        return from_snapshot(name, history, self._moments, RecordedCard(settings, self.total_bytes, outside, fraction))
 
     def statistics(self) -> dict[str, Any]:
         """Peaks in bytes, retries and failures, what mem_get_info said, and what lies outside the allocator now.

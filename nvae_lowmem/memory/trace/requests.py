@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nvae_lowmem.memory.allocator.recording import Place, Recording
+from nvae_lowmem.memory.allocator.recording import RecordedCard, Recording
 from nvae_lowmem.memory.trace.events import Trace
 
 
@@ -12,4 +12,4 @@ def from_trace(name: str, trace: Trace, settings: str = "") -> Recording:
     for index, (a, is_alloc) in enumerate((a, is_alloc) for a, is_alloc in trace.walk() if a.on_card):
         if is_alloc and (not phases or phases[-1][1] != a.phase):
             phases.append((index, a.phase))
-    return Recording(name, Place(settings, 1, 0, 0.0), list(trace.requests()), tuple(phases), ())
+    return Recording(name, RecordedCard(settings, 1, 0, 0.0), list(trace.requests()), tuple(phases), ())

@@ -11,7 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nvae_lowmem.errors import ConfigError
-from nvae_lowmem.memory.allocator.allocator import AllocatorSettings, CachingAllocator, OutOfMemory, Segment
+from nvae_lowmem.memory.allocator.allocator import (
+    AllocatorSettings,
+    CachingAllocator,
+    SegmentSnapshot,
+    SimulatedOutOfMemory,
+)
 from nvae_lowmem.units import GIB, MIB
 
 DEFAULT = AllocatorSettings()
@@ -91,14 +96,14 @@ def test_sizes_round_to_512_or_to_the_next_division_of_a_power_of_two() -> None:
 def test_out_of_memory_tells_the_figures() -> None:
     allocator = CachingAllocator(DEFAULT, total_bytes=100 * MIB, context_bytes=10 * MIB, memory_fraction=0.5)
     allocator.malloc(3 * MIB)
-    with pytest.raises(OutOfMemory, match=r"cannot allocate 40\.0 MiB: 3\.0 MiB allocated and 20\.0 MiB") as caught:
+    with pytest.raises(SimulatedOutOfMemory, match=r"allocate 40\.0 MiB: 3\.0 MiB allocated and 20\.0 MiB") as caught:
         allocator.malloc(40 * MIB)
     error = pickle.loads(pickle.dumps(caught.value))
     figures = error.requested_bytes, error.allocated_bytes, error.reserved_bytes, error.cap_bytes
     assert figures == (40 * MIB, 3 * MIB, 20 * MIB, 50 * MIB)
     assert (allocator.stats.retries, allocator.stats.ooms) == (1, 1)
     uncapped = CachingAllocator(DEFAULT, total_bytes=100 * MIB, context_bytes=10 * MIB)
-    with pytest.raises(OutOfMemory, match=r"of 90\.0 MiB"):
+    with pytest.raises(SimulatedOutOfMemory, match=r"of 90\.0 MiB"):
         uncapped.malloc(92 * MIB)
 
 
@@ -218,7 +223,7 @@ def test_every_state_is_consistent(mode: str, total_mib: int, actions: list[tupl
         if action == "malloc":
             try:
                 live[allocator.malloc(argument)] = argument
-            except OutOfMemory as error:
+            except SimulatedOutOfMemory as error:
                 assert error.requested_bytes == argument
         elif action == "empty_cache":
             allocator.empty_cache()
@@ -239,7 +244,7 @@ def test_every_state_is_consistent(mode: str, total_mib: int, actions: list[tupl
     assert allocator.stats.allocated_bytes == allocator.stats.requested_bytes == allocator.stats.reserved_bytes == 0
 
 
-def _best_fit(segments: list[Segment], pool: str, nbytes: int) -> tuple[int, int] | None:
+def _best_fit(segments: list[SegmentSnapshot], pool: str, nbytes: int) -> tuple[int, int] | None:
     """(size, address) of the smallest free block of a pool that holds nbytes, the lowest of those; found by looking."""
     free = []
     for segment in segments:

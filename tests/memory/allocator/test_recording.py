@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +17,20 @@ from hypothesis import strategies as st
 
 from nvae_lowmem.config.sections import MemoryPlan
 from nvae_lowmem.errors import ConfigError
-from nvae_lowmem.memory.allocator import replay as allocator_replay
-from nvae_lowmem.memory.allocator.allocator import AllocatorStats, OutOfMemory
+from nvae_lowmem.memory.allocator.__main__ import main as replay_recordings
+from nvae_lowmem.memory.allocator.allocator import AllocatorStats, SimulatedOutOfMemory
 from nvae_lowmem.memory.allocator.recording import (
     EXPECTED,
     OUT_OF_MEMORY,
     TRACES,
     Moment,
-    Place,
+    RecordedCard,
     Recording,
     from_snapshot,
     load_recordings,
     save_recordings,
 )
-from nvae_lowmem.memory.allocator.segments import Block
+from nvae_lowmem.memory.allocator.segments import MemoryBlock
 from nvae_lowmem.memory.measure.cuda import CudaMonitor
 from nvae_lowmem.memory.trace.events import Allocation, Trace
 from nvae_lowmem.memory.trace.requests import from_trace
@@ -39,8 +40,8 @@ from nvae_lowmem.units import GIB, MIB
 def exercise(cuda: FakeCuda, monitor: CudaMonitor, seed: int, rounds: int) -> None:
     """Random requests of many sizes, frees (some of them late), phases, checkpoints and emptied caches."""
     choose = random.Random(seed)
-    live: list[Block] = []
-    late: list[Block] = []
+    live: list[MemoryBlock] = []
+    late: list[MemoryBlock] = []
     for i in range(rounds):
         roll = choose.random()
         if roll < 0.5 or not live:
@@ -66,7 +67,7 @@ def recorded(seed: int, rounds: int, text: str = "", name: str = "r") -> Recordi
     exercise(cuda, monitor, seed, rounds)
     made = monitor.recording(name, MemoryPlan(), text)
     monitor.close()
-    assert made.checkpoints[-1][1] == cuda.allocator.stats
+    assert made.checkpoints[-1].figures == asdict(cuda.allocator.stats)
     return made
 
 
@@ -75,7 +76,7 @@ def recorded(seed: int, rounds: int, text: str = "", name: str = "r") -> Recordi
 def test_any_recorded_stream_replays_to_the_byte(seed: int, rounds: int, text: str) -> None:
     made = recorded(seed, rounds, text)
     assert made.differences() == []
-    assert not made.ran_out and made.streams == 1 and made.place.context_bytes == CONTEXT_BYTES
+    assert made.oom_index is None and made.streams == 1 and made.card.context_bytes == CONTEXT_BYTES
 
 
 @settings(max_examples=15, deadline=None)
@@ -89,7 +90,7 @@ def test_files_hold_all_of_a_recording_and_replay_by_the_command(
     again = load_recordings(folder)
     assert again == made
     assert [r.differences() for r in again] == [[], []]
-    assert allocator_replay.main([str(folder)]) == 0
+    assert replay_recordings([str(folder)]) == 0
 
 
 def test_a_run_that_runs_out_of_memory_ends_with_the_request_that_failed(
@@ -101,16 +102,17 @@ def test_a_run_that_runs_out_of_memory_ends_with_the_request_that_failed(
     monitor.checkpoint("step 1")
     cached = cuda.malloc(30 * MIB)
     cuda.free(cached)
-    with pytest.raises(OutOfMemory):
+    with pytest.raises(SimulatedOutOfMemory):
         cuda.malloc(50 * MIB)
     cuda.free(kept.pop())  # unwinding: no longer part of it
     monitor.checkpoint("end")
     made = monitor.recording("full", MemoryPlan(cap_bytes=64 * MIB), "")
-    assert made.ran_out and made.events[-1][0] == 50 * MIB and made.checkpoints[-1][0] == OUT_OF_MEMORY
-    assert (made.checkpoints[-1][1].ooms, made.checkpoints[-1][1].retries) == (1, 1)
+    assert made.oom_index == len(made.events) - 1 and made.events[-1][0] == 50 * MIB
+    assert made.checkpoints[-1].name == OUT_OF_MEMORY
+    assert [made.checkpoints[-1].figures[n] for n in ("ooms", "retries")] == [1, 1]
     assert made.differences() == []
     save_recordings(tmp_path, [made])
-    assert load_recordings(tmp_path) == [made] and allocator_replay.main([str(tmp_path)]) == 0
+    assert load_recordings(tmp_path) == [made] and replay_recordings([str(tmp_path)]) == 0
 
 
 def test_without_an_observer_of_failures_a_recording_ends_at_the_checkpoint_before() -> None:
@@ -118,12 +120,12 @@ def test_without_an_observer_of_failures_a_recording_ends_at_the_checkpoint_befo
     monitor = watched(cuda)
     cuda.malloc(30 * MIB)
     monitor.checkpoint("step 1")
-    with pytest.raises(OutOfMemory):
+    with pytest.raises(SimulatedOutOfMemory):
         cuda.malloc(50 * MIB)
     monitor.checkpoint("end")
     cuda.malloc(1)
     made = monitor.recording("full", MemoryPlan(cap_bytes=64 * MIB), "")
-    assert [name for name, _ in made.checkpoints] == ["step 1"] and not made.ran_out
+    assert [name for name, _ in made.checkpoints] == ["step 1"] and made.oom_index is None
     assert [op for op, _ in made.events] == [WORKSPACE_BYTES, 30 * MIB] and made.differences() == []
 
 
@@ -132,7 +134,7 @@ def test_a_simulator_that_is_wrong_would_be_seen() -> None:
     events = list(made.events)
     at = next(i for i, (op, _) in enumerate(events) if op > 0)
     events[at] = (events[at][0] + 4 * MIB, events[at][1])
-    found = Recording(made.name, made.place, events, made.phases, made.checkpoints).differences()
+    found = Recording(made.name, made.card, events, made.phases, made.checkpoints).differences()
     assert {d.figure for d in found} >= {"peak_allocated_bytes", "peak_requested_bytes"}
     assert all(d.recorded != d.simulated for d in found)
 
@@ -168,7 +170,7 @@ def test_what_a_call_takes_beside_its_result() -> None:
     cuda = FakeCuda()
     monitor = watched(cuda)
 
-    def convolve() -> Block:
+    def convolve() -> MemoryBlock:
         workspace = cuda.malloc(5 * MIB)
         out = cuda.malloc(1000)
         cuda.free(workspace)
@@ -193,7 +195,7 @@ def test_recording_ends_when_the_monitor_is_closed() -> None:
     assert cuda.empty_cache == own and said == ["all", None]
 
 
-PLACE = Place("", GIB, 0, 0.0)
+CARD = RecordedCard("", GIB, 0, 0.0)
 ZERO = AllocatorStats(0, 0, 0, 0, 0, 0, 0, 0)
 ALLOC, FREE = ({"action": a, "addr": 16, "size": 100} for a in ("alloc", "free_completed"))
 
@@ -210,12 +212,12 @@ ALLOC, FREE = ({"action": a, "addr": 16, "size": 100} for a in ("alloc", "free_c
 )
 def test_a_history_with_gaps_is_refused(entries: list[dict[str, Any]], counted: int, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        from_snapshot("r", entries, [Moment(counted, "checkpoint", "end", ZERO)], PLACE)
+        from_snapshot("r", entries, [Moment(counted, "checkpoint", "end", ZERO)], CARD)
 
 
 def test_a_second_stream_is_counted() -> None:
     entries = [{"action": "alloc", "addr": n, "size": 512, "stream": n % 2} for n in (1, 2, 3)]
-    assert from_snapshot("r", entries, [Moment(3, "checkpoint", "end", ZERO)], PLACE).streams == 2
+    assert from_snapshot("r", entries, [Moment(3, "checkpoint", "end", ZERO)], CARD).streams == 2
 
 
 def test_a_traces_requests_are_those_on_the_card() -> None:
@@ -258,11 +260,11 @@ def test_a_foreign_archive_is_refused(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("more", None), ("more", []), ("more", [["a", 1, 2]]), ("phases", [[1]]), ("streams", "1"), ("phases", 3)],
+    [("more", []), ("more", [["a", 1, 2]]), ("phases", [[1]]), ("streams", "1"), ("phases", 3), ("checkpoints", [[]])],
 )
-def test_a_trace_that_is_no_recording_is_refused(folder: Path, key: str, value: Any) -> None:
+def test_a_recording_with_a_damaged_table_is_refused(folder: Path, key: str, value: Any) -> None:
     entries = json.loads((folder / EXPECTED).read_text())
     entries[0][key] = value
     (folder / EXPECTED).write_text(json.dumps(entries))
-    with pytest.raises(ConfigError, match="a trace but no recording"):
+    with pytest.raises(ConfigError, match=rf"expected.json, entry 0.*{key}"):
         load_recordings(folder)

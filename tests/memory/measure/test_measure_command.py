@@ -14,7 +14,7 @@ from measured_runs import nano, on_card, on_cpu
 from nvae_lowmem.commands import measure_memory as measure_command
 from nvae_lowmem.config import profile_file as profiles
 from nvae_lowmem.hardware.find_card import find_card
-from nvae_lowmem.memory.allocator import replay as allocator_replay
+from nvae_lowmem.memory.allocator.__main__ import main as replay_recordings
 from nvae_lowmem.memory.measure.assess import assess, described
 from nvae_lowmem.memory.measure.job import Job, Outcome
 from nvae_lowmem.units import GIB
@@ -58,7 +58,7 @@ def test_several_configurations_make_one_report_and_files_that_replay(
     report = json.loads((out / "measurements.json").read_text())
     assert report == json.loads(report_file.read_text()) and len(report["runs"]) == 2
     assert {"date", "device", "versions", "card", "runs"} == report.keys()
-    assert allocator_replay.main([str(out)]) == 0
+    assert replay_recordings([str(out)]) == 0
     assert "2 traces, 8 checkpoints, mismatches: 0" in capsys.readouterr().out
     assert f"measured on {report['device']['name']}, torch" in (out / "calibration.toml").read_text()
 

@@ -14,7 +14,7 @@ from measured_runs import CAP_BYTES, nano, on_card, on_cpu
 
 from nvae_lowmem.commands import measure_memory as measure_command
 from nvae_lowmem.hardware.find_card import detect_card
-from nvae_lowmem.memory.allocator.recording import Place, Recording
+from nvae_lowmem.memory.allocator.recording import RecordedCard, Recording
 from nvae_lowmem.memory.measure.assess import assess
 from nvae_lowmem.memory.measure.compare import compared, matched
 from nvae_lowmem.memory.measure.job import Job, measure
@@ -89,7 +89,7 @@ def test_running_out_of_memory_agrees_only_where_it_was_predicted() -> None:
 
 def test_unmatched_sizes_know_which_side_has_more() -> None:
     def stream(sizes: Sequence[int]) -> Recording:
-        return Recording("r", Place("", 1, 0, 0.0), [(n, i) for i, n in enumerate(sizes)], ((0, "forward"),), ())
+        return Recording("r", RecordedCard("", 1, 0, 0.0), [(n, i) for i, n in enumerate(sizes)], ((0, "forward"),), ())
 
     found = matched(stream([512, 512, 700, 900]), stream([512, 700, 800]), {900: "library"})
     assert [(u["bytes"], u["recorded"], u["expected"], u["what"]) for u in found["unmatched"]] == [
