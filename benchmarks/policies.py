@@ -27,13 +27,14 @@ from machine import headline, machine, write_json
 from nvae_lowmem.config.model import ModelConfig
 from nvae_lowmem.config.recipes import RECIPES, recipe, with_groups
 from nvae_lowmem.config.sections import KEEPS, Keep, MemoryPlan, Profile
+from nvae_lowmem.data.pipeline import MicroBatch
 from nvae_lowmem.hardware.cpu import keep_freed_memory
 from nvae_lowmem.memory.trace.training import trace_training
 from nvae_lowmem.model.keep import apply_plan
 from nvae_lowmem.model.nvae import NVAE
-from nvae_lowmem.model.objective import Objective
-from nvae_lowmem.training.engines.torch_engine import TorchEngine
-from nvae_lowmem.training.step import BatchPlan, training_step
+from nvae_lowmem.training.build import build_model, build_training
+from nvae_lowmem.training.resolve import run_without_data
+from nvae_lowmem.training.step import training_step
 from nvae_lowmem.units import format_bytes, format_seconds
 
 DEFAULT_RECIPES = ("tiny", "mnist", "cifar10", "celeba64")
@@ -61,12 +62,11 @@ class Bench:
     """One model in training, whose policy can be changed between steps."""
 
     def __init__(self, profile: Profile, batch: int) -> None:
-        plan = MemoryPlan(precision="fp32", engine="torch", micro_batch=batch)
-        self._profile = replace(profile, plan=plan, training=replace(profile.training, total_batch=batch))
-        self._split, self._step = BatchPlan(batch, batch, 1, 1), 1
-        torch.manual_seed(0)
-        self._model = NVAE(profile.model).train()
-        self._engine = TorchEngine(Objective(self._model, profile.training), self._profile, CPU, 1)
+        plan = MemoryPlan(precision="fp32", engine="torch")
+        without_average = replace(profile, plan=plan, training=replace(profile.training, ema_decay=0.0))
+        self._run, self._step = run_without_data(without_average, batch, total_steps=1000), 1
+        self._model = build_model(profile)
+        self._training = build_training(self._run, self._model, CPU)
         c = profile.model
         self._images = torch.rand(batch, c.image_channels, c.network_size, c.network_size)
         if c.bits == 1:
@@ -74,11 +74,9 @@ class Bench:
 
     def seconds_of_step(self, keep: Keep) -> float:
         """One optimiser step with every block under this policy."""
-        apply_plan(self._model, replace(self._profile.plan, keep=keep))
+        apply_plan(self._model, replace(self._run.profile.plan, keep=keep))
         start = time.perf_counter()
-        result = training_step(
-            self._engine, self._profile, self._split, lambda *_: self._images, self._step, 1000, 1e-3
-        )
+        result = training_step(self._training, iter([MicroBatch(0, self._images)]), self._step)
         seconds = time.perf_counter() - start
         if not bool(result.loss.isfinite()):
             raise RuntimeError(f"step {self._step} under {keep!r}: the loss is {float(result.loss)}")

@@ -12,6 +12,7 @@ memory: it shows the engine's cost, not its saving.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -38,15 +39,12 @@ def run_case(name: str, engine_name: str, micro: int, keep: str, steps: int, thr
 
     from nvae_lowmem.config.recipes import recipe
     from nvae_lowmem.config.sections import MemoryPlan
+    from nvae_lowmem.data.pipeline import MicroBatch
     from nvae_lowmem.hardware.cpu import keep_freed_memory
-    from nvae_lowmem.model.keep import apply_plan
-    from nvae_lowmem.model.nvae import NVAE
-    from nvae_lowmem.model.objective import Objective
+    from nvae_lowmem.training.build import build_model, build_training, engine_factory
     from nvae_lowmem.training.engines import distributed
-    from nvae_lowmem.training.engines.deepspeed_engine import ZeroEngine
-    from nvae_lowmem.training.engines.engine import Engine
-    from nvae_lowmem.training.engines.torch_engine import TorchEngine
-    from nvae_lowmem.training.step import BatchPlan, training_step
+    from nvae_lowmem.training.resolve import run_without_data
+    from nvae_lowmem.training.step import training_step
 
     torch.set_num_threads(threads)
     keep_freed_memory()
@@ -61,18 +59,16 @@ def run_case(name: str, engine_name: str, micro: int, keep: str, steps: int, thr
     before_bytes = peak_bytes()
     total = profile.training.total_batch
     accumulation = total // micro
-    torch.manual_seed(0)
-    model = NVAE(profile.model).train()
-    apply_plan(model, plan)
-    kind = ZeroEngine if engine_name == "deepspeed" else TorchEngine
-    engine: Engine = kind(Objective(model, profile.training), profile, device, accumulation)
-    c = profile.model
+    c, model = profile.model, build_model(profile)
+    run = run_without_data(
+        replace(profile, training=replace(profile.training, ema_decay=0.0)), micro, accumulation, total_steps=1000
+    )
+    training = build_training(run, model, device, engine_factory(engine_name))  # type: ignore[arg-type]
     images = torch.rand(micro, c.image_channels, c.network_size, c.network_size).round()
     seconds = []
     for step in range(1, steps + 2):
         start = time.perf_counter()
-        split = BatchPlan(total, micro, accumulation, 1)
-        training_step(engine, profile, split, lambda *_: images, step, 1000, 1e-3)
+        training_step(training, itertools.repeat(MicroBatch(0, images)), step)
         seconds.append(time.perf_counter() - start)
     distributed.shutdown()
     return {

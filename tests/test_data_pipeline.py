@@ -225,7 +225,8 @@ def test_prefetching_gives_the_same_micro_batches_in_order_and_ends() -> None:
     found = list(prefetched(batches, 5, 9, slices, pin_memory=True))
     expected = [batches.batch(step, part) for step in range(5, 9) for part in slices]
     assert len(found) == 8
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert all(torch.equal(a.x, b) for a, b in zip(found, expected, strict=True))
+    assert [micro_batch.slot for micro_batch in found] == [0, 4] * 4
     assert not prefetch_threads()
 
 

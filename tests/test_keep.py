@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ from test_model_nvae import build, images, loss_of, tiny_rgb
 from torch import Tensor, nn
 
 from nvae_lowmem.config.sections import KEEPS, Keep, MemoryPlan, Profile, TrainConfig
+from nvae_lowmem.data.pipeline import MicroBatch
 from nvae_lowmem.errors import ConfigError
 from nvae_lowmem.memory.trace.training import trace_training
 from nvae_lowmem.model import keep as keep_module
@@ -29,7 +30,8 @@ from nvae_lowmem.model.objective import Objective
 from nvae_lowmem.training.ema import WeightEma
 from nvae_lowmem.training.engines.host_adamax import HostAdamax
 from nvae_lowmem.training.engines.torch_engine import TorchEngine
-from nvae_lowmem.training.step import BatchPlan, training_step
+from nvae_lowmem.training.resolve import run_without_data
+from nvae_lowmem.training.step import Training, training_step
 
 # RGB, flows, a scale of two groups and one of one: every kind of block, as small as it gets
 CONFIG = tiny_rgb(preprocess_cells=1, postprocess_cells=1, adaptive=True)
@@ -77,12 +79,14 @@ def train(plan: MemoryPlan, accumulation: int = 1, precision: str = "fp32", step
     )
     # from the usual first scale the first steps would all overflow and be skipped
     engine.load_state(engine.state() | {"loss_scale": torch.tensor(FITTING_SCALE)})
-    split = BatchPlan(TOTAL_BATCH, TOTAL_BATCH // accumulation, accumulation, 1)
+    run = run_without_data(profile, TOTAL_BATCH // accumulation, accumulation, total_steps=10)
+    training = Training(run=run, engine=engine, ema=None)
 
-    def batch(step: int, slot: int, count: int) -> Tensor:
-        return images(CONFIG, TOTAL_BATCH, seed=step)[slot : slot + count]
+    def micro_batches(step: int) -> Iterator[MicroBatch]:
+        x = images(CONFIG, TOTAL_BATCH, seed=step)
+        return (MicroBatch(slots.start, x[slots]) for slots in run.split.slots(rank=0))
 
-    results = [training_step(engine, profile, split, batch, step, 10, 1e-3) for step in range(steps)]
+    results = [training_step(training, micro_batches(step), step) for step in range(steps)]
     assert isinstance(engine.optimizer, RecordingAdamax) and not any(r.update.overflow for r in results)
     return Run([r.loss for r in results], engine.optimizer.seen, engine.state())
 

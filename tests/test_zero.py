@@ -14,10 +14,14 @@ from torch import Tensor
 
 pytest.importorskip("deepspeed")
 
-from zero_worker import CPU, PLANS, SHARED, TOTAL, finish, free_port, losses, make, profile, start, train
+from zero_worker import CPU, MODEL, PLANS, SHARED, TOTAL, finish, free_port, losses, make, profile, start, train
 
 from nvae_lowmem.errors import ConfigError
 from nvae_lowmem.model.keep import apply_plan
+from nvae_lowmem.model.nvae import NVAE
+from nvae_lowmem.model.objective import LossTerms
+from nvae_lowmem.training.divergence import Diverged
+from nvae_lowmem.training.ema import WeightEma
 from nvae_lowmem.training.engines import distributed
 from nvae_lowmem.training.engines.deepspeed_engine import LossScale, ZeroEngine, deepspeed_config
 from nvae_lowmem.training.engines.engine import Update
@@ -270,6 +274,39 @@ def test_gathered_weights_can_be_read_and_run_and_training_goes_on(name: str) ->
                 assert torch.equal(found, again) or engine.model.training
     found = losses(train(engine, run, range(2, 5)))
     torch.testing.assert_close(found, losses(train(reference, profile(), range(2, 5))), rtol=1e-6, atol=0.0)
+    engine.close()
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_the_average_moves_within_the_step_at_every_stage(name: str) -> None:
+    """At stage 3 weights are empty but where they are gathered."""
+    run, reference_run = profile(PLANS[name]), profile()
+    torch.manual_seed(0)
+    average = WeightEma(NVAE(MODEL), 0.9)
+    engine, reference = make(ZeroEngine, run), make(TorchEngine, reference_run)
+    expected = WeightEma(reference.model, 0.9)
+    train(engine, run, range(2), ema=average)
+    train(reference, reference_run, range(2), ema=expected)
+    assert_same_state(dict(average.module.named_parameters()), dict(expected.module.named_parameters()), 1e-5)
+    engine.close()
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_a_loss_that_is_no_number_is_refused_before_the_weights_move(name: str) -> None:
+    run = profile(PLANS[name])
+    engine = make(ZeroEngine, run)
+    train(engine, run, range(1))
+    before, forward = engine.state(), engine.forward
+
+    def breaking(*arguments: object) -> LossTerms:
+        terms = forward(*arguments)
+        return terms._replace(loss=terms.loss * float("inf"))
+
+    with mock.patch.object(engine, "forward", breaking), pytest.raises(Diverged, match="step 2: the loss is inf"):
+        train(engine, run, range(1, 2))
+    after = engine.state()
+    moved = [key for key in before if not key.startswith("buffer.") and not torch.equal(after[key], before[key])]
+    assert moved == []
     engine.close()
 
 

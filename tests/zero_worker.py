@@ -12,7 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,16 @@ from torch import Tensor
 
 from nvae_lowmem.config.model import ModelConfig
 from nvae_lowmem.config.sections import MemoryPlan, Profile, TrainConfig
+from nvae_lowmem.data.pipeline import MicroBatch
 from nvae_lowmem.model.nvae import NVAE
 from nvae_lowmem.model.objective import Objective
+from nvae_lowmem.training.batch_split import BatchSplit
+from nvae_lowmem.training.ema import WeightEma
 from nvae_lowmem.training.engines import distributed
 from nvae_lowmem.training.engines.deepspeed_engine import ZeroEngine
 from nvae_lowmem.training.engines.torch_engine import TorchEngine
-from nvae_lowmem.training.step import BatchPlan, StepResult, training_step
+from nvae_lowmem.training.resolve import ResolvedRun, Schedule
+from nvae_lowmem.training.step import StepResult, Training, training_step
 
 MODEL = ModelConfig(
     image_size=16, bits=1, channels_encoder=4, channels_decoder=4, scales=2, groups=2, adaptive=True, latents=2,
@@ -53,7 +57,7 @@ def profile(plan: dict[str, Any] | None = None, **training: Any) -> Profile:
     return Profile(
         model=MODEL,
         training=TrainConfig(**{"total_batch": TOTAL, "regulariser": 1e-2, **training}),
-        plan=MemoryPlan(**{"micro_batch": TOTAL, "bucket_elements": 2000, **(plan or {})}),
+        plan=MemoryPlan(**{"precision": "fp32", "micro_batch": TOTAL, "bucket_elements": 2000, **(plan or {})}),
     )
 
 
@@ -71,10 +75,19 @@ def images(step: int, slot: int, count: int) -> Tensor:
     return torch.bernoulli(torch.full((TOTAL, 1, 16, 16), 0.5), generator=generator)[slot : slot + count]
 
 
-def train(engine: Any, run: Profile, steps: range, accumulation: int = 1) -> list[StepResult]:
+def train(
+    engine: Any, run: Profile, steps: range, accumulation: int = 1, ema: WeightEma | None = None
+) -> list[StepResult]:
     """Optimiser steps `steps` of a run of TOTAL_STEPS."""
-    split = BatchPlan(TOTAL, TOTAL // accumulation // engine.world_size, accumulation, engine.world_size)
-    return [training_step(engine, run, split, images, step, TOTAL_STEPS, LEARNING_RATE) for step in steps]
+    split = BatchSplit(TOTAL, TOTAL // accumulation // engine.world_size, accumulation, engine.world_size)
+    resolved = ResolvedRun(profile=run, split=split, schedule=Schedule(TOTAL_STEPS, TOTAL_STEPS, 0, LEARNING_RATE))
+    training = Training(run=resolved, engine=engine, ema=ema)
+    return [training_step(training, micro_batches(split, engine.rank, step), step) for step in steps]
+
+
+def micro_batches(split: BatchSplit, rank: int, step: int) -> Iterator[MicroBatch]:
+    for slots in split.slots(rank):
+        yield MicroBatch(slots.start, images(step, slots.start, split.micro))
 
 
 def losses(results: list[StepResult]) -> Tensor:
@@ -136,7 +149,7 @@ def main(folder: Path) -> None:
 
 
 def exchange(rank: int) -> None:
-    """BatchNorm's statistics and an object, between two processes."""
+    """BatchNorm's statistics, flags and an object, between two processes."""
     run = profile()
     model = make(TorchEngine, run).model
     layers = [layer for layer in model.layers() if layer.gamma is not None]
@@ -147,6 +160,9 @@ def exchange(rank: int) -> None:
     for index, layer in enumerate(layers):
         torch.testing.assert_close(layer.running_mean, torch.full_like(layer.running_mean, index + 5.0))
         torch.testing.assert_close(layer.running_variance, torch.full_like(layer.running_variance, 1.5))
+    found = [distributed.any_process(flag, CPU) for flag in (False, rank == 1, True)]
+    if found != [False, True, True]:
+        raise AssertionError(f"rank {rank} heard {found}")
     if distributed.broadcast_object(f"from rank {rank}") != "from rank 0":
         raise AssertionError("rank 0's object did not arrive")
 

@@ -22,7 +22,7 @@ from nvae_lowmem.hardware.card import OsName
 from nvae_lowmem.memory.predict.predict import as_text, decided, predict
 from nvae_lowmem.memory.predict.untraced import load_calibration
 from nvae_lowmem.memory.trace.inference import generation_peaks
-from nvae_lowmem.training.resolve import split_batch
+from nvae_lowmem.training.batch_split import split_batch
 from nvae_lowmem.units import format_bytes
 
 

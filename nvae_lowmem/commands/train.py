@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 import torch
 import tyro
+from torch import Tensor
 
 from nvae_lowmem.config import profile_file as profiles
 from nvae_lowmem.config.sections import EngineName, MemoryPlan, Precision, Profile
@@ -20,21 +21,16 @@ from nvae_lowmem.errors import ConfigError, NothingFits
 from nvae_lowmem.generation.grids import training_pictures
 from nvae_lowmem.hardware import cuda_memory
 from nvae_lowmem.hardware.cpu import keep_freed_memory
-from nvae_lowmem.model.data_init import initialise_from_data
-from nvae_lowmem.model.keep import apply_plan
-from nvae_lowmem.model.latents import SeededNoise
 from nvae_lowmem.model.nvae import NVAE
-from nvae_lowmem.model.objective import Objective
 from nvae_lowmem.training import checkpoint, runs
+from nvae_lowmem.training.batch_split import split_batch
+from nvae_lowmem.training.build import build_model, build_training, engine_factory
 from nvae_lowmem.training.checkpoint_files import NotFinite
 from nvae_lowmem.training.divergence import Diverged
-from nvae_lowmem.training.ema import WeightEma
 from nvae_lowmem.training.engines import distributed
-from nvae_lowmem.training.engines.engine import Engine
-from nvae_lowmem.training.engines.torch_engine import TorchEngine
 from nvae_lowmem.training.open_run import EXIT_BAD_INPUT, EXIT_OUT_OF_MEMORY, DeviceChoice, choose_device
 from nvae_lowmem.training.out_of_memory import OutOfMemory, is_out_of_memory, report
-from nvae_lowmem.training.resolve import RunPlan, plan_run, split_batch
+from nvae_lowmem.training.resolve import ResolvedRun, resolve_run
 from nvae_lowmem.training.trainer import Pictures, Trainer
 
 EXIT_NOTHING_FITS, EXIT_DIVERGED = 3, 4
@@ -162,47 +158,46 @@ def _train(command: TrainCommand, pictures_for: Callable[[Profile], Pictures], f
     if engine_name == "deepspeed" and not command.dry_run:
         local_rank = command.local_rank if command.local_rank >= 0 else None
         rank, world_size, device = distributed.initialise(device, local_rank)
-    plan = plan_run(profile, len(data.train), device, world_size)
+    run = resolve_run(profile, len(data.train), device, world_size)
     reasons = (
         data.description,
         why_engine,
-        *plan.reasons,
+        *run.reasons,
         cuda_memory.apply_memory_cap(profile.plan, device),
         _policies(profile.plan),
     )
-    plan = replace(plan, reasons=tuple(reason for reason in reasons if reason))
-    torch.manual_seed(profile.training.seed)
-    model = NVAE(profile.model)
+    run = replace(run, reasons=tuple(reason for reason in reasons if reason))
+    model = build_model(profile)
     if rank == 0:
-        print(_summary(plan, model), flush=True)
+        print(_summary(run, model), flush=True)
     if command.dry_run:
-        print(profiles.dumps(plan.profile))
+        print(profiles.dumps(run.profile))
         return 0
     try:
-        return _train_on(command, plan, data, model, engine_name, device, rank, pictures_for)
+        return _train_on(command, run, data, model, engine_name, device, rank, pictures_for)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        raise OutOfMemory(report(error, plan.profile, model.blocks, device)) from None
+        raise OutOfMemory(report(error, run.profile, model.blocks, device)) from None
     finally:
         distributed.shutdown()
 
 
 def _train_on(
     command: TrainCommand,
-    plan: RunPlan,
+    run: ResolvedRun,
     data: Datasets,
     model: NVAE,
-    engine_name: str,
+    engine_name: EngineName,
     device: torch.device,
     rank: int,
     pictures_for: Callable[[Profile], Pictures],
 ) -> int:
-    profile = plan.profile
+    profile = run.profile
     run_dir = Path(distributed.broadcast_object(str(_run_dir(command, profile)) if rank == 0 else ""))
     with runs.locked(run_dir) if rank == 0 else contextlib.nullcontext():
         resumed = _resumed(run_dir, model, rank)
-        return _train_in(run_dir, resumed, plan, data, model, engine_name, device, rank, pictures_for)
+        return _train_in(run_dir, resumed, run, data, model, engine_name, device, rank, pictures_for)
 
 
 def _resumed(run_dir: Path, model: NVAE, rank: int) -> checkpoint.Resumed | None:
@@ -221,47 +216,37 @@ def _resumed(run_dir: Path, model: NVAE, rank: int) -> checkpoint.Resumed | None
 def _train_in(
     run_dir: Path,
     resumed: checkpoint.Resumed | None,
-    plan: RunPlan,
+    run: ResolvedRun,
     data: Datasets,
     model: NVAE,
-    engine_name: str,
+    engine_name: EngineName,
     device: torch.device,
     rank: int,
     pictures_for: Callable[[Profile], Pictures],
 ) -> int:
-    profile = plan.profile
-    training = profile.training
-    if profile.model.data_init and resumed is None:
-        first = Batches(data.train, profile.model, profile.data, training.total_batch, training.seed)
-        x = first.batch(0, slice(0, profile.plan.micro_batch)).to(device)
-        initialise_from_data(model.to(device).train(), x, SeededNoise(training.seed))
-    ema_device = "cpu" if training.ema_on_host else None
-    ema = WeightEma(model.to(device), training.ema_decay, ema_device) if training.ema_decay else None
-    apply_plan(model, profile.plan)  # after the average took its copy: that one needs no policies
-    engine = _engine(engine_name, Objective(model, training, profile.plan.precision), profile, device, plan)
+    profile = run.profile
+
+    def first_images() -> Tensor:
+        config = profile.training
+        batches = Batches(data.train, profile.model, profile.data, config.total_batch, config.seed)
+        return batches.batch(0, slice(0, profile.plan.micro_batch))
+
+    training = build_training(run, model, device, engine_factory(engine_name), None if resumed else first_images)
     first_step = 0
     if resumed is not None:
         first_step = resumed.step
-        engine.load_state(resumed.training)
-        if ema is not None:
-            ema.module.load_state_dict(resumed.weights)
+        training.engine.load_state(resumed.training)
+        if training.ema is not None:
+            training.ema.module.load_state_dict(resumed.weights)
     if rank == 0:
         if resumed is None:
             profiles.save(profile, run_dir / "config.toml", header=f"nvae-lowmem run {run_dir.name}")
         began = f"resuming {run_dir} after step {first_step}" if first_step else f"run folder {run_dir}"
         print(f"{began}\nwatch it with: tensorboard --logdir {run_dir}", flush=True)
-    Trainer(plan, engine, data, run_dir, ema, pictures_for(profile), first_step).train()
+    Trainer(training, data, run_dir, pictures_for(profile), first_step).train()
     if rank == 0:
         print(f"pictures: {run_dir / 'samples'}\nsample more with: python launch/sample.py --run {run_dir}", flush=True)
     return 0
-
-
-def _engine(name: str, objective: Objective, profile: Profile, device: torch.device, plan: RunPlan) -> Engine:
-    if name == "deepspeed":
-        from nvae_lowmem.training.engines.deepspeed_engine import ZeroEngine  # imports DeepSpeed, which takes seconds
-
-        return ZeroEngine(objective, profile, device, plan.split.accumulation)
-    return TorchEngine(objective, profile, device, plan.split.accumulation)
 
 
 def _auto_fitted(command: TrainCommand, profile: Profile, device: torch.device, fitted: Fitter) -> Profile:
@@ -327,12 +312,12 @@ def _policies(plan: MemoryPlan) -> str:
     return f"blocks keep: {plan.keep}{special}; optimiser states on the {where}"
 
 
-def _summary(plan: RunPlan, model: NVAE) -> str:
-    config = plan.profile.model
+def _summary(run: ResolvedRun, model: NVAE) -> str:
+    config = run.profile.model
     parameters = sum(p.numel() for p in model.parameters())
     lines = [
-        f"{plan.profile.name}: {parameters:,} parameters, groups per scale {list(config.scale_groups)} (highest "
+        f"{run.profile.name}: {parameters:,} parameters, groups per scale {list(config.scale_groups)} (highest "
         f"resolution first), {config.latent_dims:,} latent dimensions, {model.likelihood.describe()}",
-        *plan.reasons,
+        *run.reasons,
     ]
     return "\n".join(lines)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Generator, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +23,15 @@ from nvae_lowmem.config.model import ModelConfig
 from nvae_lowmem.config.sections import DataConfig
 from nvae_lowmem.data.dataset import Dataset
 from nvae_lowmem.data.randomness import Stream, bernoulli, keys, permutation
+
+
+class MicroBatch(NamedTuple):
+    """What one forward pass of training sees."""
+
+    slot: int
+    """The first image's sample slot within the total batch."""
+    x: Tensor
+    """(b, C, T, T) float32 in [0, 1]."""
 
 
 def steps_per_epoch(images: int, total_batch: int) -> int:
@@ -126,7 +136,7 @@ class _Failed:
 
 def prefetched(
     batches: Batches, step: int, last_step: int, slices: Sequence[slice], *, depth: int = 2, pin_memory: bool = False
-) -> Generator[Tensor, None, None]:
+) -> Generator[MicroBatch, None, None]:
     """The micro-batches `slices` of the steps step, step + 1, ..., last_step - 1, one after the other.
 
     A thread prepares up to `depth` of them ahead. It ends when the iterator is exhausted, closed or dropped; what goes
@@ -135,11 +145,11 @@ def prefetched(
     """
     if depth < 1:
         raise ValueError(f"{depth=} must be at least 1")
-    ready: queue.Queue[Tensor | _Failed | None] = queue.Queue(depth)
+    ready: queue.Queue[MicroBatch | _Failed | None] = queue.Queue(depth)
     stop = threading.Event()
     device = torch.cuda.current_device() if pin_memory and torch.cuda.is_available() else None
 
-    def put(item: Tensor | _Failed | None) -> None:
+    def put(item: MicroBatch | _Failed | None) -> None:
         while not stop.is_set():
             try:
                 return ready.put(item, timeout=0.1)
@@ -156,7 +166,8 @@ def prefetched(
                     if stop.is_set():
                         return
                     x = batches.batch(s, sample_slice)
-                    put(x if device is None else x.pin_memory())
+                    slot = sample_slice.start or 0
+                    put(MicroBatch(slot, x if device is None else x.pin_memory()))
             put(None)
         except BaseException as error:
             put(_Failed(error))

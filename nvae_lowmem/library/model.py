@@ -43,13 +43,13 @@ from nvae_lowmem.library.export import CONFIG, is_export, read_export
 from nvae_lowmem.library.images import Images, Output, as_batch, as_output
 from nvae_lowmem.model.latents import FromPosterior, Given
 from nvae_lowmem.model.nvae import NVAE
+from nvae_lowmem.training.build import prepare_for_inference
 from nvae_lowmem.training.open_run import (
     DeviceChoice,
     OpenRun,
     choose_device,
     images_per_pass,
     open_run,
-    plan_without_gradients,
 )
 
 _FORMAT = "nvae-lowmem latents 1"
@@ -281,7 +281,7 @@ def _of_run(run: OpenRun) -> Model:
 
 def _of_parts(profile: Profile, network: NVAE, device: DeviceChoice, name: str, folder: Path | None = None) -> Model:
     where = choose_device(device)
-    plan_without_gradients(network, profile)
+    prepare_for_inference(network, profile)
     return Model(profile, network.to(where), where, images_per_pass(profile), name, folder)
 
 

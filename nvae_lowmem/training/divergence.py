@@ -2,38 +2,55 @@
 
 from __future__ import annotations
 
+import math
+
 from nvae_lowmem.config.sections import Precision
-from nvae_lowmem.training.step import StepResult
+from nvae_lowmem.model.objective import LossTerms
+from nvae_lowmem.training.engines.distributed import any_process
+from nvae_lowmem.training.engines.engine import Update
 
 STUCK_AFTER = 50
 """Skipped steps in a row. From the largest loss scale, 2^24, down to 1 there are 24 halvings."""
 
 
-class Watch:
-    """Looks at every step's result; the same for every engine. overflows: steps skipped so far, in any precision."""
+class Diverged(RuntimeError):
+    """Training cannot go on: the loss or the gradients are no numbers any more. Its text says where and what to do."""
+
+
+def check_loss_is_finite(terms: LossTerms, step: int) -> None:
+    """Raises Diverged with advice if a micro-batch of step `step` (from 1) has a loss that is infinite or no number.
+
+    All processes call it with their own micro-batch, and all of them raise if one has to.
+    """
+    loss = terms.loss.item()
+    bad = not math.isfinite(loss)
+    if not any_process(bad, terms.loss.device):
+        return
+    if bad:
+        wrong = [str(i) for i, ok in enumerate(terms.kl.isfinite().tolist()) if not ok]
+        groups = f"the KL of group{'s' if len(wrong) > 1 else ''} {', '.join(wrong)} (from the top)"
+        cause = f"the loss is {loss}: {groups if wrong else 'the likelihood'} is not finite"
+    else:
+        cause = "the loss of another process is not finite"
+    raise Diverged(
+        f"step {step}: {cause}. The last checkpoint is untouched. Try a lower --set training.learning_rate, a larger "
+        "training.regulariser, or --precision fp32."
+    )
+
+
+class DivergenceGuard:
+    """Looks at every step's update; the same for every engine. overflows: steps skipped so far, in any precision."""
 
     def __init__(self, precision: Precision) -> None:
         self._precision = precision
         self.overflows = self._in_a_row = 0
 
-    def check(self, result: StepResult, step: int) -> None:
+    def check(self, update: Update, step: int) -> None:
         """Step `step` (from 1) is done. Raises Diverged with advice where more steps would be for nothing."""
-        skipped = result.update.overflow
-        self.overflows += skipped
-        self._in_a_row = self._in_a_row + 1 if skipped else 0
-        if not bool(result.loss.isfinite()):
-            raise Diverged(self._not_finite(result, step))
+        self.overflows += update.overflow
+        self._in_a_row = self._in_a_row + 1 if update.overflow else 0
         if self._in_a_row >= STUCK_AFTER:
             raise Diverged(self._stuck(step))
-
-    def _not_finite(self, result: StepResult, step: int) -> str:
-        bad = [str(i) for i, ok in enumerate(result.kl.isfinite().tolist()) if not ok]
-        groups = f"the KL of group{'s' if len(bad) > 1 else ''} {', '.join(bad)} (from the top)"
-        return (
-            f"step {step}: the loss is {result.loss.item()}: {groups if bad else 'the likelihood'} is not finite. The "
-            "last checkpoint is untouched. Try a lower --set training.learning_rate, a larger training.regulariser, or "
-            "--precision fp32."
-        )
 
     def _stuck(self, step: int) -> str:
         precision = "--precision bf16 or fp32, " if self._precision == "fp16" else ""
@@ -42,7 +59,3 @@ class Watch:
             f"change. Go back to an earlier checkpoint with {precision}a lower --set training.learning_rate, or "
             "clipped gradients (--set training.clip_norm=200)."
         )
-
-
-class Diverged(RuntimeError):
-    """Training cannot go on: the loss or the gradients are no numbers any more. Its text says where and what to do."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from copy import deepcopy
 from itertools import chain
 from typing import Any
@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from nvae_lowmem.model.host import host_memory
 
 
 class WeightEma:
@@ -34,8 +36,11 @@ class WeightEma:
         self.decay = decay
         # AveragedModel deep-copies what it is given on the device where that lies: it gets an empty module, and then
         # a copy that was made on `device` to begin with.
-        self._averaged = AveragedModel(nn.Identity(), device=torch.device(device) if device is not None else None)
-        self._averaged.module = _copy_of(model, device)
+        where = torch.device(device) if device is not None else None
+        self._memory = host_memory if where is not None and where.type == "cpu" else nullcontext
+        with self._memory():
+            self._averaged = AveragedModel(nn.Identity(), device=where)
+            self._averaged.module = _copy_of(model, device)
         self._applied = False
 
     @property
@@ -68,18 +73,23 @@ class WeightEma:
         go neither into the training model nor into the average.
         """
         self._refuse_if_applied("applied_to")
-        with ExitStack() as undo:
+        undo = ExitStack()
+        try:
             undo.callback(setattr, self, "_applied", False)
             self._applied = True
-            for averaged, live in zip(self.module.parameters(), model.parameters(), strict=True):
-                if averaged.dtype == live.dtype:
-                    _exchange(averaged.detach(), live.detach())
-                    undo.callback(_exchange, averaged.detach(), live.detach())
-                else:
-                    _lend(averaged.detach(), live.detach(), undo)
-            for held, running in zip(self.module.buffers(), model.buffers(), strict=True):
-                _lend(held, running, undo)
+            with self._memory():
+                for averaged, live in zip(self.module.parameters(), model.parameters(), strict=True):
+                    if averaged.dtype == live.dtype:
+                        _exchange(averaged.detach(), live.detach())
+                        undo.callback(_exchange, averaged.detach(), live.detach())
+                    else:
+                        _lend(averaged.detach(), live.detach(), undo)
+                for held, running in zip(self.module.buffers(), model.buffers(), strict=True):
+                    _lend(held, running, undo)
             yield
+        finally:
+            with self._memory():
+                undo.close()
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's AveragedModel: `n_averaged` and the averaged model's own keys after `module.`."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -22,10 +22,10 @@ from nvae_lowmem.data.pipeline import evaluation_batches
 from nvae_lowmem.data.sources import open_source
 from nvae_lowmem.errors import ConfigError
 from nvae_lowmem.hardware import cuda_memory
-from nvae_lowmem.model.keep import apply_plan
 from nvae_lowmem.model.nvae import NVAE
 from nvae_lowmem.model.objective import AUTOCAST_DTYPES
 from nvae_lowmem.training import checkpoint, runs
+from nvae_lowmem.training.build import prepare_for_inference
 from nvae_lowmem.training.engines import distributed
 from nvae_lowmem.training.out_of_memory import is_out_of_memory
 
@@ -92,7 +92,7 @@ def open_run(
     cuda_memory.prepare_environment(profile.plan)
     if not micro_batch:
         cuda_memory.apply_memory_cap(profile.plan, where)
-    plan_without_gradients(model, profile)
+    prepare_for_inference(model, profile)
     return OpenRun(
         folder=folder,
         checkpoint=saved,
@@ -105,15 +105,6 @@ def open_run(
 
 def _complain(text: str) -> None:
     print(text, file=sys.stderr)
-
-
-def plan_without_gradients(model: NVAE, profile: Profile) -> None:
-    """The profile's plan on a model that only runs forward: its chunks of the likelihood.
-
-    What blocks keep for a backward pass does not matter; running parts of them again would only fuse operations, which
-    takes more memory within a block.
-    """
-    apply_plan(model, replace(profile.plan, keep="all", keep_blocks={}))
 
 
 def images_per_pass(profile: Profile, precision: str = "fp32") -> int:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 
 from nvae_lowmem.config.sections import Profile
-from nvae_lowmem.errors import ConfigError
+from nvae_lowmem.data.pipeline import steps_per_epoch
 from nvae_lowmem.hardware.precision import precision_here
-from nvae_lowmem.training.learning_rate import suggest_learning_rate
-from nvae_lowmem.training.step import BatchPlan
+from nvae_lowmem.training.batch_split import BatchSplit, split_batch
+from nvae_lowmem.training.learning_rate import learning_rate, suggest_learning_rate
 
 
 class Schedule(NamedTuple):
@@ -24,51 +24,55 @@ class Schedule(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunPlan:
+class ResolvedRun:
     """A profile with every automatic choice made, and the reasons in words."""
 
     profile: Profile
-    split: BatchPlan
+    split: BatchSplit
     schedule: Schedule
-    reasons: tuple[str, ...]
+    reasons: tuple[str, ...] = ()
 
-
-def split_batch(profile: Profile, processes: int) -> BatchPlan:
-    """total = micro x accumulation x processes. Raises ConfigError where it does not divide."""
-    total, micro = profile.training.total_batch, profile.micro_batch(processes)
-    if total % processes:
-        good = -(-total // processes) * processes
-        raise ConfigError(
-            f"training.total_batch = {total} cannot be divided among {processes} processes: use {good}, "
-            "or start another number of processes"
+    def learning_rate(self, step: int) -> float:
+        """The learning rate of optimiser step `step`, counted from 0."""
+        s = self.schedule
+        return learning_rate(
+            step,
+            peak=s.peak_rate,
+            minimum=min(s.peak_rate, self.profile.training.learning_rate_min),
+            warmup_steps=s.warmup_steps,
+            steps_per_epoch=s.steps_per_epoch,
+            total_steps=s.total_steps,
         )
-    share = total // processes
-    if share % micro:
-        fitting = ", ".join(str(m) for m in range(1, share + 1) if share % m == 0)
-        raise ConfigError(
-            f"plan.micro_batch = {micro} does not divide the {share} images of each process "
-            f"(total batch {total} / {processes}): use one of {fitting}"
-        )
-    return BatchPlan(total, micro, share // micro, processes)
 
 
-def plan_run(profile: Profile, images: int, device: torch.device, processes: int) -> RunPlan:
+def resolve_run(profile: Profile, images: int, device: torch.device, processes: int) -> ResolvedRun:
     """Decide precision, batch split, step counts and learning rate for `images` training images."""
     training = profile.training
     precision, why = precision_here(profile.plan.precision, device)
     split = split_batch(profile, processes)
-    steps_per_epoch = max(1, images // training.total_batch)
-    total = training.steps or max(1, round(training.epochs * steps_per_epoch))
-    warmup = min(round(training.warmup_epochs * steps_per_epoch), total // 2)
+    epoch = steps_per_epoch(images, training.total_batch)
+    total = training.steps or max(1, round(training.epochs * epoch))
+    warmup = min(round(training.warmup_epochs * epoch), total // 2)
     rate, why_rate = training.learning_rate, f"learning rate {training.learning_rate:g}: as given"
     if not rate:
         batch = int(profile.provenance.get("published_total_batch", 256))
         rate, why_rate = suggest_learning_rate(
             training.total_batch, batch, float(profile.provenance.get("published_learning_rate", 1e-2))
         )
-    steps = f"{total} steps = {total / steps_per_epoch:.1f} epochs x {steps_per_epoch} steps ({images} images)"
+    steps = f"{total} steps = {total / epoch:.1f} epochs x {epoch} steps ({images} images)"
     reasons = (str(split), steps, f"warm-up {warmup} steps", why_rate, f"precision {precision}: {why}")
     decided = profile.with_plan(precision=precision, micro_batch=split.micro)
-    return RunPlan(
-        profile=decided, split=split, schedule=Schedule(total, steps_per_epoch, warmup, rate), reasons=reasons
+    return ResolvedRun(profile=decided, split=split, schedule=Schedule(total, epoch, warmup, rate), reasons=reasons)
+
+
+def run_without_data(
+    profile: Profile, micro_batch: int, accumulation: int = 1, total_steps: int = 100, rate: float = 1e-3
+) -> ResolvedRun:
+    """A run of one process at one learning rate, for those who trace or time steps; the precision must be decided."""
+    total = micro_batch * accumulation
+    profile = replace(profile.with_plan(micro_batch=micro_batch), training=replace(profile.training, total_batch=total))
+    return ResolvedRun(
+        profile=profile,
+        split=BatchSplit(total, micro_batch, accumulation, 1),
+        schedule=Schedule(total_steps, total_steps, 0, rate),
     )

@@ -1,42 +1,39 @@
-"""One training step: micro-batches forward and backward, then one update. The step that trains is the step traced."""
+"""One training step: micro-batches forward and backward, one update, one move of the average.
+
+The step that trains is the step that is traced and measured.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor
 
-from nvae_lowmem.config.sections import Profile
+from nvae_lowmem.data.pipeline import MicroBatch
 from nvae_lowmem.model.latents import SeededNoise
 from nvae_lowmem.model.objective import beta_at, regulariser_at
 from nvae_lowmem.model.regularizers import begin_micro_batch, end_step
+from nvae_lowmem.training.divergence import check_loss_is_finite
+from nvae_lowmem.training.ema import WeightEma
 from nvae_lowmem.training.engines.engine import Engine, Update
+from nvae_lowmem.training.resolve import ResolvedRun
 
 
-@dataclass(frozen=True)
-class BatchPlan:
-    """How the total batch is split: total = micro x accumulation x processes."""
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """What a step works with, as `build_training` makes it."""
 
-    total: int
-    micro: int
-    accumulation: int
-    processes: int
-
-    def __str__(self) -> str:
-        return (
-            f"total batch {self.total} = micro-batch {self.micro} x accumulation {self.accumulation} "
-            f"x processes {self.processes}"
-        )
-
-    def first_slot(self, rank: int, index: int) -> int:
-        """The first sample slot of micro-batch `index` of process `rank` within the total batch."""
-        return (index * self.processes + rank) * self.micro
+    run: ResolvedRun
+    engine: Engine
+    """Holds the model, its gradients and the optimiser."""
+    ema: WeightEma | None
+    """The average of the weights; None without one."""
 
 
 class StepResult(NamedTuple):
-    """One step's figures, still on the device: means over the total batch of this process."""
+    """One step's figures; tensors are still on the device: means over the total batch of this process."""
 
     loss: Tensor
     nll: Tensor
@@ -45,39 +42,38 @@ class StepResult(NamedTuple):
     coefficients: Tensor
     beta: float
     regulariser: float
+    learning_rate: float
     update: Update
 
 
-Images = Callable[[int, int, int], Tensor]  # (step, first slot, count) -> (count, C, S, S) on the engine's device
+def training_step(training: Training, micro_batches: Iterator[MicroBatch], step: int) -> StepResult:
+    """Optimiser step `step`, counted from 0, of the next micro-batches of this process, on the engine's device.
 
-
-def training_step(
-    engine: Engine,
-    profile: Profile,
-    split: BatchPlan,
-    images: Images,
-    step: int,
-    total_steps: int,
-    learning_rate: float,
-) -> StepResult:
-    """Optimiser step `step`: every micro-batch forward and backward, then one update."""
-    beta = beta_at(step, total_steps, profile.training)
-    weight = regulariser_at(beta, profile.training)
-    coefficient = weight * engine.loss_scale / split.accumulation
+    Raises Diverged, with weights, optimiser states and average as before the step, for a loss that is no number.
+    """
+    run, engine, config = training.run, training.engine, training.run.profile.training
+    accumulation = run.split.accumulation
+    beta = beta_at(step, run.schedule.total_steps, config)
+    weight = regulariser_at(beta, config)
+    rate = run.learning_rate(step)
+    coefficient = weight * engine.loss_scale / accumulation
     sums: list[Tensor] | None = None
-    engine.begin(learning_rate)
-    for index in range(split.accumulation):
-        slot = split.first_slot(engine.rank, index)
-        x = images(step, slot, split.micro)
-        begin_micro_batch(engine.model, index, split.accumulation, coefficient, step)
-        terms = engine.forward(x, SeededNoise(profile.training.seed, step, slot), beta)
-        engine.backward(terms.loss, last=index == split.accumulation - 1)
+    engine.begin(rate)
+    for index in range(accumulation):
+        slot, x = next(micro_batches)
+        begin_micro_batch(engine.model, index, accumulation, coefficient, step)
+        terms = engine.forward(x, SeededNoise(config.seed, step, slot), beta)
+        check_loss_is_finite(terms, step + 1)  # before the backward pass, in which an engine may begin to update
+        engine.backward(terms.loss, last=index == accumulation - 1)
         shown = [terms.loss.detach(), *terms[1:]]
         del terms, x
         sums = shown if sums is None else [a.add_(b) for a, b in zip(sums, shown, strict=True)]
         del shown
     update = engine.update()
     end_step(engine.model)
+    if training.ema is not None:
+        with engine.gathered():
+            training.ema.update(engine.model, step + 1)
     assert sums is not None
-    loss, nll, kl, active, coefficients = (s / split.accumulation for s in sums)
-    return StepResult(loss, nll, kl, active, coefficients, beta, weight, update)
+    loss, nll, kl, active, coefficients = (s / accumulation for s in sums)
+    return StepResult(loss, nll, kl, active, coefficients, beta, weight, rate, update)

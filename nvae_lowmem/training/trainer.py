@@ -13,20 +13,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nvae_lowmem.data.pipeline import Batches, evaluation_batches, prefetched
+from nvae_lowmem.data.pipeline import Batches, MicroBatch, evaluation_batches, prefetched
 from nvae_lowmem.data.sources import Datasets
 from nvae_lowmem.hardware import cuda_memory
 from nvae_lowmem.model.nvae import NVAE
 from nvae_lowmem.model.regularizers import regularisation_values
 from nvae_lowmem.training import checkpoint
-from nvae_lowmem.training.divergence import Watch
-from nvae_lowmem.training.ema import WeightEma
+from nvae_lowmem.training.divergence import DivergenceGuard
 from nvae_lowmem.training.engines.distributed import average_statistics
-from nvae_lowmem.training.engines.engine import Engine
-from nvae_lowmem.training.learning_rate import learning_rate
 from nvae_lowmem.training.monitor import Monitor, is_early
-from nvae_lowmem.training.resolve import RunPlan
-from nvae_lowmem.training.step import StepResult, training_step
+from nvae_lowmem.training.step import StepResult, Training, training_step
 from nvae_lowmem.training.validation import Validation, validate
 from nvae_lowmem.units import GIB
 
@@ -35,21 +31,20 @@ Pictures = Callable[[NVAE, Tensor, Path, int], dict[str, np.ndarray]]
 
 
 class Trainer:
-    """Runs a RunPlan on an engine from `first_step` (finished steps) to the end, or until asked to stop."""
+    """Trains from `first_step` (finished steps) to the end of the run, or until asked to stop."""
 
     def __init__(
         self,
-        run: RunPlan,
-        engine: Engine,
+        training: Training,
         data: Datasets,
         run_dir: Path | None,
-        ema: WeightEma | None,
         pictures: Pictures | None = None,
         first_step: int = 0,
     ) -> None:
-        self.run, self.engine, self.data, self.run_dir = run, engine, data, run_dir
-        self.ema, self.pictures, self.first_step = ema, pictures, first_step
-        self.profile, self.schedule = run.profile, run.schedule
+        self.training, self.data, self.run_dir = training, data, run_dir
+        self.run, self.engine, self.ema = training.run, training.engine, training.ema
+        self.pictures, self.first_step = pictures, first_step
+        self.profile, self.schedule = self.run.profile, self.run.schedule
         self._batches = Batches(
             data.train,
             self.profile.model,
@@ -58,7 +53,7 @@ class Trainer:
             self.profile.training.seed,
         )
         self._stop_requested = False
-        self._watch = Watch(self.profile.plan.precision)
+        self._guard = DivergenceGuard(self.profile.plan.precision)
         self._saved_step = first_step if first_step else -1  # what training went on from is saved already
         self.last_validation: Validation | None = None
         self._evaluated_step = -1
@@ -72,23 +67,16 @@ class Trainer:
         )
         step = self.first_step
         with (
-            contextlib.closing(self._micro_batches(step, total)) as images,
+            contextlib.closing(self._micro_batches(step, total)) as micro_batches,
             Monitor(self.run_dir if self.engine.rank == 0 else None, total, self.first_step) as monitor,
             self._signals(monitor),
         ):
-            self.engine.model.train()
             while step < total and not self._stop_requested:
                 began = time.monotonic()
-                rate = self._learning_rate(step)
-                result = training_step(
-                    self.engine, self.profile, self.run.split, lambda *_: next(images), step, total, rate
-                )
+                result = training_step(self.training, micro_batches, step)
                 step += 1
-                self._watch.check(result, step)
-                if self.ema is not None:
-                    with self.engine.gathered():
-                        self.ema.update(self.engine.model, step)
-                self._report(monitor, result, step, rate, time.monotonic() - began)
+                self._guard.check(result.update, step)
+                self._report(monitor, result, step, time.monotonic() - began)
                 last = step == total
                 if last or step % evaluate_every == 0:
                     self._evaluate(monitor, step)
@@ -103,28 +91,15 @@ class Trainer:
 
     # -- pieces of a step --
 
-    def _micro_batches(self, step: int, total: int) -> Generator[Tensor, None, None]:
+    def _micro_batches(self, step: int, total: int) -> Generator[MicroBatch, None, None]:
         """This process' micro-batches on its device, in the order in which `training_step` asks for them."""
-        split, device = self.run.split, self.engine.device
-        starts = [split.first_slot(self.engine.rank, index) for index in range(split.accumulation)]
-        slices = [slice(start, start + split.micro) for start in starts]
+        slots, device = self.run.split.slots(self.engine.rank), self.engine.device
         on_card = device.type == "cuda"
-        with contextlib.closing(prefetched(self._batches, step, total, slices, pin_memory=on_card)) as ready:
-            for x in ready:
-                yield x.to(device, non_blocking=True)
+        with contextlib.closing(prefetched(self._batches, step, total, slots, pin_memory=on_card)) as ready:
+            for slot, x in ready:
+                yield MicroBatch(slot, x.to(device, non_blocking=True))
 
-    def _learning_rate(self, step: int) -> float:
-        s = self.schedule
-        return learning_rate(
-            step,
-            peak=s.peak_rate,
-            minimum=min(s.peak_rate, self.profile.training.learning_rate_min),
-            warmup_steps=s.warmup_steps,
-            steps_per_epoch=s.steps_per_epoch,
-            total_steps=s.total_steps,
-        )
-
-    def _report(self, monitor: Monitor, r: StepResult, step: int, rate: float, seconds: float) -> None:
+    def _report(self, monitor: Monitor, r: StepResult, step: int, seconds: float) -> None:
         early = is_early(step, self.profile.training.log_every)
         batch = self.profile.training.total_batch
         line = (
@@ -134,8 +109,8 @@ class Trainer:
         memory = cuda_memory.torch_memory(self.engine.device)
         if memory:
             line += f"  peak {memory['memory/peak_allocated_gib']:.2f} GiB"
-        if self._watch.overflows:
-            line += f"  overflows {self._watch.overflows}"
+        if self._guard.overflows:
+            line += f"  overflows {self._guard.overflows}"
         monitor.progress(step, line, early)
         predicted = int(self.profile.provenance.get("predicted_allocated_bytes", 0))
         if step - self.first_step == 3:  # the optimiser's states exist, the caches are warm
@@ -152,12 +127,12 @@ class Trainer:
             "train/recon_iter": float(r.nll),
             "train/kl_iter": float(r.kl.sum()),
             "train/loss": float(r.loss),
-            "train/lr": rate,
+            "train/lr": r.learning_rate,
             "train/norm_loss": spectral,
             "train/bn_loss": batch_norm,
             "train/wdn_coeff": r.regulariser,
             "train/loss_scale": self.engine.loss_scale,
-            "train/overflows": float(self._watch.overflows),
+            "train/overflows": float(self._guard.overflows),
             "kl_coeff/coeff": r.beta,
             "timing/sec_per_step": seconds,
             "timing/images_per_sec": batch / seconds,

@@ -15,7 +15,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,8 +26,8 @@ from torch import Tensor
 
 from nvae_lowmem.config import profile_file as profiles
 from nvae_lowmem.config.model import ModelConfig
-from nvae_lowmem.config.sections import Profile
-from nvae_lowmem.data.pipeline import to_network
+from nvae_lowmem.config.sections import EngineName, Profile
+from nvae_lowmem.data.pipeline import MicroBatch, to_network
 from nvae_lowmem.errors import ConfigError
 from nvae_lowmem.hardware import cuda_memory
 from nvae_lowmem.hardware.cpu import keep_freed_memory
@@ -40,18 +40,13 @@ from nvae_lowmem.memory.measure.cuda import CudaMonitor
 from nvae_lowmem.memory.predict.untraced import entries, overlaid
 from nvae_lowmem.memory.trace.requests import from_trace
 from nvae_lowmem.memory.trace.training import trace_training
-from nvae_lowmem.model.data_init import initialise_from_data
-from nvae_lowmem.model.keep import apply_plan
-from nvae_lowmem.model.latents import SeededNoise
-from nvae_lowmem.model.nvae import NVAE
-from nvae_lowmem.model.objective import Objective
-from nvae_lowmem.training.ema import WeightEma
+from nvae_lowmem.training.build import build_model, build_training, engine_factory
+from nvae_lowmem.training.divergence import Diverged
 from nvae_lowmem.training.engines import distributed
 from nvae_lowmem.training.engines.engine import Engine
-from nvae_lowmem.training.engines.torch_engine import TorchEngine
 from nvae_lowmem.training.out_of_memory import is_out_of_memory
-from nvae_lowmem.training.resolve import RunPlan, plan_run
-from nvae_lowmem.training.step import Images, StepResult, training_step
+from nvae_lowmem.training.resolve import ResolvedRun, resolve_run
+from nvae_lowmem.training.step import Training, training_step
 
 JOB, PROFILE, DECIDED, RESULT = "job.json", "profile.toml", "decided.toml", "result.json"
 STAGE = "@"
@@ -123,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     profile = profiles.load(folder / PROFILE)
     try:
         result = _measure(folder, job, profile)
-    except ConfigError as error:
+    except (ConfigError, Diverged) as error:
         print(error, file=sys.stderr)
         return 2
     finally:
@@ -151,51 +146,57 @@ def _measure(folder: Path, job: dict[str, Any], profile: Profile) -> dict[str, A
         cuda = CudaMonitor(device)
     if engine_name == "deepspeed":
         device = distributed.initialise(device)[2]
-    plan = plan_run(profile, profile.training.total_batch * _EPOCH_STEPS, device, 1)
-    plan = replace(plan, profile=plan.profile.with_plan(engine=engine_name))
-    profiles.save(plan.profile, folder / DECIDED)
-    cuda_memory.apply_memory_cap(plan.profile.plan, device)
-    result: dict[str, Any] = {"engine": reason, "settings": settings, "accumulation": plan.split.accumulation}
+    run = measured_run(profile, device, engine_name)
+    profiles.save(run.profile, folder / DECIDED)
+    cuda_memory.apply_memory_cap(run.profile.plan, device)
+    result: dict[str, Any] = {"engine": reason, "settings": settings, "accumulation": run.split.accumulation}
     result |= {**about_machine(device), "status": "ok", "seconds": [], "host_bytes": [], "overflows": 0}
-    engine = _run(plan, engine_name, device, cuda or Unwatched(), job["steps"], result)
+    training = _run(run, engine_name, device, cuda or Unwatched(), job["steps"], result)
     if cuda is None:
-        recording = _on_cpu(job["name"], plan, job["steps"], result)
+        recording = _on_cpu(job["name"], run, job["steps"], result)
     else:
         result["statistics"] = cuda.statistics()
-        recording = cuda.recording(job["name"], plan.profile.plan, settings)
+        recording = cuda.recording(job["name"], run.profile.plan, settings)
         cuda.close()
-        if engine is not None:
-            found = _convolutions(plan, engine, device, job["steps"])
-            del engine
+        if training is not None:
+            found = _convolutions(training, job["steps"])
+            del training
             result["workspaces"] = workspaces(found, device, cuda.extra_bytes)
     save_recordings(folder, [recording])
     return result
 
 
+def measured_run(profile: Profile, device: torch.device, engine_name: EngineName) -> ResolvedRun:
+    """The run whose steps are measured, at a rate at which weights hardly move: noise is no data to learn from."""
+    run = resolve_run(profile, profile.training.total_batch * _EPOCH_STEPS, device, 1)
+    decided = run.profile.with_plan(engine=engine_name)
+    return replace(
+        run, profile=decided, schedule=run.schedule._replace(warmup_steps=0, peak_rate=run.schedule.peak_rate / 1000)
+    )
+
+
 def _run(
-    plan: RunPlan, engine_name: str, device: torch.device, monitor: Monitor, steps: int, result: dict[str, Any]
-) -> Engine | None:
+    run: ResolvedRun,
+    engine_name: EngineName,
+    device: torch.device,
+    monitor: Monitor,
+    steps: int,
+    result: dict[str, Any],
+) -> Training | None:
     """Set-up and steps, with what each step took put into `result`; None where memory ran out."""
     before = psutil.Process().memory_info().rss
     at = "the set-up"
-
-    def images(step: int, slot: int, count: int) -> Tensor:
-        monitor.phase("forward")
-        return synthetic_images(plan.profile.model, step, slot, count, device)
-
     try:
         monitor.phase("setup")
         _say(at)
-        engine, ema = _set_up(plan, engine_name, device)
+        training = _set_up(run, engine_name, device)
+        watched = replace(training, engine=PhasedEngine(training.engine, monitor))  # type: ignore[arg-type]
         monitor.checkpoint("setup done")
         for step in range(steps):
             at = f"step {step + 1}"
             _say(at)
             began = monitor.now()
-            done = _step(plan, PhasedEngine(engine, monitor), images, step)
-            if ema is not None:
-                with engine.gathered():
-                    ema.update(engine.model, step + 1)
+            done = training_step(watched, _synthetic(run, device, step, monitor), step)
             result["seconds"].append(monitor.now() - began)
             result["host_bytes"].append(psutil.Process().memory_info().rss - before)
             result["overflows"] += bool(done.update.overflow)
@@ -207,43 +208,33 @@ def _run(
             raise
         result |= {"status": OUT_OF_MEMORY, "detail": f"in {at}: {str(error).splitlines()[0]}"}
         return None
-    return engine
+    return training
 
 
-def _convolutions(plan: RunPlan, engine: Engine, device: torch.device, step: int) -> list[Convolution]:
+def _convolutions(training: Training, step: int) -> list[Convolution]:
     """Every distinct convolution of one more step."""
     _say("the convolutions of one more step, and their workspaces")
-    images = functools.partial(synthetic_images, plan.profile.model, device=device)
     with ConvolutionRecorder() as recorder:
-        _step(plan, engine, images, step)
+        training_step(training, _synthetic(training.run, training.engine.device, step), step)
     return list(recorder.found)
 
 
-def _set_up(plan: RunPlan, engine_name: str, device: torch.device) -> tuple[Engine, WeightEma | None]:
-    """Model, average and engine, made in the order in which training makes them."""
-    profile, training = plan.profile, plan.profile.training
-    torch.manual_seed(training.seed)
-    model = NVAE(profile.model)
-    if profile.model.data_init:
-        x = synthetic_images(profile.model, 0, 0, profile.plan.micro_batch, device)
-        initialise_from_data(model.to(device).train(), x, SeededNoise(training.seed))
-    ema_device = "cpu" if training.ema_on_host else None
-    ema = WeightEma(model.to(device), training.ema_decay, ema_device) if training.ema_decay else None
-    apply_plan(model, profile.plan)
-    objective = Objective(model, training, profile.plan.precision)
-    if engine_name == "deepspeed":
-        from nvae_lowmem.training.engines.deepspeed_engine import ZeroEngine  # imports DeepSpeed, which takes seconds
-
-        engine: Engine = ZeroEngine(objective, profile, device, plan.split.accumulation)
-    else:
-        engine = TorchEngine(objective, profile, device, plan.split.accumulation)
-    engine.model.train()
-    return engine, ema
+def _set_up(run: ResolvedRun, engine_name: EngineName, device: torch.device) -> Training:
+    """What training makes, in its order."""
+    model = build_model(run.profile)
+    images = functools.partial(synthetic_images, run.profile.model, 0, 0, run.split.micro, device)
+    return build_training(run, model, device, engine_factory(engine_name), images)
 
 
-def _step(plan: RunPlan, engine: Any, images: Images, step: int) -> StepResult:
-    rate = plan.schedule.peak_rate / 1000  # weights hardly move: noise is no data to learn from
-    return training_step(engine, plan.profile, plan.split, images, step, plan.schedule.total_steps, rate)
+def _synthetic(
+    run: ResolvedRun, device: torch.device, step: int, monitor: Monitor | None = None
+) -> Iterator[MicroBatch]:
+    """The micro-batches of a step, made when they are asked for; they belong to the forward pass."""
+    for slots in run.split.slots(rank=0):
+        if monitor is not None:
+            monitor.phase("forward")
+        # without a name here, which would keep the images alive
+        yield MicroBatch(slots.start, synthetic_images(run.profile.model, step, slots.start, run.split.micro, device))
 
 
 def synthetic_images(model: ModelConfig, step: int, slot: int, count: int, device: torch.device) -> Tensor:
@@ -254,11 +245,11 @@ def synthetic_images(model: ModelConfig, step: int, slot: int, count: int, devic
     return to_network(pixels, model, None).to(device, non_blocking=True)
 
 
-def _on_cpu(name: str, plan: RunPlan, steps: int, result: dict[str, Any]) -> Recording:
+def _on_cpu(name: str, run: ResolvedRun, steps: int, result: dict[str, Any]) -> Recording:
     """The same steps on CPU tensors once more, every storage watched; their peaks by way of the simulated allocator."""
     _say("the same steps, watched")
-    profile, accumulation = plan.profile, plan.split.accumulation
-    trace = trace_training(profile, plan.split.micro, accumulation, steps, fake=False)
+    profile, accumulation = run.profile, run.split.accumulation
+    trace = trace_training(profile, run.split.micro, accumulation, steps, fake=False)
     overlay = entries(profile, trace, accumulation)
     in_allocator = ("always", "backward", "update", "convolution")
     held = [e for e in overlay if e.when in in_allocator and not e.is_bound]

@@ -19,7 +19,7 @@ from nvae_lowmem.hardware.precision import choose_precision
 from nvae_lowmem.memory.plan.block_costs import BlockTable, record_blocks
 from nvae_lowmem.memory.plan.candidates import Candidate, FrontierRow, Groups, Planner, Wishes
 from nvae_lowmem.memory.predict.predict import Prediction
-from nvae_lowmem.training.step import BatchPlan
+from nvae_lowmem.training.batch_split import BatchSplit
 from nvae_lowmem.units import MIB, format_bytes
 
 Predictor = Callable[[Profile, int, int], Prediction]
@@ -171,7 +171,7 @@ def _nearest_miss(planner: Planner) -> Candidate:
 def _reasons(planner: Planner, chosen: Candidate, prediction: Prediction) -> list[str]:
     plan, cap = chosen.profile.plan, planner.budget.cap_bytes
     own = planner.profile.model.scale_groups
-    out = [str(BatchPlan(chosen.profile.training.total_batch, chosen.micro_batch, chosen.accumulation, 1))]
+    out = [str(BatchSplit(chosen.profile.training.total_batch, chosen.micro_batch, chosen.accumulation, 1))]
     if chosen.groups == own:
         out.append(f"groups {_join(own)}: the model as it is")
     else:

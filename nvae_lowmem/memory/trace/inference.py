@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from nvae_lowmem.config.sections import Profile
+from nvae_lowmem.data.pipeline import MicroBatch
 from nvae_lowmem.evaluation.bounds import elbo_of_images, importance_weighted_bound, without_padding
 from nvae_lowmem.evaluation.distances import Comparison, RandomConvFeatures
 from nvae_lowmem.generation.blend import Mode, blend_images, path_weights
@@ -30,13 +31,14 @@ from nvae_lowmem.generation.traverse import Move, channel_kl, traverse
 from nvae_lowmem.memory.trace.events import Peak, Trace
 from nvae_lowmem.memory.trace.storageless import StoragelessTensors
 from nvae_lowmem.memory.trace.tracer import StorageTracer, attach_tracer, paused_gc
-from nvae_lowmem.memory.trace.training import complete_trace, traced_engine
+from nvae_lowmem.memory.trace.training import complete_trace, traced_engines
 from nvae_lowmem.model.functional import as_on_card
 from nvae_lowmem.model.host import host_memory
 from nvae_lowmem.model.nvae import NVAE
-from nvae_lowmem.training.ema import WeightEma
-from nvae_lowmem.training.open_run import images_per_pass, plan_without_gradients
-from nvae_lowmem.training.step import BatchPlan, training_step
+from nvae_lowmem.training.build import build_training, prepare_for_inference
+from nvae_lowmem.training.open_run import images_per_pass
+from nvae_lowmem.training.resolve import run_without_data
+from nvae_lowmem.training.step import training_step
 from nvae_lowmem.training.validation import validate
 
 Work = Literal[
@@ -155,8 +157,7 @@ class _Task:
 @contextlib.contextmanager
 def _command(task: _Task) -> Iterator[NVAE]:
     """The model as a command opens it."""
-    model = NVAE(task.profile.model).eval()
-    plan_without_gradients(model, task.profile)
+    model = prepare_for_inference(NVAE(task.profile.model), task.profile)
     attach_tracer(model, task.tracer)
     yield model
 
@@ -164,28 +165,17 @@ def _command(task: _Task) -> Iterator[NVAE]:
 @contextlib.contextmanager
 def _trainer(task: _Task) -> Iterator[NVAE]:
     """The model as the trainer lends it between two steps: with its averaged weights, everything else in place."""
-    profile = task.profile
-    training = profile.training
-    model = NVAE(profile.model).train()
-    where = host_memory if training.ema_on_host else contextlib.nullcontext
-    with where():
-        average = WeightEma(model, training.ema_decay, None) if training.ema_decay else None
-    engine = traced_engine(model, profile, 1, task.tracer)
+    profile, model = task.profile, NVAE(task.profile.model)
+    run = run_without_data(profile, profile.plan.micro_batch)
+    training = build_training(run, model, _CARD, traced_engines(task.tracer))
     if not profile.plan.offload_optimizer:  # the optimiser's states come with the first step
         c = profile.model
-        alone = replace(profile, training=replace(training, total_batch=1))
+        alone = replace(training, run=run_without_data(profile, 1), ema=None)
         image = torch.rand(1, c.image_channels, c.network_size, c.network_size)
-        training_step(engine, alone, BatchPlan(1, 1, 1, 1), lambda *_: image, 1, 100, 1e-3)
+        training_step(alone, iter([MicroBatch(0, image)]), 1)
         del image
-    if average is None:
+    with training.ema.applied_to(model) if training.ema is not None else contextlib.nullcontext():
         yield model
-        return
-    applied = average.applied_to(model)
-    with where():  # what is set aside lies with the average
-        applied.__enter__()
-    yield model
-    with where():
-        applied.__exit__(None, None, None)
 
 
 # --- what is done -----------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -10,16 +11,18 @@ import torch
 from torch import Tensor
 
 from nvae_lowmem.config.sections import Profile
+from nvae_lowmem.data.pipeline import MicroBatch
 from nvae_lowmem.memory.trace.events import Trace, categorise_by_lifetime
 from nvae_lowmem.memory.trace.storageless import StoragelessTensors
 from nvae_lowmem.memory.trace.tracer import StorageTracer, attach_tracer, paused_gc
 from nvae_lowmem.model.blocks import Head
 from nvae_lowmem.model.functional import as_on_card
-from nvae_lowmem.model.keep import apply_plan
 from nvae_lowmem.model.nvae import NVAE
 from nvae_lowmem.model.objective import Objective
+from nvae_lowmem.training.build import EngineFactory, build_training
 from nvae_lowmem.training.engines.torch_engine import TorchEngine
-from nvae_lowmem.training.step import BatchPlan, training_step
+from nvae_lowmem.training.resolve import run_without_data
+from nvae_lowmem.training.step import training_step
 
 
 class AbsentAdamax(torch.optim.Adamax):
@@ -67,26 +70,32 @@ def trace_training(
     in the trace.
     """
     tracer = StorageTracer(StoragelessTensors() if fake else None)
-    total = micro_batch * accumulation
-    profile = replace(profile.with_plan(micro_batch=micro_batch), training=replace(profile.training, total_batch=total))
+    without_average = replace(profile, training=replace(profile.training, ema_decay=0.0))  # `untraced` has its bytes
+    run = run_without_data(without_average, micro_batch, accumulation)
     with paused_gc(), as_on_card(), tracer:
-        engine = traced_engine(NVAE(profile.model).train(), profile, accumulation, tracer)
+        training = build_training(run, NVAE(profile.model), torch.device("cpu"), traced_engines(tracer))
         tracer.mark("setup done")
-        split = BatchPlan(total, micro_batch, accumulation, 1)
-        size = profile.model.network_size
-
-        def images(step: int, slot: int, count: int) -> Tensor:
-            tracer.phase, tracer.block = "forward", "data"
-            x = torch.rand(count, profile.model.image_channels, size, size)
-            tracer.set_category(x, "data")
-            return x
-
+        micro_batches = _traced_images(profile, micro_batch, tracer)
         for step in range(1, steps + 1):
             tracer.mark(f"step {step}")
-            training_step(engine, profile, split, images, step, 100, 1e-3)
+            training_step(training, micro_batches, step)
         tracer.mark("end")
         trace = tracer.close()
-    return complete_trace(trace, engine.model, micro_batch)
+    return complete_trace(trace, training.engine.model, micro_batch)
+
+
+def _traced_images(profile: Profile, micro_batch: int, tracer: StorageTracer) -> Iterator[MicroBatch]:
+    """Micro-batches without end, made on the card when they are asked for."""
+    size = profile.model.network_size
+
+    def images() -> Tensor:
+        tracer.phase, tracer.block = "forward", "data"
+        x = torch.rand(micro_batch, profile.model.image_channels, size, size)
+        tracer.set_category(x, "data")
+        return x
+
+    while True:
+        yield MicroBatch(0, images())  # without a name here, which would keep the images alive
 
 
 def complete_trace(trace: Trace, model: NVAE, micro_batch: int) -> Trace:
@@ -98,17 +107,19 @@ def complete_trace(trace: Trace, model: NVAE, micro_batch: int) -> Trace:
     return trace.without_temporaries(trace.marks["setup done"])
 
 
-def traced_engine(model: NVAE, profile: Profile, accumulation: int, tracer: StorageTracer) -> TracedEngine:
-    """The engine that trains the model under the profile's plan, with the tracer attached."""
-    apply_plan(model, profile.plan)
-    attach_tracer(model, tracer)
-    objective = Objective(model, profile.training, profile.plan.precision)
-    # on the card an optimiser's temporaries count; on the host nobody needs to compute for the card's sake
-    offloaded = profile.plan.offload_optimizer
-    optimizer = AbsentAdamax if offloaded else functools.partial(torch.optim.Adamax, foreach=False)
-    engine = TracedEngine(objective, profile, torch.device("cpu"), accumulation, optimizer)
-    engine.tracer, engine.offloaded = tracer, offloaded
-    return engine
+def traced_engines(tracer: StorageTracer) -> EngineFactory:
+    """Makes the engine that trains a model, with the tracer attached to both."""
+
+    def make(objective: Objective, profile: Profile, device: torch.device, accumulation: int) -> TracedEngine:
+        attach_tracer(objective.model, tracer)
+        # on the card an optimiser's temporaries count; on the host nobody needs to compute for the card's sake
+        offloaded = profile.plan.offload_optimizer
+        optimizer = AbsentAdamax if offloaded else functools.partial(torch.optim.Adamax, foreach=False)
+        engine = TracedEngine(objective, profile, device, accumulation, optimizer)
+        engine.tracer, engine.offloaded = tracer, offloaded
+        return engine
+
+    return make
 
 
 def _images_per_chunk(model: NVAE) -> int:

@@ -215,6 +215,15 @@ def broadcast_object(value: T) -> T:
     return box[0]
 
 
+def any_process(flag: bool, device: torch.device) -> bool:
+    """Whether the flag is set in any process; every process has to call it. device: where they exchange tensors."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return flag
+    found = torch.tensor(int(flag), device=device)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return bool(found.item())
+
+
 @torch.no_grad()
 def average_statistics(model: NVAE) -> None:
     """BatchNorm's running means and variances become their means over the processes, whose batches all differ.

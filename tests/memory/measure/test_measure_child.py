@@ -24,7 +24,6 @@ from nvae_lowmem.memory.measure.job import Ended, Job, Outcome, measure, run_pro
 from nvae_lowmem.memory.measure.report import as_table, as_text
 from nvae_lowmem.memory.measure.worker import synthetic_images
 from nvae_lowmem.training.engines.distributed import deepspeed_available
-from nvae_lowmem.training.resolve import plan_run
 
 # --- children that do not come to an end ------------------------------------------------------------------------------
 
@@ -120,14 +119,14 @@ class Notes:
 
 
 def test_the_monitor_hears_every_phase_of_every_micro_batch(capsys: pytest.CaptureFixture[str]) -> None:
-    plan = plan_run(nano(offload_optimizer=False, precision="fp32"), 100, CPU, 1)
+    plan = measure_child.measured_run(nano(offload_optimizer=False, precision="fp32"), CPU, "torch")
     notes, result = Notes(), {"seconds": [], "host_bytes": [], "overflows": 0}
-    engine = measure_child._run(plan, "torch", CPU, notes, 1, result)
-    assert engine is not None and len(result["seconds"]) == 1
+    training = measure_child._run(plan, "torch", CPU, notes, 1, result)
+    assert training is not None and len(result["seconds"]) == 1
     pass_ = ["forward", "forward", "backward"]  # the images belong to the forward pass
     assert notes.said == ["setup", "[setup done]", *pass_, *pass_, "update", "[step 1]"]
     assert "@step 1" in capsys.readouterr().out
-    found = measure_child._convolutions(plan, engine, CPU, 1)
+    found = measure_child._convolutions(training, 1)
     assert len(found) > 5 and len(set(found)) == len(found)
     measured = workspaces(found, CPU, lambda run: int(run() is not None))
     assert len(measured) == len(found) and largest_bytes(measured) == 1
@@ -138,9 +137,10 @@ def test_running_out_of_memory_is_a_result(monkeypatch: pytest.MonkeyPatch) -> N
     def full(*_: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmore lines")
 
-    monkeypatch.setattr(measure_child, "_step", full)
+    monkeypatch.setattr(measure_child, "training_step", full)
     result: dict[str, Any] = {"seconds": [], "host_bytes": [], "overflows": 0}
-    assert measure_child._run(plan_run(nano(), 100, CPU, 1), "torch", CPU, Notes(), 3, result) is None
+    run = measure_child.measured_run(nano(), CPU, "torch")
+    assert measure_child._run(run, "torch", CPU, Notes(), 3, result) is None
     assert result["status"] == "out of memory"
     assert result["detail"] == "in step 1: CUDA out of memory. Tried to allocate"
 
