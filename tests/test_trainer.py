@@ -281,7 +281,7 @@ def test_ctrl_c_saves_and_stops_after_the_step_under_way(tmp_path: Path) -> None
 
 
 def test_a_loss_that_is_no_number_ends_with_advice_and_its_own_exit_code(tmp_path: Path) -> None:
-    profile = write_profile(tmp_path, ema_decay="ema_decay = 0.0\nlearning_rate = 1e30\nlearning_rate_min = 1e30")
+    profile = write_profile(tmp_path, ema_decay="ema_decay = 0.0\nlearning_rate = 1000\nlearning_rate_min = 1000")
     result = run(profile, "--runs-dir", str(tmp_path / "runs"))
     assert result.code == 4
     assert "is not finite" in result.complained and "training.learning_rate" in result.complained
