@@ -27,7 +27,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional
 from torch.optim import Optimizer
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
@@ -118,7 +119,7 @@ def predict_step(
     chosen = chosen_card(card, gpu_mem, this_os())
     budget = chosen[1] if chosen else None
     cap_bytes = _cap(cap, budget)
-    trace = trace_step(build, steps, storageless=True)
+    trace = trace_step(build, steps)
     requests = [*trace.requests(), (CHECKPOINT, 0)]
     free = CachingAllocator(parsed, UNLIMITED_BYTES >> 1).replay(requests).checkpoints[-1]
     oom = None
@@ -154,18 +155,30 @@ def _capped(settings: AllocatorSettings, cap_bytes: int, budget: Budget | None) 
     return CachingAllocator(settings, budget.total_bytes, budget.context_bytes, share)
 
 
+_ATTENTION = "scaled_dot_product_attention"
+_FP32_UNDER_AUTOCAST = (
+    "layer_norm", "group_norm", "softmax", "log_softmax", "cross_entropy", "nll_loss", "mse_loss", "l1_loss",
+    "smooth_l1_loss", "kl_div", "binary_cross_entropy_with_logits", "softplus", "cosine_similarity",
+)  # fmt: skip
+"""Of torch.nn.functional, what autocast computes in fp32 on a card and not on the CPU (torch's documentation)."""
+
+
 # --- the trace --------------------------------------------------------------------------------------------------------
 
 
-def trace_step(build: Build, steps: int = 3, storageless: bool = True) -> Trace:
-    """Every allocation and free of building and of `steps` steps. storageless False: really run on the CPU, to compare.
+def trace_step(build: Build, steps: int = 3, storageless: bool = True, as_on_card: bool = True) -> Trace:
+    """Every allocation and free of building and of `steps` steps.
+
+    storageless False: really run on the CPU, to compare with. as_on_card: choose what torch chooses for a card where it
+    is known to choose otherwise on the CPU (see `_card_functions` and `_hooks`).
 
     Phases: setup, forward, backward (operations that run within autograd's backward pass, recomputation included) and
     update (within an optimiser's step). Blocks: the path of the module whose forward pass, or whose recomputation, made
     the allocation; in backward, where no module runs, the name of autograd's node.
     """
     tracer = _StepTracer(StoragelessTensors() if storageless else None)
-    with paused_gc(), _hooks(tracer), tracer:
+    functions = _card_functions() if as_on_card else contextlib.nullcontext()
+    with paused_gc(), _hooks(tracer, as_on_card), functions, tracer:
         step = build(_CPU)
         tracer.mark("setup done")
         for number in range(1, steps + 1):
@@ -187,7 +200,7 @@ class _StepTracer(StorageTracer):
         self.running: list[str] = []  # the modules whose forward pass is under way, outermost first
         self.updating = False
 
-    def record(self, tensor: torch.Tensor, operation: str) -> None:
+    def record(self, tensor: Tensor, operation: str) -> None:
         """As every tracer; the phase and the block are looked up first."""
         node = torch._C._current_autograd_node()
         if self.updating:
@@ -209,7 +222,64 @@ class _StepTracer(StorageTracer):
 
 
 @contextlib.contextmanager
-def _hooks(tracer: _StepTracer) -> Iterator[None]:
+def _card_functions() -> Iterator[None]:
+    """Inside, `torch.nn.functional` has functions that are made of the operations which a card's are made of.
+
+    Dropout keeps a mask of one byte per value, not a factor of the values' type. Attention with dropout, for which the
+    CPU has only the form that keeps a square matrix, is the fused kernel's; that one keeps q, k, v, its result and
+    one number per row. Under autocast a card computes normalisations, softmax and losses in fp32, the CPU does not.
+    """
+    own = {name: getattr(functional, name) for name in (*_FP32_UNDER_AUTOCAST, "dropout", _ATTENTION)}
+    dropout, attention = own["dropout"], own[_ATTENTION]
+
+    def card_dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+        if training and 0 < p < 1 and not inplace:
+            return torch.native_dropout(input, p, True)[0]
+        return dropout(input, p, training, inplace)
+
+    def card_attention(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        **others: Any,
+    ) -> Tensor:
+        if query.dim() == 4 and query.shape[-1] == value.shape[-1] and not others.get("enable_gqa"):
+            fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+            out: Tensor = fused(query, key, value, 0.0, is_causal, attn_mask=attn_mask, scale=scale)[0]
+            return out
+        return attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **others)
+
+    def in_fp32(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def call(*args: Any, **kwargs: Any) -> Tensor:
+            if not torch.is_autocast_enabled("cpu"):
+                return function(*args, **kwargs)
+            args, kwargs = tuple(map(_in_fp32, args)), {name: _in_fp32(value) for name, value in kwargs.items()}
+            with torch.autocast("cpu", enabled=False):
+                return function(*args, **kwargs)
+
+        return call
+
+    replaced = {name: in_fp32(own[name]) for name in _FP32_UNDER_AUTOCAST}
+    replaced |= {"dropout": card_dropout, _ATTENTION: card_attention}
+    try:
+        for name, function in replaced.items():
+            setattr(functional, name, function)
+        yield
+    finally:
+        for name, function in own.items():
+            setattr(functional, name, function)
+
+
+def _in_fp32(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16) else value
+
+
+@contextlib.contextmanager
+def _hooks(tracer: _StepTracer, as_on_card: bool) -> Iterator[None]:
     """Inside, modules and optimisers tell the tracer when they run."""
 
     def enter(module: nn.Module, args: Any) -> None:
@@ -221,8 +291,8 @@ def _hooks(tracer: _StepTracer) -> Iterator[None]:
     def begin_update(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         tracer.updating = True
         for group in optimizer.param_groups:
-            if "foreach" in group and group["foreach"] is None and not group.get("fused"):
-                group["foreach"] = True  # what torch chooses for parameters on a card: it has larger temporaries
+            if as_on_card and "foreach" in group and group["foreach"] is None and not group.get("fused"):
+                group["foreach"] = True  # its temporaries are larger than those of the loop that the CPU gets
             for parameter in group["params"]:
                 tracer.set_category(parameter, "weight")
                 if parameter.grad is not None:
@@ -232,7 +302,7 @@ def _hooks(tracer: _StepTracer) -> Iterator[None]:
         tracer.updating = False
         for state in optimizer.state.values():
             for value in state.values() if isinstance(state, dict) else ():
-                if isinstance(value, torch.Tensor):
+                if isinstance(value, Tensor):
                     tracer.set_category(value, "optimizer state")
 
     handles = [

@@ -132,7 +132,7 @@ def requests_of(trace: Trace) -> list[tuple[bool, int]]:
 
 @pytest.mark.parametrize("case", CASES)
 def test_every_allocation_and_free_is_that_of_the_real_step(case: str) -> None:
-    real, traced = (trace_step(CASES[case], storageless=storageless) for storageless in (False, True))
+    real, traced = (trace_step(CASES[case], storageless=s, as_on_card=False) for s in (False, True))
     assert requests_of(traced) == requests_of(real)
     assert len(requests_of(real)) > 300
 
@@ -173,3 +173,11 @@ def test_a_card_is_looked_up_by_name() -> None:
 def test_what_is_not_seen_is_said() -> None:
     assert any("cuDNN" in text for text in predict_step(CASES["cnn-sgd"]).unseen)
     assert any("cuBLAS" in text for text in predict_step(CASES["transformer-sgd"]).unseen)
+
+
+def test_dropout_and_attention_keep_what_they_keep_on_a_card() -> None:
+    as_on_cpu, as_on_card = (trace_step(CASES["transformer-sgd"], as_on_card=on_card) for on_card in (False, True))
+    assert any(a.operation == "aten::native_dropout" for a in as_on_card.allocations)
+    assert as_on_card.peak().nbytes < as_on_cpu.peak().nbytes
+    updates = [a for a in trace_step(CASES["cnn-adamw"]).allocations if a.operation.startswith("aten::_foreach")]
+    assert updates and all(a.phase == "update" for a in updates)
