@@ -10,7 +10,7 @@ from nvae_lowmem.config.sections import EngineName, Profile
 from nvae_lowmem.errors import NothingFits
 from nvae_lowmem.hardware.budget import chosen_card, this_os
 from nvae_lowmem.memory.plan.candidates import Wishes
-from nvae_lowmem.memory.plan.explain import planned
+from nvae_lowmem.memory.plan.explain import planned, reasons, refusals
 from nvae_lowmem.memory.plan.fit import fit
 from nvae_lowmem.memory.predict.predict import predictor_for
 
@@ -29,10 +29,10 @@ def auto_fitted(profile: Profile, gpu_mem: str, engine: EngineName) -> Profile:
     wishes = Wishes(host_mem_bytes=int(_HOST_SHARE * psutil.virtual_memory().available), engine=engine)
     found = fit(profile, card, budget, wishes, predictor_for(card, budget), say=_say)
     if found.prediction is None:
-        raise NothingFits("\n  ".join([f"--auto-fit: nothing fits {card.name}", *found.reasons[:1], *found.refused]))
-    print("\n  ".join([f"fitted to {card.name}:", *found.reasons]), flush=True)
+        raise NothingFits("\n  ".join([f"--auto-fit: nothing fits {card.name}", *reasons(found)[:1], *refusals(found)]))
+    print("\n  ".join([f"fitted to {card.name}:", *reasons(found)]), flush=True)
     return planned(
-        found, card, on, f"launch/train.py --auto-fit --gpu-mem {gpu_mem}" if gpu_mem else "launch/train.py --auto-fit"
+        found, on, f"launch/train.py --auto-fit --gpu-mem {gpu_mem}" if gpu_mem else "launch/train.py --auto-fit"
     )
 
 

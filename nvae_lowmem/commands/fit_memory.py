@@ -23,7 +23,7 @@ from nvae_lowmem.errors import ConfigError
 from nvae_lowmem.hardware.budget import Budget, chosen_card, parse_memory, this_os
 from nvae_lowmem.hardware.card import Card, OsName
 from nvae_lowmem.memory.plan.candidates import Prefer, Wishes
-from nvae_lowmem.memory.plan.explain import as_json, as_text, frontier_rows, planned
+from nvae_lowmem.memory.plan.explain import FRONTIER_TITLE, as_json, as_text, frontier_table, planned, reasons, refusals
 from nvae_lowmem.memory.plan.fit import Fit, Predictor, fit
 from nvae_lowmem.memory.predict.predict import predictor_for
 from nvae_lowmem.memory.predict.timeline import PICTURE_SUFFIXES, timeline_html, timeline_png
@@ -58,13 +58,13 @@ def run_fit(argv: Sequence[str], description: str | None = None, bind: Bind = pr
         predictor = bind(card, budget, calibration)
         found = fit(profile, card, budget, _wishes(arguments), predictor, say=_say)
         if arguments.json == "-":
-            print(json.dumps(as_json(found, profile), indent=2))
+            print(json.dumps(as_json(found), indent=2))
         else:
-            print(as_text(found, profile))
+            print(as_text(found))
         if found.fits:
             command = shlex.join(["tools/fit_memory.py", *argv])
-            _write_plan(planned(found, card, on, command), found, outputs[0], quiet=arguments.json == "-")
-        _write_reports(found, profile, card, outputs[1:])
+            _write_plan(planned(found, on, command), found, outputs[0], quiet=arguments.json == "-")
+        _write_reports(found, outputs[1:])
     except ConfigError as error:
         print(f"fit_memory: {error}", file=sys.stderr)
         return BAD_INPUT
@@ -170,31 +170,32 @@ def _write_plan(plan: Profile, found: Fit, out: Path | None, quiet: bool) -> Non
     name = f"{plan.name}-{plan.provenance['card']}"
     path = out or Path(f"{re.sub(r'[^A-Za-z0-9.]+', '-', name)}.toml")
     try:
-        save(plan, path, header="\n".join(found.reasons))
+        save(plan, path, header="\n".join(reasons(found)))
     except OSError as error:
         raise _unwritable("--out", path, error) from None
     if not quiet:
         print(f"\nwrote {path}: train with launch/train.py --profile {path}")
 
 
-def _write_reports(found: Fit, profile: Profile, card: Card, outputs: Sequence[Path | None]) -> None:
+def _write_reports(found: Fit, outputs: Sequence[Path | None]) -> None:
     table_file, picture = outputs
     if table_file is not None:
-        _write("--json", table_file, json.dumps(as_json(found, profile), indent=2).encode() + b"\n")
+        _write("--json", table_file, json.dumps(as_json(found), indent=2).encode() + b"\n")
     if picture is not None and found.fits:
-        _write("--picture", picture, _picture(found, profile, card, picture.suffix.lower()))
+        _write("--picture", picture, _picture(found, picture.suffix.lower()))
 
 
-def _picture(found: Fit, profile: Profile, card: Card, suffix: str) -> bytes:
+def _picture(found: Fit, suffix: str) -> bytes:
     c, p, cap = found.chosen, found.prediction, found.budget.cap_bytes
     assert p is not None
-    title = f"{profile.name} on {card.name}: micro-batch {c.micro_batch}, {c.profile.plan.precision}"
+    model, card = found.planner.profile.name, found.planner.card.name
+    title = f"{model} on {card}: micro-batch {c.micro_batch}, {c.profile.plan.precision}"
     if suffix == ".png":
         return timeline_png(p, title, cap)
     tables: list[tuple[str, Sequence[Sequence[str]]]] = [
-        ("The plan", [(reason,) for reason in found.reasons]),
-        ("What does not fit", [(line,) for line in found.refused] or [("nothing larger was looked for",)]),
-        ("Peak and speed, estimated", frontier_rows(found)[1]),
+        ("The plan", [(reason,) for reason in reasons(found)]),
+        ("What does not fit", [(line,) for line in refusals(found)] or [("nothing larger was looked for",)]),
+        (FRONTIER_TITLE, frontier_table(found)[1]),
     ]
     return timeline_html(p, title, cap, tables).encode()
 

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 
 from nvae_lowmem.errors import ConfigError
-from nvae_lowmem.memory.catalogue.catalogue import Cell, cells, check, make
+from nvae_lowmem.memory.catalogue.catalogue import CardRecipe, cells, check, make
 from nvae_lowmem.memory.catalogue.table import documents, load_rows, overview, save_rows
 from nvae_lowmem.units import format_seconds
 
@@ -62,14 +62,14 @@ def _parser(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def _make(wanted: Sequence[Cell], jobs: int) -> None:
+def _make(wanted: Sequence[CardRecipe], jobs: int) -> None:
     rows = load_rows()
     for cell, row in _each(make, [(cell,) for cell in wanted], jobs):
         rows[cell.name] = row
         save_rows(rows)  # a run that is broken off leaves what it has made
 
 
-def _check(wanted: Sequence[Cell], jobs: int) -> int:
+def _check(wanted: Sequence[CardRecipe], jobs: int) -> int:
     rows = load_rows()
     problems = [p for _, found in _each(check, [(cell, rows.get(cell.name)) for cell in wanted], jobs) for p in found]
     problems += [f"{path} does not show the table" for path, text in documents().items() if path.read_text() != text]
@@ -77,7 +77,7 @@ def _check(wanted: Sequence[Cell], jobs: int) -> int:
     return FOUND_WRONG if problems else DONE
 
 
-def _each(work: Callable[..., T], tasks: Sequence[Task], jobs: int) -> Iterator[tuple[Cell, T]]:
+def _each(work: Callable[..., T], tasks: Sequence[Task], jobs: int) -> Iterator[tuple[CardRecipe, T]]:
     """(cell, what `work` says of the task that begins with it) as they are done, and lines of progress."""
     began = time.monotonic()
     for done, (task, answer) in enumerate(_answers(work, tasks, jobs), start=1):

@@ -23,6 +23,11 @@ _RECIPES: dict[str, tuple] = {
 # fmt: on
 RECIPES: tuple[str, ...] = tuple(_RECIPES)
 PUBLISHED_RECIPES: tuple[str, ...] = RECIPES[:6]
+PUBLISHED_IMAGES: dict[str, int] = {
+    "mnist": 60_000, "cifar10": 50_000, "celeba64": 162_770, "imagenet32": 1_281_167, "celebahq256": 27_000,
+    "ffhq256": 63_000,
+}  # fmt: skip
+"""Training images of the published data sets: what the recipes' epochs are epochs of."""
 _SOURCES = {"mnist": "mnist5k", "tiny": "mnist5k"}
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from nvae_lowmem.config.sections import Profile
+from nvae_lowmem.config.sections import Profile, TrainConfig
 from nvae_lowmem.data.pipeline import steps_per_epoch
 from nvae_lowmem.hardware.precision import precision_here
 from nvae_lowmem.training.batch_split import BatchSplit, split_batch
@@ -45,13 +45,17 @@ class ResolvedRun:
         )
 
 
+def total_steps(training: TrainConfig, images: int) -> int:
+    """Optimiser steps of the whole schedule on so many training images."""
+    return training.steps or max(1, round(training.epochs * steps_per_epoch(images, training.total_batch)))
+
+
 def resolve_run(profile: Profile, images: int, device: torch.device, processes: int) -> ResolvedRun:
     """Decide precision, batch split, step counts and learning rate for `images` training images."""
     training = profile.training
     precision, why = precision_here(profile.plan.precision, device)
     split = split_batch(profile, processes)
-    epoch = steps_per_epoch(images, training.total_batch)
-    total = training.steps or max(1, round(training.epochs * epoch))
+    epoch, total = steps_per_epoch(images, training.total_batch), total_steps(training, images)
     warmup = min(round(training.warmup_epochs * epoch), total // 2)
     rate, why_rate = training.learning_rate, f"learning rate {training.learning_rate:g}: as given"
     if not rate:

@@ -24,7 +24,7 @@ from nvae_lowmem.hardware.find_card import find_card
 from nvae_lowmem.hardware.precision import choose_precision
 from nvae_lowmem.memory.plan.block_costs import BlockTable, record_blocks
 from nvae_lowmem.memory.plan.candidates import Wishes
-from nvae_lowmem.memory.plan.explain import planned
+from nvae_lowmem.memory.plan.explain import planned, reasons
 from nvae_lowmem.memory.plan.fit import Fit, fit
 from nvae_lowmem.memory.predict.predict import predictor_for
 
@@ -66,7 +66,7 @@ TARGETS: tuple[Target, ...] = (
 
 
 @dataclass(frozen=True)
-class Cell:
+class CardRecipe:
     """One recipe on one target."""
 
     target: Target
@@ -83,7 +83,7 @@ class Cell:
         return PROFILES_DIR / f"{self.name}.toml"
 
 
-def cells(only: Sequence[str] = ()) -> list[Cell]:
+def cells(only: Sequence[str] = ()) -> list[CardRecipe]:
     """Every cell, or those of the named cards and recipes, recipe by recipe. Raises ConfigError for unknown names."""
     targets, recipes = [t.name for t in TARGETS], PUBLISHED_RECIPES
     for name in only:
@@ -91,11 +91,11 @@ def cells(only: Sequence[str] = ()) -> list[Cell]:
             raise ConfigError(f"--only: {unknown_name('card or recipe', name, [*targets, *recipes])}")
     wanted_targets = [t for t in TARGETS if t.name in only] or TARGETS
     wanted_recipes = [r for r in recipes if r in only] or recipes
-    return [Cell(t, r) for r, t in itertools.product(wanted_recipes, wanted_targets)]
+    return [CardRecipe(t, r) for r, t in itertools.product(wanted_recipes, wanted_targets)]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class CatalogueRow:
     """One recipe on one card: the chosen plan and its prediction, or the nearest miss. Sizes in bytes."""
 
     target: str
@@ -131,14 +131,14 @@ class Row:
 # ---- making ----------------------------------------------------------------------------------------------------------
 
 
-def make(cell: Cell) -> Row:
+def make(cell: CardRecipe) -> CatalogueRow:
     """Fit the cell's recipe to its card and write the profile, or remove it where nothing fits; the table's row."""
     card, profile = cell.target.card(), recipe(cell.recipe)
     found = fitted(profile, card, cell.target.budget())
     if found.fits:
         command = f"tools/ship_profiles.py --only {cell.target.name} {cell.recipe}"
-        shipped = replace(planned(found, card, cell.target.os, command), name=cell.name)
-        save(shipped, cell.path, header="\n".join(found.reasons))
+        shipped = replace(planned(found, cell.target.os, command), name=cell.name)
+        save(shipped, cell.path, header="\n".join(reasons(found)))
     else:
         cell.path.unlink(missing_ok=True)
     return _row(cell, found)
@@ -158,10 +158,10 @@ def fitted(profile: Profile, card: Card, budget: Budget, wishes: Wishes = WISHES
     return fit(profile, card, budget, wishes, predictor, table=_tables[key], time_limit_seconds=math.inf)
 
 
-def _row(cell: Cell, found: Fit) -> Row:
+def _row(cell: CardRecipe, found: Fit) -> CatalogueRow:
     c, p = found.chosen, found.prediction
     keeps = Counter(c.assignment.keeps)
-    return Row(
+    return CatalogueRow(
         target=cell.target.name,
         recipe=cell.recipe,
         fits=found.fits,
@@ -184,7 +184,7 @@ def _row(cell: Cell, found: Fit) -> Row:
 # ---- checking --------------------------------------------------------------------------------------------------------
 
 
-def check(cell: Cell, row: Row | None) -> list[str]:
+def check(cell: CardRecipe, row: CatalogueRow | None) -> list[str]:
     """What is wrong with the cell's committed file and its row: by the recipe, the card, and a new prediction."""
     if row is None:
         return [f"{cell.name}: the table has no such row"]
@@ -198,7 +198,7 @@ def check(cell: Cell, row: Row | None) -> list[str]:
     return [f"{cell.name}: {problem}" for problem in problems]
 
 
-def _differences(cell: Cell, profile: Profile, row: Row) -> list[str]:
+def _differences(cell: CardRecipe, profile: Profile, row: CatalogueRow) -> list[str]:
     """Where the file is not the recipe on the card's budget, and where the table says something else."""
     origin, plan, made = recipe(cell.recipe), profile.plan, profile.provenance
     expected: dict[str, tuple[Any, Any]] = {
@@ -229,7 +229,7 @@ def _with_groups_of(origin: Profile, profile: Profile) -> Profile:
     return replace(origin, model=with_groups(origin.model, groups))
 
 
-def _prediction(cell: Cell, profile: Profile) -> list[str]:
+def _prediction(cell: CardRecipe, profile: Profile) -> list[str]:
     """Where today's prediction is not the file's, or does not fit."""
     budget, made, plan = cell.target.budget(), profile.provenance, profile.plan
     accumulation = profile.training.total_batch // plan.micro_batch

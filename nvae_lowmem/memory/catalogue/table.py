@@ -10,21 +10,21 @@ from pathlib import Path
 from nvae_lowmem.config.profile_file import PROFILES_DIR
 from nvae_lowmem.config.recipes import PUBLISHED_RECIPES
 from nvae_lowmem.errors import ConfigError
-from nvae_lowmem.memory.catalogue.catalogue import TARGETS, Cell, Row, cells
+from nvae_lowmem.memory.catalogue.catalogue import TARGETS, CardRecipe, CatalogueRow, cells
 from nvae_lowmem.units import format_bytes
 
-Rows = Mapping[str, Row]
+Rows = Mapping[str, CatalogueRow]
 """By the name of the cell, which is that of the profile."""
 TABLE_FILE = PROFILES_DIR / "table.json"
 _BEGIN, _END = "<!-- made by tools/ship_profiles.py from profiles/table.json -->", "<!-- end of what was made -->"
 
 
-def load_rows(path: Path = TABLE_FILE) -> dict[str, Row]:
+def load_rows(path: Path = TABLE_FILE) -> dict[str, CatalogueRow]:
     """The rows of the file, none where there is no file. Raises ConfigError for a file that is not such a table."""
     if not path.exists():
         return {}
     try:
-        rows = [Row(**row) for row in json.loads(path.read_text(encoding="utf-8"))]
+        rows = [CatalogueRow(**row) for row in json.loads(path.read_text(encoding="utf-8"))]
     except (OSError, ValueError, TypeError) as error:
         raise ConfigError(f"{path} is no table of rows ({error}): make it anew with tools/ship_profiles.py") from None
     return {f"{row.target}-{row.recipe}": row for row in rows}
@@ -43,12 +43,12 @@ def overview(rows: Rows) -> str:
     """Cards down, recipes across: micro-batch and estimated images per second."""
     found = [["card (memory for torch)", *PUBLISHED_RECIPES]]
     for target in TARGETS:
-        own = [rows.get(Cell(target, name).name) for name in PUBLISHED_RECIPES]
+        own = [rows.get(CardRecipe(target, name).name) for name in PUBLISHED_RECIPES]
         found.append([f"{target.title} ({format_bytes(target.budget().cap_bytes)})", *map(_short, own)])
     return _markdown(found)
 
 
-def _short(row: Row | None) -> str:
+def _short(row: CatalogueRow | None) -> str:
     if row is None:
         return "?"
     if not row.fits:
@@ -62,7 +62,7 @@ def details(rows: Rows) -> str:
     """A table per card with everything that is predicted of its profiles."""
     out = []
     for target in TARGETS:
-        own = [row for name in PUBLISHED_RECIPES if (row := rows.get(Cell(target, name).name)) is not None]
+        own = [row for name in PUBLISHED_RECIPES if (row := rows.get(CardRecipe(target, name).name)) is not None]
         out += [f"### {target.title}", "", f"For torch: {target.budget().reason}.", ""]
         out += [_markdown([_TITLES, *map(_long, own)]), ""]
     return "\n".join(out[:-1])
@@ -74,7 +74,7 @@ _TITLES = (
 ).split("|")
 
 
-def _long(row: Row) -> list[str]:
+def _long(row: CatalogueRow) -> list[str]:
     size = format_bytes
     return [
         f"`{row.target}-{row.recipe}`" if row.fits else f"{row.recipe}: does not fit",

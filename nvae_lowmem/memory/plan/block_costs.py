@@ -23,7 +23,7 @@ from nvae_lowmem.config.recipes import with_groups
 from nvae_lowmem.config.sections import KEEPS, Keep, MemoryPlan, Profile
 from nvae_lowmem.errors import ConfigError
 from nvae_lowmem.memory.allocator.settings import MIN_BLOCK_BYTES, round_to_block
-from nvae_lowmem.memory.plan.roofline import Rates, Work, operation_work
+from nvae_lowmem.memory.plan.roofline import OperationCosts, Rates, operation_costs
 from nvae_lowmem.memory.trace.storageless import StoragelessTensors
 from nvae_lowmem.memory.trace.tracer import StorageTracer, TracedRunner, paused_gc
 from nvae_lowmem.model.functional import as_on_card
@@ -39,17 +39,17 @@ Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Segment:
+class PassBytes:
     """Bytes on the card after each event of one pass of a block, from where the pass began: fixed + per_image x B."""
 
     fixed: Ints
     per_image: Ints
 
-    def rise(self, images: int) -> int:
+    def peak_above_start(self, images: int) -> int:
         """The highest point for a batch of `images`; at least where the pass began."""
         return max(0, int((self.fixed + self.per_image * images).max(initial=0)))
 
-    def drift(self, images: int) -> int:
+    def net_change(self, images: int) -> int:
         """Where the pass ends."""
         return int(self.fixed[-1] + self.per_image[-1] * images) if len(self.fixed) else 0
 
@@ -58,11 +58,11 @@ class Segment:
 class BlockCosts:
     """One block under one policy."""
 
-    forward: Segment
-    backward: Segment
+    forward: PassBytes
+    backward: PassBytes
     host_bytes_per_image: int
     """Block inputs parked in host memory."""
-    work: Work
+    operations: OperationCosts
 
 
 @dataclass(frozen=True)
@@ -72,33 +72,33 @@ class Choice:
     keep: Keep
     kept_bytes: int
     """What stays on the card when the block has run forward."""
-    rise_bytes: int
+    peak_above_start_bytes: int
     """The most on the card while the block runs, in either direction, above what was there before it ran forward."""
     seconds: float
     host_bytes: int = 0
 
 
 @dataclass(frozen=True)
-class Block:
+class PlannedBlock:
     """A block of the full model and the one of the traced model that stands for it."""
 
     name: str
     stands_for: str
 
 
-class Recorder(StorageTracer):
-    """Watches storages as its parent does, and notes the work of every operation by block."""
+class BlockRecorder(StorageTracer):
+    """Traces storages as its parent does, and notes what every operation computes and moves, by block."""
 
     def __init__(self, batch: int) -> None:
         super().__init__(StoragelessTensors())
         self.batch = batch
-        self.work: dict[str, list[tuple[float, float, float, bool]]] = {}
+        self.operations: dict[str, list[tuple[float, float, float, bool]]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = super().__torch_dispatch__(func, types, args, kwargs)
-        row = operation_work(func, args, kwargs, out, self.batch)
+        row = operation_costs(func, args, kwargs, out, self.batch)
         if row is not None:
-            self.work.setdefault(self.block, []).append(row)
+            self.operations.setdefault(self.block, []).append(row)
         return out
 
     def costs(self) -> dict[str, BlockCosts]:
@@ -117,10 +117,10 @@ class Recorder(StorageTracer):
         blocks = {block for _, block in passes}
         return {
             block: BlockCosts(
-                forward=_segment(passes.get(("forward", block), [])),
-                backward=_segment(passes.get(("backward", block), [])),
+                forward=_pass_bytes(passes.get(("forward", block), [])),
+                backward=_pass_bytes(passes.get(("backward", block), [])),
                 host_bytes_per_image=host.get(block, 0),
-                work=Work.of(self.work.get(block, [])),
+                operations=OperationCosts.of(self.operations.get(block, [])),
             )
             for block in blocks
         }
@@ -132,9 +132,9 @@ class Recorder(StorageTracer):
         return 0, nbytes // self.batch
 
 
-def _segment(changes: list[tuple[int, int]]) -> Segment:
+def _pass_bytes(changes: list[tuple[int, int]]) -> PassBytes:
     table = np.array(changes, dtype=np.int64).reshape(-1, 2).cumsum(axis=0)
-    return Segment(table[:, 0], table[:, 1])
+    return PassBytes(table[:, 0], table[:, 1])
 
 
 @dataclass(frozen=True)
@@ -145,19 +145,19 @@ class BlockTable:
     batch: int
     """The batch that was traced."""
     costs: dict[Keep, dict[str, BlockCosts]]
-    parameters: dict[str, int]
-    """Trainable parameters by traced block."""
+    parameters: dict[str, tuple[int, ...]]
+    """Elements of each trainable parameter by traced block."""
     parameter_bytes: dict[str, int]
     """Their fp32 weights on the card, each rounded up as the allocator does."""
     state_bytes: dict[str, int]
     """The same with buffers."""
+    buffer_bytes: dict[str, int]
+    """Buffers without rounding."""
     convolutions: dict[str, int]
-    largest_parameter: int
-    """Elements of the largest one."""
     order: tuple[str, ...]
     """The traced blocks as a pass runs them."""
 
-    def blocks(self, groups: tuple[int, ...]) -> list[Block]:
+    def blocks(self, groups: tuple[int, ...]) -> list[PlannedBlock]:
         """The blocks of the model with `groups` per scale, highest resolution first, as a pass runs them."""
         top = len(groups) - 1
         out = []
@@ -165,18 +165,25 @@ class BlockTable:
             tower, _, rest = name.partition("_")
             scale, _, index = rest.partition("_")
             if tower not in ("enc", "dec") or not index.isdecimal():
-                out.append(Block(name, name))
+                out.append(PlannedBlock(name, name))
             elif index == "0":  # in both towers, group 0 is the one that is always there
                 count, others = groups[int(scale)], f"{tower}_{scale}_{1 if int(scale) == top else 0}"
                 numbers = range(count) if tower == "dec" else range(count - 1, -1, -1)
-                out += [Block(f"{tower}_{scale}_{i}", others if i else name) for i in numbers]
+                out += [PlannedBlock(f"{tower}_{scale}_{i}", others if i else name) for i in numbers]
         return out
 
+    def sources(self, groups: tuple[int, ...]) -> list[str]:
+        """The traced block behind every block of the model with `groups`, the learned start first."""
+        start = ["start"] if "start" in self.parameters else []
+        return start + [b.stands_for for b in self.blocks(groups) if b.name != "start"]
+
     def count(self, per_block: dict[str, int], groups: tuple[int, ...]) -> int:
-        """A sum over the blocks of the model with `groups`: of parameters, state_bytes, ...."""
-        return per_block.get("start", 0) + sum(
-            per_block[b.stands_for] for b in self.blocks(groups) if b.name != "start"
-        )
+        """A sum over the blocks of the model with `groups`: of state_bytes, convolutions, ...."""
+        return sum(per_block.get(source, 0) for source in self.sources(groups))
+
+    def parameter_elements(self, groups: tuple[int, ...]) -> list[int]:
+        """Elements of every parameter of the model with `groups`."""
+        return [elements for source in self.sources(groups) for elements in self.parameters[source]]
 
     def choices(
         self, groups: tuple[int, ...], images: int, rates: Rates, gradients_stay: bool
@@ -198,8 +205,8 @@ class BlockTable:
                 priced[source] = self._price(source, images, rates)
             own_gradients = self.parameter_bytes[source] if gradients_stay else 0
             moved = tuple(
-                replace(c, rise_bytes=max(forward, c.kept_bytes + after + own_gradients + backward))
-                for c, (forward, backward) in zip(priced[source], self._rises(source, images), strict=True)
+                replace(c, peak_above_start_bytes=max(forward, c.kept_bytes + after + own_gradients + backward))
+                for c, (forward, backward) in zip(priced[source], self._peaks(source, images), strict=True)
             )
             out.append((block.name, moved))
             after += left[source]
@@ -211,23 +218,23 @@ class BlockTable:
         A parked input is fetched one block ahead, so that with `host` a neighbour's bytes would be counted here.
         """
         own = [costs[source] for keep, costs in self.costs.items() if keep != "host"] or [self.costs["host"][source]]
-        return max(c.forward.drift(images) + c.backward.drift(images) for c in own)
+        return max(c.forward.net_change(images) + c.backward.net_change(images) for c in own)
 
-    def _rises(self, source: str, images: int) -> list[tuple[int, int]]:
+    def _peaks(self, source: str, images: int) -> list[tuple[int, int]]:
         own = [costs[source] for costs in self.costs.values()]
-        return [(c.forward.rise(images), c.backward.rise(images)) for c in own]
+        return [(c.forward.peak_above_start(images), c.backward.peak_above_start(images)) for c in own]
 
     def _price(self, source: str, images: int, rates: Rates) -> tuple[Choice, ...]:
         out = []
         for keep, costs in self.costs.items():
             c, host_bytes = costs[source], costs[source].host_bytes_per_image * images
             if source == "head":  # works through chunks of images one after the other, however many there are
-                seconds = c.work.seconds(self.batch, rates) * images / self.batch
+                seconds = c.operations.seconds(self.batch, rates) * images / self.batch
             else:
-                seconds = c.work.seconds(images, rates)
+                seconds = c.operations.seconds(images, rates)
             # down and up again on a stream of its own: the card waits only for what outlasts the block's own work
             seconds += max(0.0, 2 * host_bytes / rates.pinned_link_bytes - seconds) if host_bytes else 0.0
-            out.append(Choice(keep, c.forward.drift(images), 0, seconds, host_bytes))
+            out.append(Choice(keep, c.forward.net_change(images), 0, seconds, host_bytes))
         return tuple(out)
 
 
@@ -248,11 +255,11 @@ def record_blocks(profile: Profile, keeps: tuple[Keep, ...] = KEEPS) -> BlockTab
             model=config,
             batch=batch,
             costs=costs,
-            parameters={n: sum(p.numel() for p in b.parameters()) for n, b in blocks.items()},
+            parameters={n: tuple(p.numel() for p in b.parameters()) for n, b in blocks.items()},
             parameter_bytes={n: sum(map(_rounded_bytes, b.parameters())) for n, b in blocks.items()},
             state_bytes={n: sum(map(_rounded_bytes, [*b.parameters(), *b.buffers()])) for n, b in blocks.items()},
+            buffer_bytes={n: sum(t.nbytes for t in b.buffers()) for n, b in blocks.items()},
             convolutions={n: sum(isinstance(m, ConvUnit) for m in b.modules()) for n, b in blocks.items()},
-            largest_parameter=max(p.numel() for p in model.parameters()),
             order=tuple(name for name in model.block_names() if name != "start"),
         )
 
@@ -262,7 +269,7 @@ def _rounded_bytes(tensor: torch.Tensor) -> int:
 
 
 def _record(model: NVAE, profile: Profile, keep: Keep, batch: int) -> dict[str, BlockCosts]:
-    recorder = Recorder(batch)
+    recorder = BlockRecorder(batch)
     plan: MemoryPlan = replace(profile.plan, keep=keep, keep_blocks={})
     apply_plan(model, plan)
     model.run_block = TracedRunner(model.run_block, recorder)

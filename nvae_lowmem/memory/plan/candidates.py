@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, TypeVar
+from typing import Literal
 
 from nvae_lowmem.config.recipes import with_groups
 from nvae_lowmem.config.sections import EngineName, Keep, MemoryPlan, Profile
@@ -13,18 +14,17 @@ from nvae_lowmem.errors import ConfigError
 from nvae_lowmem.hardware.budget import Budget
 from nvae_lowmem.hardware.card import Card
 from nvae_lowmem.memory.plan.block_costs import BlockTable
+from nvae_lowmem.memory.plan.duration import StepTime, estimated
+from nvae_lowmem.memory.plan.overhead import Groups, OverheadModel, Size, Taken
 from nvae_lowmem.memory.plan.roofline import StepSeconds, rates_of, step_seconds
 from nvae_lowmem.memory.plan.search import Assignment, Rows, fastest, least_peak
-from nvae_lowmem.units import MIB
+from nvae_lowmem.memory.predict.untraced import engine_entries, engine_host_bytes
 
 Prefer = Literal["speed", "batch", "groups"]
-Groups = tuple[int, ...]
-T = TypeVar("T")
 PLAIN_VAE: Groups = (1,)
 """No towers, so other blocks than those of the table."""
 ALIKE = 1.05
 """Plans whose seconds differ by less are taken as equally fast."""
-_FIRST_SHARE, _FIRST_BYTES = 0.05, 24 * MIB  # set aside until the predictor has said what the table leaves out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,27 +76,32 @@ class Candidate:
         return self.profile.model.scale_groups
 
     @property
+    def size(self) -> Size:
+        """What its overhead depends on."""
+        return Size(self.groups, self.micro_batch)
+
+    @property
+    def taken(self) -> Taken:
+        """Bytes on the card and on the host by the table."""
+        return Taken(self.peak_bytes, self.host_bytes)
+
+    @property
     def images_per_second(self) -> float:
-        """Over a whole step."""
+        """Over a whole step, by the estimate that ranks plans; for people there is `time`."""
         return self.profile.training.total_batch / self.seconds.total
+
+    @property
+    def time(self) -> StepTime:
+        """What the estimate means for a person."""
+        return estimated(self.seconds.total, self.profile.training.total_batch)
 
 
 @dataclass(frozen=True, kw_only=True)
-class FrontierRow:
-    """What one number of groups and one micro-batch take at best; seconds is None where they do not fit."""
-
-    groups: Groups
-    micro_batch: int
-    peak_bytes: int
-    images_per_second: float | None
-
-
-@dataclass
 class Planner:
-    """Searches plans of one profile for one card.
+    """The plans of one profile for one card.
 
-    What the table's peak has to stay below the cap is set aside for each number of groups and micro-batch, which it
-    differs between; `aside_bytes` is for those that nothing is known of.
+    It holds no state: what it answers follows from these fields and the overhead that it is handed. Answers are
+    remembered, because a search takes a tenth of a second and is asked for again and again.
     """
 
     profile: Profile
@@ -104,27 +109,7 @@ class Planner:
     budget: Budget
     wishes: Wishes
     table: BlockTable
-    aside_bytes: int = 0
-    host_aside_bytes: int = 0
-    _asides: dict[tuple[Groups, int], int] = field(default_factory=dict)
-    _found: dict[tuple[Groups, int], list[Candidate]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.aside_bytes = int(_FIRST_SHARE * self.budget.cap_bytes) + _FIRST_BYTES
-
-    def set_aside(self, like: Candidate, nbytes: int, host_bytes: int) -> None:
-        """Search anew with this much left free: on the card for that size and unknown ones, and on the host."""
-        self._asides[like.groups, like.micro_batch] = nbytes
-        self.aside_bytes, self.host_aside_bytes = nbytes, host_bytes
-        self._found.clear()
-
-    def aside_of(self, like: Candidate) -> int:
-        """What is set aside on the card for plans of the candidate's groups and micro-batch."""
-        return self._asides.get((like.groups, like.micro_batch), self.aside_bytes)
-
-    def needed_bytes(self, candidate: Candidate) -> int:
-        """What the candidate takes of the card, as far as is known: the table's peak and what is set aside."""
-        return candidate.peak_bytes + self.aside_of(candidate)
+    _remembered: dict[tuple[Size, Taken], list[Candidate]] = field(default_factory=dict, compare=False, repr=False)
 
     # -- what can be varied --
 
@@ -149,22 +134,27 @@ class Planner:
 
     # -- plans --
 
-    def candidates(self, groups: Groups, micro_batch: int) -> list[Candidate]:
+    def candidates(self, size: Size, overhead: OverheadModel) -> list[Candidate]:
         """The fastest plan for each place of the optimiser, as far as it fits."""
-        key = (groups, micro_batch)
-        if key not in self._found:
-            plans = [self._candidate(groups, micro_batch, plan, fastest) for plan in self._plans()]
-            self._found[key] = [c for c in plans if c is not None]
-        return self._found[key]
+        key = size, overhead.estimate(size)
+        if key not in self._remembered:
+            plans = [self._candidate(size, plan, fastest, key[1]) for plan in self._plans()]
+            self._remembered[key] = [c for c in plans if c is not None]
+        return self._remembered[key]
 
-    def leanest(self, groups: Groups, micro_batch: int) -> Candidate:
+    def smallest_peak(self, size: Size) -> Candidate:
         """The plan with the smallest peak on the card, whether it fits or not, however much host memory it takes."""
 
         def search(rows: Rows, _: int) -> Assignment:
             return least_peak(rows)
 
-        found = [self._candidate(groups, micro_batch, p, search, limit_host=False) for p in self._plans()]
+        found = [self._candidate(size, plan, search) for plan in self._plans()]
         return min((c for c in found if c is not None), key=lambda c: c.peak_bytes)
+
+    def smallest_of_all(self) -> Candidate:
+        """The plan with the smallest peak of the fewest groups allowed, at the smallest micro-batch."""
+        options = self.group_options(True) or self.group_options(False)
+        return self.smallest_peak(Size(options[-1], self.micro_batches()[-1]))
 
     def uniform(self, like: Candidate, keep: Keep) -> Candidate:
         """The same plan with one policy for all blocks, whether it fits or not."""
@@ -172,7 +162,7 @@ class Planner:
         def all_alike(rows: Rows, _: int) -> Assignment:
             return Assignment(tuple(next(c for c in row if c.keep == keep) for row in rows))
 
-        found = self._candidate(like.groups, like.micro_batch, like.profile.plan, all_alike, limit_host=False)
+        found = self._candidate(like.size, like.profile.plan, all_alike)
         assert found is not None
         return found
 
@@ -189,31 +179,44 @@ class Planner:
 
     def _candidate(
         self,
-        groups: Groups,
-        micro_batch: int,
+        size: Size,
         plan: MemoryPlan,
         search: Callable[[Rows, int], Assignment | None],
-        limit_host: bool = True,
+        overhead: Taken | None = None,
     ) -> Candidate | None:
+        """The plan that `search` finds; overhead: what to leave free on card and host, None: without any limit."""
+        groups, micro_batch = size
         accumulation = self.profile.training.total_batch // micro_batch
-        parameters = self.table.count(self.table.parameters, groups)
+        # what is on the card and on the host all the time
         cap = self.budget.cap_bytes
+        sizes = self.table.parameter_elements(groups)
+        resident = resident_bytes(self.table, groups, plan, accumulation)
+        host = host_bytes(self.table, groups, plan, accumulation)
+        averages = self.table.count(self.table.buffer_bytes, groups) + 4 * sum(sizes)
+        if self.profile.training.ema_decay and self.profile.training.ema_on_host:
+            host += averages
+        elif self.profile.training.ema_decay:
+            resident += averages
+        # the blocks' policies
         rates = rates_of(self.card, cap, plan.pin_memory)
-        first_gradients = not plan.offload_optimizer and accumulation == 1
-        named = self.table.choices(groups, micro_batch, rates, gradients_stay=first_gradients)
-        always = always_bytes(self.table, groups, plan, accumulation)
+        gradients_stay = not plan.offload_optimizer and accumulation == 1
+        named = self.table.choices(groups, micro_batch, rates, gradients_stay)
         rows = [row for _, row in named]
-        host = host_bytes(plan, accumulation, parameters, self.profile.training.ema_on_host)
-        room = cap - self._asides.get((groups, micro_batch), self.aside_bytes) - always
+        room = cap - resident - (overhead.card_bytes if overhead is not None else 0)
         assignment = search(rows, room)
-        if limit_host and assignment is not None and self._host_full(host + assignment.host_bytes):
-            assignment = search([[c for c in row if c.keep != "host"] for row in rows], room)
-        if assignment is None or (limit_host and self._host_full(host + assignment.host_bytes)):
+        if overhead is not None:
+            host_room = self._host_room(host + overhead.host_bytes)
+            if assignment is not None and assignment.host_bytes > host_room:
+                assignment = search([[c for c in row if c.keep != "host"] for row in rows], room)
+            if assignment is not None and assignment.host_bytes > host_room:
+                return None
+        if assignment is None:
             return None
+        # the plan as a profile
         default, exceptions = named_keeps([name for name, _ in named], assignment.keeps)
-        planned = replace(plan, cap_bytes=cap, micro_batch=micro_batch, keep=default, keep_blocks=exceptions)
         own = groups == self.profile.model.scale_groups
         model = self.profile.model if own else with_groups(self.profile.model, groups)
+        planned = replace(plan, cap_bytes=cap, micro_batch=micro_batch, keep=default, keep_blocks=exceptions)
         profile = replace(self.profile, model=model, plan=planned)
         convolutions = self.table.count(self.table.convolutions, groups)
         return Candidate(
@@ -221,29 +224,30 @@ class Planner:
             micro_batch=micro_batch,
             accumulation=accumulation,
             assignment=assignment,
-            peak_bytes=always + assignment.peak_bytes,
-            seconds=step_seconds(profile, assignment.seconds, accumulation, parameters, convolutions, rates),
+            peak_bytes=resident + assignment.peak_bytes,
+            seconds=step_seconds(profile, assignment.seconds, accumulation, sum(sizes), convolutions, rates),
             host_bytes=host + assignment.host_bytes,
         )
 
-    def _host_full(self, nbytes: int) -> bool:
+    def _host_room(self, taken_bytes: int) -> float:
+        """Host memory that is left for block inputs; below zero where there is not even room for the rest."""
         limit = self.wishes.host_mem_bytes
-        return limit is not None and nbytes + self.host_aside_bytes > limit
+        return math.inf if limit is None else limit - taken_bytes
 
     # -- the best of them --
 
-    def best(self) -> Candidate | None:
+    def best(self, overhead: OverheadModel) -> Candidate | None:
         """The best plan for the wishes, with fewer groups where nothing else fits."""
         for fewer in (False, True):
             options = self.group_options(fewer)
             if self.wishes.prefer == "batch":
-                ranked = ([(g, m)] for m in self.micro_batches() for g in options)
+                ranked = ([Size(g, m)] for m in self.micro_batches() for g in options)
             elif self.wishes.prefer == "groups":
-                ranked = ([(g, m)] for g in options for m in self.micro_batches())
+                ranked = ([Size(g, m)] for g in options for m in self.micro_batches())
             else:
-                ranked = ([(g, m) for m in self.micro_batches()] for g in options)
+                ranked = ([Size(g, m) for m in self.micro_batches()] for g in options)
             for tier in ranked:
-                found = [c for g, m in tier for c in self.candidates(g, m)]
+                found = [c for size in tier for c in self.candidates(size, overhead)]
                 if found:
                     return fastest_of(found)
         return None
@@ -261,61 +265,35 @@ class Planner:
         highest = max(map(rank, found))
         return fastest_of([c for c in found if rank(c) == highest])
 
-    def frontier(self, most_rows: int = 24) -> tuple[FrontierRow, ...]:
-        """Peak and speed over groups and micro-batches, thinned out; peaks by the table, with what is set aside."""
-        options = self.group_options(False)
-        if len(options) == 1:
-            own = options[0]
-            quarters = sorted({-(-own[0] * k // 4) for k in (1, 2, 3, 4)}, reverse=True)
-            options = [groups for groups in (scaled_groups(own, n) for n in quarters) if groups != PLAIN_VAE]
-        options, batches = _thin(options, 4), _thin(self.micro_batches(), most_rows // 4)
-        rows = []
-        for groups in options:
-            for micro_batch in batches:
-                found = self.candidates(groups, micro_batch)
-                c = min(found, key=lambda c: c.seconds.total) if found else self.leanest(groups, micro_batch)
-                rows.append(
-                    FrontierRow(
-                        groups=groups,
-                        micro_batch=micro_batch,
-                        peak_bytes=self.needed_bytes(c),
-                        images_per_second=c.images_per_second if found else None,
-                    )
-                )
-        return tuple(rows)
-
 
 def fastest_of(candidates: Sequence[Candidate]) -> Candidate:
     """The fastest; of those that the estimate cannot tell from it, the one with the largest micro-batch.
 
-    BatchNorm's statistics are the better for it, and seconds are estimated far less exactly than bytes.
+    BatchNorm's statistics are the better for it, and seconds are estimated far less exactly than bytes. Before that,
+    one that the allocator serves without giving back its cache: the others use their room to the last piece.
     """
     least = min(c.seconds.total for c in candidates)
     near = [c for c in candidates if c.seconds.total <= ALIKE * least]
-    return min(near, key=lambda c: (-c.micro_batch, c.seconds.total))
+    return min(near, key=lambda c: (c.seconds.retries > 0, -c.micro_batch, c.seconds.total))
 
 
-def always_bytes(table: BlockTable, groups: Groups, plan: MemoryPlan, accumulation: int) -> int:
-    """On the card all the time: weights and buffers, and what the optimiser's place and the engine add."""
+def resident_bytes(table: BlockTable, groups: Groups, plan: MemoryPlan, accumulation: int) -> int:
+    """On the card all the time, averages apart: weights and buffers, and what the optimiser's place and engine add."""
     out = table.count(table.state_bytes, groups)
     if not plan.offload_optimizer:
         # two Adamax states, and from the first of several micro-batches on the gradients
         out += (3 if accumulation > 1 else 2) * table.count(table.parameter_bytes, groups)
-    if plan.engine == "deepspeed":
-        out += 4 * (plan.bucket_elements + table.largest_parameter)
-    return out
+    sizes = [4 * elements for elements in table.parameter_elements(groups)]
+    return out + sum(
+        entry.nbytes
+        for entry in engine_entries(plan, sizes, accumulation)
+        if entry.when in ("always", "backward") and not entry.is_bound
+    )
 
 
-def host_bytes(plan: MemoryPlan, accumulation: int, parameters: int, ema_on_host: bool) -> int:
-    """Host memory of weights, gradients, states and averages, parked block inputs apart.
-
-    The torch engine's offloaded optimiser takes 16 bytes per parameter; DeepSpeed's stage 2 has a staging copy as well,
-    and its own sums where several micro-batches accumulate.
-    """
-    per_parameter = 4 if ema_on_host else 0
-    if plan.offload_optimizer:
-        per_parameter += 16 if plan.engine != "deepspeed" else 24 if accumulation > 1 else 20
-    return per_parameter * parameters
+def host_bytes(table: BlockTable, groups: Groups, plan: MemoryPlan, accumulation: int) -> int:
+    """Host memory of weights, gradients and states; averages and parked block inputs apart."""
+    return engine_host_bytes(plan, [4 * elements for elements in table.parameter_elements(groups)], accumulation)
 
 
 def scaled_groups(groups: Groups, highest: int) -> Groups:
@@ -340,10 +318,3 @@ def named_keeps(names: Sequence[str], keeps: Sequence[Keep]) -> tuple[Keep, dict
 def _prefix(name: str) -> str:
     """Tower and scale of a block's name: "dec_0_" of "dec_0_12"."""
     return name[: name.rfind("_") + 1] or name
-
-
-def _thin(values: Sequence[T], most: int) -> list[T]:
-    """At most so many of the values, evenly spread, the first and the last among them."""
-    if len(values) <= most:
-        return list(values)
-    return [values[round(i * (len(values) - 1) / (most - 1))] for i in range(most)]

@@ -8,7 +8,7 @@ rate for the dtype, its bytes at the card's bandwidth, and the launch of a kerne
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -32,6 +32,9 @@ HOST_SECONDS_PER_PARAMETER = 1.02e-9
 """Measured: the host's Adamax takes 102 ms for 100 million parameters on two threads."""
 UPDATE_BYTES_PER_PARAMETER = 80  # Adamax on the card reads and writes about twenty fp32 values per parameter
 LAUNCHES_PER_POWER_ITERATION = 10  # two products, two norms with their clamps and divisions, two copies
+RETRY_SECONDS = 0.1
+"""Of one return of the allocator's cache: assumed, measured on no card. The card runs empty, some hundred segments go
+back to the driver and are taken anew, each at a few tenths of a millisecond."""
 BACKWARD_SHARE = 0.6  # of a step without recomputation, two of three parts are backward
 
 
@@ -71,7 +74,7 @@ def rates_of(card: Card, cap_bytes: int = 0, pin_memory: bool = False) -> Rates:
 
 
 @dataclass(frozen=True)
-class Work:
+class OperationCosts:
     """Operations, one entry each: convolution arithmetic per image, bytes moved in any case and per image."""
 
     flops_per_image: Floats
@@ -81,7 +84,7 @@ class Work:
     """Whether the arithmetic is in 16 bits."""
 
     @classmethod
-    def of(cls, rows: Sequence[tuple[float, float, float, bool]]) -> Work:
+    def of(cls, rows: Sequence[tuple[float, float, float, bool]]) -> OperationCosts:
         """From one row per operation."""
         table = np.array(rows, dtype=np.float64).reshape(-1, 4)
         return cls(table[:, 0], table[:, 1], table[:, 2], table[:, 3] > 0)
@@ -98,8 +101,8 @@ class Work:
         return float(self.flops_per_image.sum())
 
 
-def operation_work(func: Any, args: Any, kwargs: Any, out: Any, batch: int) -> tuple[float, float, float, bool] | None:
-    """The row of `Work` of one dispatched operation on `batch` images; None for one that moves nothing.
+def operation_costs(func: Any, args: Any, kwargs: Any, out: Any, batch: int) -> tuple[float, float, float, bool] | None:
+    """The row of `OperationCosts` of one dispatched operation on `batch` images; None for one that moves nothing.
 
     A tensor is counted per image where `batch` divides its bytes: choose a prime that no other size has as a factor.
     """
@@ -127,7 +130,11 @@ def is_view(func: Any) -> bool:
 
 
 def convolution_flops(func: Any, args: Any, outputs: Sequence[Tensor]) -> tuple[float, bool]:
-    """(operations, whether in 16 bits) of a convolution or its backward; a multiply-add is two. 0 for anything else."""
+    """(operations, whether in 16 bits) of a convolution or its backward; a multiply-add is two. 0 for anything else.
+
+    Our own, because torch.utils.flop_counter's conv_backward_flop ignores `groups`: it counts the weight's gradient as
+    that of a dense convolution, which for NVAE's depthwise ones is as many times too much as there are channels.
+    """
     if func is aten.convolution.default:
         return 2.0 * outputs[0].numel() * args[1][0].numel(), args[1].element_size() == 2
     if func is aten.convolution_backward.default:
@@ -144,11 +151,17 @@ class StepSeconds:
     card: float
     link: float
     optimizer: float
+    retries: float = 0.0
+    """Where the allocator runs full: waiting for the card, giving back its cache and taking memory anew."""
 
     @property
     def total(self) -> float:
         """The whole step."""
-        return self.card + self.link + self.optimizer
+        return self.card + self.link + self.optimizer + self.retries
+
+    def with_retries(self, count: int) -> StepSeconds:
+        """The same step when the allocator gives back its cache so many times."""
+        return replace(self, retries=count * RETRY_SECONDS)
 
 
 def step_seconds(

@@ -1,8 +1,8 @@
 """The fastest assignment of policies to blocks that stays under a number of bytes.
 
-Blocks run in a row. Block b may start where all blocks before it left the card, rises, and leaves what it keeps:
+Blocks run in a row. Block b starts at what all blocks before it keep, peaks above that, and leaves what it keeps:
 
-    minimise  sum of seconds    subject to, for every b:  sum of kept before b + rise of b <= room
+    minimise  sum of seconds    subject to, for every b:  sum of kept before b + peak of b above its start <= room
 
 That is a knapsack whose constraint holds for every prefix, so it is solved block by block over the states (bytes kept
 so far, seconds so far): of two states with the same future, one that keeps no less and took no less time can go.
@@ -50,7 +50,7 @@ class Assignment:
         """The most on the card, above what lies there all the time."""
         level = peak = 0
         for c in self.choices:
-            peak = max(peak, level + c.rise_bytes)
+            peak = max(peak, level + c.peak_above_start_bytes)
             level += c.kept_bytes
         return peak
 
@@ -64,7 +64,7 @@ def fastest(rows: Rows, room_bytes: int) -> Assignment | None:
     parents: list[npt.NDArray[np.int64]] = []
     picks: list[npt.NDArray[np.int64]] = []
     for row in rows:
-        allowed = [np.flatnonzero(kept + c.rise_bytes <= room_bytes) for c in row]
+        allowed = [np.flatnonzero(kept + c.peak_above_start_bytes <= room_bytes) for c in row]
         parent = np.concatenate(allowed)
         pick = np.repeat(np.arange(len(row)), [len(a) for a in allowed])
         kept = kept[parent] + np.array([c.kept_bytes for c in row], dtype=np.int64)[pick]

@@ -62,7 +62,7 @@ def entries(
     found = [
         *_libraries(profile.plan, card, context_bytes),
         *_averages(profile, trace),
-        *(_zero(profile.plan, trace, accumulation) if runs_deepspeed(profile.plan) else _masters(profile.plan, trace)),
+        *engine_entries(profile.plan, trace.parameter_bytes, accumulation),
     ]
     calibration = calibration or {}
     return [calibrated(entry, calibration[entry.name]) if entry.name in calibration else entry for entry in found]
@@ -128,14 +128,31 @@ def _averages(profile: Profile, trace: Trace) -> list[Entry]:
     return [Entry(name="averaged-weights", nbytes=weights, when=where, source="one copy of weights and buffers")]
 
 
-def _masters(plan: MemoryPlan, trace: Trace) -> list[Entry]:
+def engine_entries(plan: MemoryPlan, parameter_bytes: Sequence[int], accumulation: int) -> list[Entry]:
+    """What the engine holds beyond a trace of its step. parameter_bytes: of each parameter in fp32."""
+    if runs_deepspeed(plan):
+        return _zero(plan, parameter_bytes, accumulation)
+    return _masters(plan, parameter_bytes)
+
+
+def engine_host_bytes(plan: MemoryPlan, parameter_bytes: Sequence[int], accumulation: int) -> int:
+    """Host memory of weights, gradients and states under the plan, averages and parked block inputs apart."""
+    traced = 2 * sum(parameter_bytes) if plan.offload_optimizer else 0  # the host's weights and gradients
+    return traced + sum(
+        entry.nbytes
+        for entry in engine_entries(plan, parameter_bytes, accumulation)
+        if entry.when in ("host", "pinned")
+    )
+
+
+def _masters(plan: MemoryPlan, parameter_bytes: Sequence[int]) -> list[Entry]:
     """The torch engine's host side beyond the master weights and gradients, which are in the trace."""
     if not plan.offload_optimizer:
         return []
-    n = sum(trace.parameter_bytes)
+    n = sum(parameter_bytes)
     out = [Entry(name="adamax-states", nbytes=2 * n, when="host", source="exp_avg and exp_inf: 8 bytes per parameter")]
     if plan.pin_memory:
-        locked = 2 * sum(map(pinned_bytes, trace.parameter_bytes))
+        locked = 2 * sum(map(pinned_bytes, parameter_bytes))
         out += [
             Entry(
                 name="pinned-masters", nbytes=locked, when="pinned",
@@ -151,13 +168,13 @@ def pinned_bytes(nbytes: int) -> int:
     return 1 << (nbytes - 1).bit_length()
 
 
-def _zero(plan: MemoryPlan, trace: Trace, accumulation: int) -> list[Entry]:
+def _zero(plan: MemoryPlan, parameter_bytes: Sequence[int], accumulation: int) -> list[Entry]:
     """DeepSpeed's buffers, fp32 parameters, one process, no overlapped communication.
 
     n: bytes of all parameters, largest: of the largest. The trace has the weights (n), without offloading also the
     states (2n) and gradients (n), with it the host's weights and gradients (2n).
     """
-    n, largest, bucket = sum(trace.parameter_bytes), max(trace.parameter_bytes), 4 * plan.bucket_elements
+    n, largest, bucket = sum(parameter_bytes), max(parameter_bytes), 4 * plan.bucket_elements
     stage, off = plan.zero_stage, plan.offload_optimizer
 
     def entry(name: str, nbytes: int, when: When, source: str, is_bound: bool = False) -> Entry:

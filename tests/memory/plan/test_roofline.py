@@ -19,9 +19,9 @@ from nvae_lowmem.memory.plan.block_costs import record_blocks
 from nvae_lowmem.memory.plan.roofline import (
     HOST_SECONDS_PER_PARAMETER,
     LAUNCH_SECONDS,
+    OperationCosts,
     Rates,
-    Work,
-    operation_work,
+    operation_costs,
     rates_of,
     step_seconds,
 )
@@ -31,7 +31,7 @@ GIB = 1 << 30
 
 
 class Counter(TorchDispatchMode):
-    """Rows of `operation_work` of everything that runs inside."""
+    """Rows of `operation_costs` of everything that runs inside."""
 
     def __init__(self, batch: int) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class Counter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        row = operation_work(func, args, kwargs, out, self.batch)
+        row = operation_costs(func, args, kwargs, out, self.batch)
         if row is not None:
             self.rows.append(row)
         return out
@@ -60,7 +60,7 @@ def test_convolution_arithmetic_is_what_torch_counts(kernel: int, stride: int, g
         step()
     with Counter(batch=7) as counted:
         step()
-    ours = Work.of(counted.rows).flops() * 7
+    ours = OperationCosts.of(counted.rows).flops() * 7
     forward = 2 * 7 * 24 * (8 // stride) ** 2 * (12 // groups) * kernel**2
     assert ours == 3 * forward
     if groups == 1 and stride == 1:  # elsewhere torch counts the weight's gradient as a dense convolution
@@ -83,12 +83,12 @@ def test_views_move_nothing() -> None:
 
 def test_an_operation_takes_the_longest_of_arithmetic_bytes_and_launch() -> None:
     arithmetic, moving, launch = (1e12, 0.0, 0.0, False), (0.0, 1e11, 2e11, False), (0.0, 8.0, 0.0, False)
-    assert Work.of([arithmetic]).seconds(3, RATES) == pytest.approx(3)
-    assert Work.of([(1e12, 0.0, 0.0, True)]).seconds(3, RATES) == pytest.approx(0.75)
-    assert Work.of([moving]).seconds(3, RATES) == pytest.approx(7)
-    assert Work.of([launch]).seconds(3, RATES) == LAUNCH_SECONDS
-    assert Work.of([arithmetic, moving, launch]).seconds(3, RATES) == pytest.approx(10 + LAUNCH_SECONDS)
-    assert Work.of([]).seconds(3, RATES) == 0
+    assert OperationCosts.of([arithmetic]).seconds(3, RATES) == pytest.approx(3)
+    assert OperationCosts.of([(1e12, 0.0, 0.0, True)]).seconds(3, RATES) == pytest.approx(0.75)
+    assert OperationCosts.of([moving]).seconds(3, RATES) == pytest.approx(7)
+    assert OperationCosts.of([launch]).seconds(3, RATES) == LAUNCH_SECONDS
+    assert OperationCosts.of([arithmetic, moving, launch]).seconds(3, RATES) == pytest.approx(10 + LAUNCH_SECONDS)
+    assert OperationCosts.of([]).seconds(3, RATES) == 0
 
 
 rows = st.lists(st.tuples(*[st.floats(0, 1e9)] * 3, st.booleans()), max_size=5)
@@ -96,7 +96,7 @@ rows = st.lists(st.tuples(*[st.floats(0, 1e9)] * 3, st.booleans()), max_size=5)
 
 @given(rows, st.integers(1, 100))
 def test_more_images_take_longer_but_not_longer_each(found: list[Any], images: int) -> None:
-    work = Work.of(found)
+    work = OperationCosts.of(found)
     one, more = work.seconds(images, RATES), work.seconds(images + 1, RATES)
     assert one <= more
     assert more / (images + 1) <= one / images * (1 + 1e-9)
@@ -156,12 +156,12 @@ def test_recomputation_falls_out_of_the_operations() -> None:
         preprocess_blocks=1, preprocess_cells=1, postprocess_blocks=1, postprocess_cells=1, squeeze_excitation=False,
     )  # fmt: skip
     table = record_blocks(Profile(model=model, plan=MemoryPlan(precision="fp32")))
-    flops = {keep: costs["enc_0_0"].work.flops() for keep, costs in table.costs.items()}
+    flops = {keep: costs["enc_0_0"].operations.flops() for keep, costs in table.costs.items()}
     # an encoder cell is dense convolutions: forward, two gradients, and once more forward where the input alone is kept
     assert flops["cheap"] == flops["all"]
     assert flops["input"] == flops["host"] == pytest.approx(4 / 3 * flops["all"])
     # a decoder cell's depthwise convolution is recomputed by `cheap`, too
-    decoder = {keep: costs["dec_0_1"].work.flops() for keep, costs in table.costs.items()}
+    decoder = {keep: costs["dec_0_1"].operations.flops() for keep, costs in table.costs.items()}
     assert decoder["all"] < decoder["cheap"] < decoder["input"]
     card = rates_of(find_card("gtx-970"))
     seconds = [c.seconds for _, choices in table.choices((2,), 4, card, False) for c in choices]

@@ -9,13 +9,14 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from test_fit import GIB, WIDE, profile_of, small_model
+from planner_cases import GIB, WIDE, profile_of, small_model
 
 from nvae_lowmem.commands.fit_memory import run_fit
 from nvae_lowmem.config.profile_file import load, save
 from nvae_lowmem.config.sections import MemoryPlan
+from nvae_lowmem.memory.plan.duration import format_speed
 
-SCRIPT = Path(__file__).resolve().parent.parent / "tools" / "fit_memory.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "tools" / "fit_memory.py"
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +37,9 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 JSON_KEYS = (
-    "recipe fits cap_bytes micro_batch accumulation total_batch groups_per_scale precision engine zero_stage "
-    "peak_allocated_bytes peak_reserved_bytes host_bytes seconds_per_step reasons plan"
+    "recipe fits card cap_bytes micro_batch accumulation total_batch groups_per_scale precision engine zero_stage "
+    "peak_allocated_bytes peak_reserved_bytes allocator_retries host_bytes seconds_per_step images_per_second "
+    "training_seconds speed_measured_on reasons frontier plan"
 ).split()
 
 
@@ -51,6 +53,13 @@ def test_the_command_writes_a_profile_that_trains_and_says_why(
     answer = json.loads((here / "answer.json").read_text())
     assert list(answer) == JSON_KEYS
     assert answer["fits"] and answer["cap_bytes"] == int(3.2 * GIB) and answer["zero_stage"] is None
+    assert answer["card"]["id"] == "gtx-970" and "host memory" in shown
+    least, most = answer["images_per_second"]
+    assert 4 * least < most and f"{format_speed(least)} to {format_speed(most)} images/s (estimated" in shown
+    (row,) = [row for row in answer["frontier"] if row["is_answer"]]
+    assert (row["groups"], row["micro_batch"]) == (answer["groups_per_scale"], answer["micro_batch"])
+    assert row["peak_bytes"] == answer["peak_reserved_bytes"] and row["images_per_second"] == [least, most]
+    assert [line for line in shown.splitlines() if line.endswith("<- this plan")]
     planned = load(here / "small-gtx-970.toml")
     assert planned.plan.micro_batch == answer["micro_batch"]
     assert planned.plan.cap_bytes == answer["cap_bytes"]
@@ -77,7 +86,8 @@ def test_nothing_fits_is_exit_status_three_with_the_nearest_miss(
     save(WIDE, here / "wide.toml")
     asked = "--profile wide.toml --gpu-mem 512M --os linux --groups 4 --json answer.json --picture step.png"
     assert run_fit([*asked.split(), "--set", "plan.precision=fp32"]) == 3
-    assert "nearest miss" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "nearest miss" in shown and "<- the nearest" in shown
     answer = json.loads((here / "answer.json").read_text())
     assert not answer["fits"] and answer["peak_reserved_bytes"] > answer["cap_bytes"]
     assert not (here / "step.png").exists() and not list(here.glob("wide-*.toml"))
@@ -91,6 +101,9 @@ def test_nothing_fits_is_exit_status_three_with_the_nearest_miss(
         ("--gpu-mem 0", "--gpu-mem '0' must be larger than zero"),
         ("--gpu-mem -3G", "--gpu-mem '-3G'"),
         ("--gpu-mem 900G", "no card has that"),
+        ("--gpu-mem 4096", "did you mean --gpu-mem 4096M?"),
+        ("--gpu-mem 4G --host-mem 16", "did you mean --host-mem 16G?"),
+        ("--card RTX-4090", "--card auto"),
         ("--card gtx-970 --gpu-mem 12G", "more than a NVIDIA GeForce GTX 970 has"),
         ("--card gtx-97", "did you mean 'gtx-970'"),
         ("--card own.toml", "is missing"),

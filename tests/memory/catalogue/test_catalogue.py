@@ -13,17 +13,17 @@ from nvae_lowmem.config.profile_file import PROFILES_DIR, load, save
 from nvae_lowmem.config.recipes import PUBLISHED_RECIPES, recipe, with_groups
 from nvae_lowmem.errors import ConfigError
 from nvae_lowmem.memory.catalogue import catalogue as shipped
-from nvae_lowmem.memory.catalogue.catalogue import TARGETS, Cell, cells, check, make
+from nvae_lowmem.memory.catalogue.catalogue import TARGETS, CardRecipe, cells, check, make
 from nvae_lowmem.memory.catalogue.table import documents, load_rows, overview, save_rows
 from nvae_lowmem.units import GIB
 
 ROWS = load_rows()
 FITTING = [cell for cell in cells() if cell.name in ROWS and ROWS[cell.name].fits]
 FOUR_GB = [cell for cell in cells() if 2.5 * GIB < cell.target.budget().cap_bytes < 4 * GIB]
-TINY = Cell(TARGETS[0], "tiny")
+TINY = CardRecipe(TARGETS[0], "tiny")
 
 
-def named(cell: Cell) -> str:
+def named(cell: CardRecipe) -> str:
     return cell.name
 
 
@@ -37,7 +37,7 @@ def test_there_is_a_row_for_every_card_and_recipe_and_a_file_for_every_row_that_
 
 
 @pytest.mark.parametrize("cell", FITTING, ids=named)
-def test_a_shipped_profile_is_its_recipe_under_a_plan_for_its_card(cell: Cell) -> None:
+def test_a_shipped_profile_is_its_recipe_under_a_plan_for_its_card(cell: CardRecipe) -> None:
     profile, origin, row = load(cell.name), recipe(cell.recipe), ROWS[cell.name]
     made, plan = profile.provenance, profile.plan
     assert profile.name == cell.name and (profile.data, profile.training) == (origin.data, origin.training)
@@ -62,7 +62,7 @@ def test_a_shipped_profile_is_its_recipe_under_a_plan_for_its_card(cell: Cell) -
 
 
 @pytest.mark.parametrize("cell", FOUR_GB, ids=named)
-def test_four_gigabytes_train_every_recipe_whole_at_the_published_batch_in_one_piece(cell: Cell) -> None:
+def test_four_gigabytes_train_every_recipe_whole_at_the_published_batch_in_one_piece(cell: CardRecipe) -> None:
     profile = load(cell.name)
     assert profile.plan.micro_batch == recipe(cell.recipe).training.total_batch
     assert profile.model == recipe(cell.recipe).model
@@ -85,7 +85,7 @@ def test_the_documents_show_the_table_that_is_committed() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("cell", cells(), ids=named)
-def test_a_shipped_profile_is_what_the_predictor_says(cell: Cell) -> None:
+def test_a_shipped_profile_is_what_the_predictor_says(cell: CardRecipe) -> None:
     assert check(cell, ROWS.get(cell.name)) == []
 
 
