@@ -19,6 +19,18 @@ def raise_problems(problems: Iterable[str], where: str) -> None:
         raise ConfigError("\n  - ".join([head, *found]))
 
 
+def printable(name: object) -> str:
+    r"""A file's name as messages show it: what a terminal obeys, and bytes that are no UTF-8, escaped as in \x1b."""
+    return "".join(c if c.isprintable() else _escaped(c) for c in str(name))
+
+
+def _escaped(character: str) -> str:
+    code = ord(character)
+    if 0xDC80 <= code <= 0xDCFF:  # how Python keeps a byte of a name that is no UTF-8
+        code -= 0xDC00
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
+
+
 def unknown_name(what: str, name: str, known: Iterable[str]) -> str:
     """The message for a name nobody knows: the nearest one and the list."""
     names = list(known)

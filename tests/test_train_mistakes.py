@@ -32,6 +32,14 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(working_directory: Path, t
         assert printed == profiles.loads(profiles.dumps(printed)) and printed.plan.micro_batch == 4
 
 
+def test_a_dry_run_allocates_no_weights(tmp_path: Path) -> None:
+    """Those of this model would take more than 100 GB."""
+    result = run(write_profile(tmp_path), "--dry-run", "--set", "model.channels_encoder=8192")
+    assert result.code == 0
+    parameters = next(line for line in result.said.splitlines() if " parameters" in line).split()[1]
+    assert int(parameters.replace(",", "")) > 10**10
+
+
 def pictures(folder: Path, mode: str = "L", size: tuple[int, int] = (20, 20), count: int = 6) -> Path:
     folder.mkdir()
     generator = np.random.default_rng(0)
@@ -52,7 +60,7 @@ def bad_inputs(tmp_path: Path) -> dict[str, tuple[list[str], list[str]]]:
     wide = str(pictures(tmp_path / "wide", size=(20, 12)))
     colour_model = ["--set", "model.image_channels=3", "--set", "model.bits=8"]
     return {
-        "missing data": (["--data", "no/such/folder"], ["'no/such/folder' does not exist", "--data"]),
+        "missing data": (["--data", "no/such/folder"], ["/no/such/folder' does not exist", "--data"]),
         "misspelt set": (["--data", "mnist5"], ["did you mean 'mnist5k'"]),
         "empty folder": (["--data", str(tmp_path / "empty")], [str(tmp_path / "empty"), "it is empty"]),
         "grey for RGB": (["--data", grey, *colour_model], ["are grey", "set model.image_channels = 1"]),
@@ -68,6 +76,13 @@ def bad_inputs(tmp_path: Path) -> dict[str, tuple[list[str], list[str]]]:
         "impossible model": (["--set", "model.image_size=15"], ["15 pixels cannot be halved 1 times", "use 16"]),
         "several at once": (["--set", "model.bits=9", "--set", "plan.zero_stage=5"], ["model.bits", "plan.zero_stage"]),
         "not divisible": (["--total-batch", "10"], ["total_batch = 10 is not a multiple of plan.micro_batch = 4"]),
+        "no data": (["--data", ""], ["data.source is empty"]),
+        "emoji": (["--data", "no/pics \U0001f600"], ["no/pics \U0001f600' does not exist"]),
+        "no such block": (["--set", 'plan.keep_blocks={dec_0_9="host"}'], ["names 'dec_0_9'", "near: dec_0_"]),
+        "no such block, dry run": (["--dry-run", "--set", 'plan.keep_blocks={"pst*"="host"}'], ["'pst*'", "near: "]),
+        "size bomb": (["--dry-run", "--set", "model.image_size=1000000"], ["image_size = 1000000 must be from 1"]),
+        "batch bomb": (["--micro-batch", "1000000"], ["plan.micro_batch = 1000000 must be from 0 to 65,536"]),
+        "infinite": (["--set", "training.epochs=inf"], ["training.epochs = inf must be from 0"]),
         "no place": (["--runs-dir", str(tmp_path / "file" / "runs")], ["--runs-dir", "cannot make a run folder"]),
         "no place for one": (["--run-dir", str(tmp_path / "file")], ["--run-dir", "cannot be made"]),
     }  # fmt: skip
@@ -76,7 +91,8 @@ def bad_inputs(tmp_path: Path) -> dict[str, tuple[list[str], list[str]]]:
 BAD_INPUTS = (
     "missing data", "misspelt set", "empty folder", "grey for RGB", "RGB for grey", "not square", "too small",
     "unknown profile", "broken profile", "unknown key", "unknown --set", "shapeless --set", "wrong type",
-    "impossible model", "several at once", "not divisible", "no place", "no place for one",
+    "impossible model", "several at once", "not divisible", "no place", "no place for one", "no data", "emoji",
+    "no such block", "no such block, dry run", "size bomb", "batch bomb", "infinite",
 )  # fmt: skip
 
 

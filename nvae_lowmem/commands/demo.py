@@ -46,6 +46,6 @@ def _demo(command: DemoCommand) -> None:
     demo_page.check_gradio()
     address = demo_page.Address(host=command.host, port=command.port, public=command.share == "public")
     demo_page.check_address(address)
-    run = commands.open_run(command.run, command.runs_dir, command.device, command.micro_batch)
+    run = commands.open_run(command.run, command.runs_dir, command.device, command.micro_batch, data=command.data)
     print(run.describe(), flush=True)
     demo_page.serve(run, address)

@@ -38,7 +38,7 @@ class PictureCommand(RunCommand):
 
 def opened(command: PictureCommand) -> OpenRun:
     """The run of a command, which is told what was opened. Raises ConfigError as `open_run` does."""
-    run = open_run(command.run, command.runs_dir, command.device, command.micro_batch)
+    run = open_run(command.run, command.runs_dir, command.device, command.micro_batch, data=command.data)
     print(run.describe(), flush=True)
     return run
 

@@ -86,7 +86,7 @@ def run_sampling(argv: Sequence[str]) -> int:
 
 def _sample(command: SampleCommand) -> None:
     temperatures = _temperatures(command)
-    run = open_run(command.run, command.runs_dir, command.device, command.micro_batch)
+    run = open_run(command.run, command.runs_dir, command.device, command.micro_batch, data=command.data)
     model = run.model
     for temperature in temperatures:
         group_temperatures(temperature, model.config)

@@ -15,12 +15,14 @@ from torch import Tensor
 
 from nvae_lowmem.config import profile_file as profiles
 from nvae_lowmem.config.sections import EngineName, MemoryPlan, Precision, Profile
+from nvae_lowmem.data.fingerprint import record_or_compare
 from nvae_lowmem.data.pipeline import Batches
 from nvae_lowmem.data.sources import Datasets, open_source
 from nvae_lowmem.errors import ConfigError, NothingFits
 from nvae_lowmem.generation.grids import training_pictures
 from nvae_lowmem.hardware import cuda_memory
 from nvae_lowmem.hardware.cpu import keep_freed_memory
+from nvae_lowmem.model.keep import check_block_names
 from nvae_lowmem.model.nvae import NVAE
 from nvae_lowmem.training import checkpoint, runs
 from nvae_lowmem.training.batch_split import split_batch
@@ -63,7 +65,7 @@ class TrainCommand:
 
     profile: str
     """TOML file, or the name of a shipped profile (profiles/)."""
-    data: str = ""
+    data: str | None = None
     """Images to train on instead: a folder, a ZIP, an LMDB, MNIST or CIFAR-10 files, mnist5k, faces."""
     runs_dir: str = "runs"
     """Where the numbered run folder is made."""
@@ -130,7 +132,7 @@ def profile_of(command: TrainCommand) -> Profile:
     """The profile with the command line's overrides. Raises ConfigError with every problem."""
     profile = profiles.load(command.profile)
     shortcuts = {
-        "data.source": command.data or None,
+        "data.source": command.data,
         "training.total_batch": command.total_batch or None,
         "plan.micro_batch": command.micro_batch or None,
         "training.steps": command.steps or None,
@@ -138,7 +140,8 @@ def profile_of(command: TrainCommand) -> Profile:
         "plan.engine": command.engine,
     }
     given = {key: value for key, value in shortcuts.items() if value is not None}
-    return profiles.override(profile, command.set, given) if given or command.set else profile
+    changed = profiles.override(profile, command.set, given) if given or command.set else profile
+    return changed.with_absolute_paths()
 
 
 def _train(command: TrainCommand, pictures_for: Callable[[Profile], Pictures], fitted: Fitter) -> int:
@@ -167,7 +170,9 @@ def _train(command: TrainCommand, pictures_for: Callable[[Profile], Pictures], f
         _policies(profile.plan),
     )
     run = replace(run, reasons=tuple(reason for reason in reasons if reason))
-    model = build_model(profile)
+    with torch.device("meta") if command.dry_run else contextlib.nullcontext():  # a dry run allocates nothing
+        model = build_model(profile)
+    check_block_names(model, profile.plan)
     if rank == 0:
         print(_summary(run, model), flush=True)
     if command.dry_run:
@@ -241,6 +246,8 @@ def _train_in(
     if rank == 0:
         if resumed is None:
             profiles.save(profile, run_dir / "config.toml", header=f"nvae-lowmem run {run_dir.name}")
+        if other_data := record_or_compare(run_dir, data.fingerprint):
+            print(other_data, flush=True)
         began = f"resuming {run_dir} after step {first_step}" if first_step else f"run folder {run_dir}"
         print(f"{began}\nwatch it with: tensorboard --logdir {run_dir}", flush=True)
     Trainer(training, data, run_dir, pictures_for(profile), first_step).train()
@@ -281,7 +288,7 @@ def _run_dir(command: TrainCommand, profile: Profile) -> Path:
         return folder
     if command.resume == "never":
         raise ConfigError(f"--run-dir {folder} holds a checkpoint and --resume is never: name another folder")
-    changed = changed_keys(profiles.load(folder / "config.toml"), profile)
+    changed = changed_keys(profiles.load(folder / "config.toml").with_absolute_paths(), profile)
     if changed:
         raise ConfigError(
             f"--run-dir {folder} was trained with another configuration; these differ: {', '.join(changed)}. "

@@ -5,14 +5,20 @@ from __future__ import annotations
 import os
 import urllib.parse
 import urllib.request
+from collections.abc import Collection
 from pathlib import Path
 
 _SCHEME = "file://"
 
 
-def absolute_path(path: str) -> str:
-    """The path from the root, `~` expanded, links as they are; "" stays "". For a file:// URI: the path it names."""
-    if not path:
+def absolute_path(path: str, unless: Collection[str] = ()) -> str:
+    """The path from the root, `~` expanded, links as they are; "" stays "". For a file:// URI: the path it names.
+
+    unless: names that are no paths; with any, a word that is nothing in this folder may be a misspelt one, and stays.
+    """
+    if not path or path in unless:
+        return path
+    if unless and os.path.basename(path) == path and "\0" not in path and not os.path.lexists(path):
         return path
     if path.startswith(_SCHEME):
         path = from_uri(path)

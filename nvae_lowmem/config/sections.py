@@ -12,11 +12,14 @@ from typing import Annotated, Any, Literal
 
 from nvae_lowmem.config.limits import LARGEST_STEPS, Between, range_problems, shown
 from nvae_lowmem.config.model import Architecture, LikelihoodName, ModelConfig
+from nvae_lowmem.config.paths import absolute_path
 from nvae_lowmem.errors import ConfigError, raise_problems, unknown_name
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 EngineName = Literal["auto", "torch", "deepspeed"]
+Crop = Literal["centre", "none", "celeba"]
 Keep = Literal["all", "cheap", "input", "host"]
+EMBEDDED_SETS = ("mnist5k", "faces")
 KEEPS: tuple[Keep, ...] = ("all", "cheap", "input", "host")
 
 
@@ -44,10 +47,13 @@ class DataConfig:
     """Held-out images in the same forms; empty: the source's own test part, or a fixed share of the source."""
     test_fraction: Annotated[float, Between(0, 1, above_least=True, below_most=True)] = 0.05
     """Share held out when the source has no test part of its own."""
-    crop: Literal["centre", "none"] = "centre"
-    """centre: the largest centred square, then resized; none: the image must be square already."""
+    crop: Crop = "centre"
+    """centre: the largest centred square, then resized; none: the image must be square already; celeba: the published
+    square (15, 40, 163, 188) of CelebA's aligned 178 x 218 images."""
     crop_pixels: Annotated[int, Between(0, 1 << 16)] = 0
     """Side of the centred square cut before resizing (CelebA: 148 or 140); 0: the largest that fits."""
+    white: Annotated[float, Between(0, 1e12)] = 0.0
+    """The value that is white in images of more than 8 bits per channel, such as 1 or 4095; 0: as their format says."""
     flip: bool = False
     """Mirror images at random while training."""
     dynamic_binarisation: bool = True
@@ -223,6 +229,17 @@ class Profile:
             if not of_kind or not allowed.allows(value):
                 out.append(f"provenance.{key} = {shown(value)} must be a number {allowed}")
         return out
+
+    def with_absolute_paths(self) -> Profile:
+        """The same run from any folder: paths of data as seen from the root; names of embedded sets stay."""
+        data = self.data
+        located = replace(
+            data,
+            source=absolute_path(data.source, unless=EMBEDDED_SETS),
+            test_source=absolute_path(data.test_source, unless=EMBEDDED_SETS),
+            cache_dir=absolute_path(data.cache_dir),
+        )
+        return replace(self, data=located)
 
     def check(self, where: str = "profile") -> Profile:
         """Itself, or a ConfigError that lists every problem."""

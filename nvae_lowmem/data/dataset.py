@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nvae_lowmem.data.picture import Preparation, UnreadableImage, looks_grey
+from nvae_lowmem.data.decode import UnreadableImage, looks_grey
+from nvae_lowmem.data.picture import Preparation
 from nvae_lowmem.data.stores import ArrayStore, Store
 from nvae_lowmem.errors import ConfigError
 from nvae_lowmem.progress import Log, Progress
@@ -115,7 +116,7 @@ def load(store: Store, numbers: np.ndarray, prepare: Preparation, log: Log) -> t
     if isinstance(store, ArrayStore) and store.pixels.shape[1:] == shape and not prepare.crop_pixels:
         return ArrayDataset(store.pixels[numbers]), []
     in_memory = len(numbers) * int(np.prod(shape)) <= IN_MEMORY_BYTES
-    if not in_memory and len(numbers) >= VERIFY_BELOW:
+    if not in_memory and (len(numbers) >= VERIFY_BELOW or isinstance(store, ArrayStore)):  # nothing to find in arrays
         for _ in _decode_all(store, numbers[:_LOOK_AT], prepare, None):
             pass  # settings that do not fit the images are to fail now, not in the first step
         return LazyDataset(store, numbers, prepare, log), []

@@ -17,9 +17,10 @@ from PIL import Image
 from torch import Tensor
 
 from nvae_lowmem.config.sections import Profile
-from nvae_lowmem.data.picture import MAX_FILE_BYTES, Preparation, UnreadableImage, decode
+from nvae_lowmem.data.decode import MAX_FILE_BYTES, UnreadableImage, decode
+from nvae_lowmem.data.picture import Preparation
 from nvae_lowmem.data.pipeline import to_network
-from nvae_lowmem.errors import ConfigError
+from nvae_lowmem.errors import ConfigError, printable
 
 
 class Box(NamedTuple):
@@ -56,7 +57,7 @@ def load_images(paths: Sequence[str], profile: Profile, boxes: Sequence[str] = (
     prepare = Preparation.of(profile.data, profile.model)
     images = []
     for path, box in zip(paths, per_image, strict=True):
-        picture = _read(path)
+        picture, path = _read(path, profile.data.white), printable(path)
         if box is None:
             pixels = prepare(picture, path)
         else:
@@ -65,15 +66,16 @@ def load_images(paths: Sequence[str], profile: Profile, boxes: Sequence[str] = (
     return to_network(torch.stack(images), profile.model, None)
 
 
-def _read(path: str) -> Image.Image:
+def _read(path: str, white: float) -> Image.Image:
+    name = printable(path)
     try:
         if os.path.getsize(path) > MAX_FILE_BYTES:
-            raise ConfigError(f"image {path}: larger than {MAX_FILE_BYTES >> 20} MiB; make it smaller")
+            raise ConfigError(f"image {name}: larger than {MAX_FILE_BYTES >> 20} MiB; make it smaller")
         with warnings.catch_warnings():  # pillow warns at the number of pixels that `decode` refuses with a message
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            return decode(Path(path).read_bytes(), path)
+            return decode(Path(path).read_bytes(), name, white)
     except OSError as error:
-        raise ConfigError(f"image {path}: cannot be read: {error.strerror or error}") from None
+        raise ConfigError(f"image {name}: cannot be read: {error.strerror or error}") from None
     except UnreadableImage as error:
         raise ConfigError(f"image {error}; give a PNG, JPEG or WebP file") from None
 

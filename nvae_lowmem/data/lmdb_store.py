@@ -1,7 +1,12 @@
-"""LMDBs as the published NVAE writes them: keys b"0", b"1", ...; a value is one square image as raw RGB bytes."""
+"""LMDBs as the published NVAE writes them: keys b"0", b"1" and so on.
+
+A value is one square image as raw RGB bytes, or a whole image file: the published script for CelebA puts the JPEG files
+in as they are.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import weakref
@@ -10,11 +15,15 @@ from pathlib import Path
 import lmdb
 from PIL import Image
 
-from nvae_lowmem.data.picture import MAX_FILE_BYTES, UnreadableImage
+from nvae_lowmem.data.decode import MAX_FILE_BYTES, UnreadableImage, decode
 from nvae_lowmem.errors import ConfigError
 
 _MAGIC, _MAGIC_OFFSET = (0xBEEFC0DE).to_bytes(4, "little"), 16
 _TRAIN, _TEST = "train.lmdb", ("validation.lmdb", "test.lmdb")
+_LOOK_AT = 16
+"""Of so many values at least one must be an image."""
+_SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"RIFF", b"GIF8", b"II*\0", b"MM\0*")
+_SAMPLE_BYTES = 1024
 
 # lmdb allows one open environment per file and process, but training and held-out images may be asked from the same.
 _open: weakref.WeakValueDictionary[str, lmdb.Environment] = weakref.WeakValueDictionary()
@@ -40,22 +49,38 @@ def find_parts(folder: Path) -> tuple[Path | None, Path | None]:
 class LmdbStore:
     """The images of one LMDB. Raises ConfigError where it cannot be opened or holds something else."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, white: float = 0.0) -> None:
+        self._path, self._white = path, white
         self._environment = _environment(path)
         self._count = int(self._environment.stat()["entries"])
-        first = self._value(0)
-        if first is None:
+        values = [self._value(index) for index in range(min(self._count, _LOOK_AT))]
+        if not values or values[0] is None:
             raise ConfigError(
                 f"LMDB {str(path)!r} has {self._count:,} entries, but none with the key '0': images are expected under "
                 "the keys '0', '1', '2' and so on"
             )
-        if not _side(first):
-            raise ConfigError(
-                f"LMDB {str(path)!r}: the value of key '0' has {len(first):,} bytes, which is no square RGB image "
-                "(side x side x 3 raw bytes): write it anew, or give the images as a folder or ZIP"
-            )
-        self.description = f"LMDB {str(path)!r} with {self._count:,} images"
+        self._holds_files = self._looks_like_files([value for value in values if value])
+        kind = "image files" if self._holds_files else "images"
+        self.description = f"LMDB {str(path)!r} with {self._count:,} {kind}"
+
+    def _looks_like_files(self, values: list[bytes]) -> bool:
+        """Whether the values are image files, not raw bytes. Raises ConfigError where they are neither."""
+        for index, value in enumerate(values):
+            # any bytes could be a TGA, which has no signature: bytes of a square are no file unless they begin like one
+            if _side(value) and not value.startswith(_SIGNATURES):
+                return False
+            try:
+                decode(value, self.name(index), self._white)
+            except UnreadableImage:
+                continue
+            return True
+        if any(map(_side, values)):
+            return False
+        size = f"{len(values[0]):,} bytes" if values else "no bytes"
+        raise ConfigError(
+            f"LMDB {str(self._path)!r}: the value of key '0' has {size}, which is no square RGB image (side x side x 3 "
+            "raw bytes) and no image file: write it anew, or give the images as a folder or ZIP"
+        )
 
     def __len__(self) -> int:
         return self._count
@@ -63,10 +88,21 @@ class LmdbStore:
     def name(self, index: int) -> str:
         return f"key '{index}' of LMDB {str(self._path)!r}"
 
+    def identity(self, index: int) -> bytes:
+        """From three samples of the value: to read all of them would take minutes where an LMDB has many gigabytes."""
+        key = str(index).encode()
+        with self._environment.begin(buffers=True) as transaction:  # the value stays in the file
+            value = memoryview(transaction.get(key, key))
+            middle = len(value) // 2
+            parts = (value[:_SAMPLE_BYTES], value[middle : middle + _SAMPLE_BYTES], value[-_SAMPLE_BYTES:])
+            return hashlib.sha256(b"".join([b"%d " % len(value), *parts])).digest()
+
     def picture(self, index: int) -> Image.Image:
         value = self._value(index)
         if value is None:
             raise UnreadableImage(f"{self.name(index)}: no such key")
+        if self._holds_files:
+            return decode(value, self.name(index), self._white)
         side = _side(value)
         if not side:
             raise UnreadableImage(f"{self.name(index)}: {len(value):,} bytes are no square RGB image")
@@ -92,7 +128,7 @@ def _environment(path: Path) -> lmdb.Environment:
         return _open[real]
     try:
         environment = lmdb.open(real, subdir=os.path.isdir(real), readonly=True, lock=False, readahead=False)
-    except (lmdb.Error, OSError) as error:
+    except (lmdb.Error, OSError, ValueError) as error:  # ValueError: a name that is no UTF-8, under some versions
         raise ConfigError(f"LMDB {str(path)!r} cannot be opened: {error}; copy or write it again") from error
     file = os.path.join(real, "data.mdb") if os.path.isdir(real) else real
     wanted_bytes = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]

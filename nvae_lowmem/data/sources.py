@@ -12,30 +12,31 @@ import numpy as np
 from PIL import Image
 
 from nvae_lowmem.config.model import ModelConfig
-from nvae_lowmem.config.sections import DataConfig
+from nvae_lowmem.config.sections import EMBEDDED_SETS, DataConfig
 from nvae_lowmem.data import cifar, idx, lmdb_store
 from nvae_lowmem.data.cache import cache_folder
 from nvae_lowmem.data.dataset import Dataset, check_colours, load
 from nvae_lowmem.data.digits import mnist5k
 from nvae_lowmem.data.faces import faces
+from nvae_lowmem.data.fingerprint import Fingerprint
+from nvae_lowmem.data.lmdb_store import LmdbStore
 from nvae_lowmem.data.picture import Preparation
-from nvae_lowmem.data.randomness import Stream, keys
+from nvae_lowmem.data.split import by_identity, by_number
 from nvae_lowmem.data.stores import ArrayStore, FolderStore, Store, ZipStore, is_image_name
 from nvae_lowmem.errors import ConfigError, raise_problems, unknown_name
 from nvae_lowmem.progress import Log
 
-EMBEDDED = ("mnist5k", "faces")
 _FORMS = "a folder of images, a ZIP, an LMDB, MNIST IDX files, CIFAR-10 python batches, or mnist5k or faces"
-# The split is a property of the data, not of a run: another training seed must not move images between the parts.
-_SPLIT_SEED = 0
+_MOST_FACE_BYTES = 4 << 30
 
 
 class Datasets(NamedTuple):
-    """Training images, held-out images, and what was found, in words."""
+    """Training images, held-out images, what was found, in words, and what tells these data from others."""
 
     train: Dataset
     test: Dataset
     description: str
+    fingerprint: Fingerprint
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,8 @@ class _Found:
 
     whole: Store
     test: Store | None = None
+    test_is: str = ""
+    """The held-out part in words, where its description does not say it."""
 
 
 def open_source(config: DataConfig, model: ModelConfig, *, log: Log = print) -> Datasets:
@@ -66,35 +69,42 @@ def open_source(config: DataConfig, model: ModelConfig, *, log: Log = print) -> 
 def _prepared(found: _Found, config: DataConfig, prepare: Preparation, log: Log) -> Datasets:
     check_colours(found.whole, prepare.channels, "data.source")
     if found.test is None:
-        test, skipped, train_numbers = _held_out(found.whole, config.test_fraction, prepare, log)
+        test_store = found.whole
+        test, skipped, test_numbers, train_numbers = _held_out(found.whole, config.test_fraction, prepare, log)
         share = f"a fixed share of {config.test_fraction:.3g}"
     else:
+        test_store, test_numbers = found.test, np.arange(len(found.test))
         check_colours(found.test, prepare.channels, "data.test_source" if config.test_source else "data.source")
-        test, skipped = load(found.test, np.arange(len(found.test)), prepare, log)
-        train_numbers, share = np.arange(len(found.whole)), found.test.description
-    train, train_skipped = load(found.whole, train_numbers[: config.max_images or None], prepare, log)
+        test, skipped = load(found.test, test_numbers, prepare, log)
+        train_numbers, share = np.arange(len(found.whole)), found.test_is or found.test.description
+    train_numbers = train_numbers[: config.max_images or None]
+    train, train_skipped = load(found.whole, train_numbers, prepare, log)
     skipped = train_skipped + skipped
     _report_skipped(skipped, log)
     _check_not_empty(train, test, found, skipped)
     text = f"{found.whole.description}: {len(train):,} for training; held out: {len(test):,} ({share})"
-    return Datasets(train, test, text + (f"; {len(skipped):,} unreadable images skipped" if skipped else ""))
+    if skipped:
+        text += f"; {len(skipped):,} unreadable images skipped"
+    parts = ((found.whole, train_numbers, len(train)), (test_store, test_numbers, len(test)))
+    return Datasets(train, test, text, Fingerprint.of(*parts))
 
 
-def _held_out(store: Store, fraction: float, prepare: Preparation, log: Log) -> tuple[Dataset, list[str], np.ndarray]:
-    """(held-out images, what was skipped, numbers of the training images in order).
+def _held_out(
+    store: Store, fraction: float, prepare: Preparation, log: Log
+) -> tuple[Dataset, list[str], np.ndarray, np.ndarray]:
+    """(held-out images, what was skipped, their numbers, the numbers of the training images), in order.
 
-    The images whose numbers have the smallest hashes are held out, so the same ones on every machine and in every run.
-    At least one is held out and at least one is not; when none of the share can be read, it grows until one can.
+    At least one image is held out and at least one is not; when none of the share can be read, it grows until one can.
     """
-    ranked = np.argsort(keys(_SPLIT_SEED, Stream.SPLIT, np.arange(len(store))), kind="stable")
+    ranked, count = by_identity(store, fraction)
     most = len(ranked) - 1
-    count = min(max(1, round(fraction * len(store))), most)
+    count = min(max(1, count), most)
     test, skipped = load(store, np.sort(ranked[:count]), prepare, log)
     while not len(test) and count < most:
         tried, count = count, min(2 * count, most)
         test, more = load(store, np.sort(ranked[tried:count]), prepare, log)
         skipped += more
-    return test, skipped, np.sort(ranked[count:])
+    return test, skipped, np.sort(ranked[:count]), np.sort(ranked[count:])
 
 
 def _report_skipped(skipped: list[str], log: Log) -> None:
@@ -119,39 +129,57 @@ def _find(name: str, key: str, config: DataConfig, model: ModelConfig, log: Log)
         train, test = mnist5k()
         return _Found(ArrayStore(train, "5,000 MNIST digits (mnist5k)"), ArrayStore(test, "its own test part"))
     if name == "faces":
-        pixels = faces(config.faces_count, model.image_size, cache_folder(config.cache_dir), log)
-        return _Found(ArrayStore(pixels, f"{len(pixels):,} drawn cartoon faces"))
+        return _find_faces(config, model, log)
     path = Path(name).expanduser()
     try:
         if path.is_dir():
-            return _find_in_folder(path, key)
+            return _find_in_folder(path, config.white)
         if path.exists():
-            return _find_in_file(path, key)
-    except OSError as error:
-        raise ConfigError(f"{key} {name!r} cannot be opened: {error.strerror or error}") from error
+            return _find_in_file(path, key, config.white)
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{key} {name!r} cannot be opened: {getattr(error, 'strerror', None) or error}") from error
     raise ConfigError(_nothing_there(name, key))
+
+
+def _find_faces(config: DataConfig, model: ModelConfig, log: Log) -> _Found:
+    """The drawn faces, split by number: what face i looks like follows from i alone."""
+    count, size = config.faces_count, model.image_size
+    if count * 3 * size * size > _MOST_FACE_BYTES:
+        raise ConfigError(
+            f"data.faces_count = {count:,} faces of {size} x {size} pixels take {count * 3 * size**2 / (1 << 30):.3g} "
+            f"GiB; at most {_MOST_FACE_BYTES >> 30} GiB are drawn: set fewer faces or a smaller model.image_size"
+        )
+    pixels = faces(count, size, cache_folder(config.cache_dir), log)
+    test, train = by_number(count, config.test_fraction)
+    text = f"{count:,} drawn cartoon faces"
+    if count == 1:
+        return _Found(ArrayStore(pixels, text))
+    share = f"a fixed share of {config.test_fraction:.3g}"
+    return _Found(ArrayStore(pixels[train], text), ArrayStore(pixels[test], text), share)
 
 
 def _nothing_there(name: str, key: str) -> str:
     if "/" not in name and "\\" not in name and "." not in name:
-        unknown = unknown_name("embedded set", name, EMBEDDED)
+        unknown = unknown_name("embedded set", name, EMBEDDED_SETS)
         return f"{key} {name!r}: there is no such file or folder here, and it is an {unknown}. Give {_FORMS} (--data)"
     return f"{key} {name!r} does not exist: give {_FORMS} (--data)"
 
 
-def _find_in_folder(folder: Path, key: str) -> _Found:
+def _find_in_folder(folder: Path, white: float) -> _Found:
     if lmdb_store.is_lmdb(folder):
-        return _Found(lmdb_store.LmdbStore(folder))
+        return _Found(LmdbStore(folder, white))
     train, test = lmdb_store.find_parts(folder)
     if train:
-        return _Found(lmdb_store.LmdbStore(train), lmdb_store.LmdbStore(test) if test else None)
+        return _two_parts(*(LmdbStore(part, white) if part else None for part in (train, test)))
     train, test = idx.find_parts(folder)
     if train or test:
         return _two_parts(idx.read_images(train) if train else None, idx.read_images(test) if test else None)
     batches = cifar.find_batches(folder)
     if batches:
         return _two_parts(*cifar.read_batches(batches))
-    return _Found(FolderStore(folder))
+    return _Found(FolderStore(folder, white))
 
 
 def _two_parts(train: Store | None, test: Store | None) -> _Found:
@@ -162,15 +190,15 @@ def _two_parts(train: Store | None, test: Store | None) -> _Found:
     return _Found(train, test)
 
 
-def _find_in_file(path: Path, key: str) -> _Found:
+def _find_in_file(path: Path, key: str, white: float) -> _Found:
     if not path.is_file():  # reading a pipe or a device might never end
         raise ConfigError(f"{key} {str(path)!r} is neither a file nor a folder: give {_FORMS}")
     if lmdb_store.is_lmdb(path):
-        return _Found(lmdb_store.LmdbStore(path))
+        return _Found(LmdbStore(path, white))
     if idx.is_idx(path):
         return _Found(idx.read_images(path))
     if path.suffix.lower() == ".zip" or zipfile.is_zipfile(path):
-        return _Found(ZipStore(path))
+        return _Found(ZipStore(path, white))
     if is_image_name(path.name):
         raise ConfigError(f"{key} {str(path)!r} is one image: name the folder that it is in")
     if path.name.endswith((".tar", ".tgz", ".tar.gz", ".tar.xz", ".tar.bz2", ".7z", ".rar")):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import stat
+import unicodedata
 import zipfile
 from collections import Counter
 from collections.abc import Iterable
@@ -13,8 +15,8 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
-from nvae_lowmem.data.picture import MAX_FILE_BYTES, UnreadableImage, decode, image_extensions
-from nvae_lowmem.errors import ConfigError
+from nvae_lowmem.data.decode import MAX_FILE_BYTES, UnreadableImage, decode, image_extensions
+from nvae_lowmem.errors import ConfigError, printable
 
 
 class Store(Protocol):
@@ -27,6 +29,12 @@ class Store(Protocol):
 
     def name(self, index: int) -> str:
         """What messages call this picture."""
+
+    def identity(self, index: int) -> bytes:
+        """What the picture is known by wherever it stands: its path below the source, or what it holds; never `index`.
+
+        It decides whether the picture is held out.
+        """
 
     def picture(self, index: int) -> Image.Image:
         """The picture in mode L or RGB. Raises UnreadableImage, or ConfigError for what must not be skipped."""
@@ -45,6 +53,9 @@ class ArrayStore:
     def name(self, index: int) -> str:
         return f"number {index} of {self.description}"
 
+    def identity(self, index: int) -> bytes:
+        return hashlib.sha256(self.pixels[index].tobytes()).digest()
+
     def picture(self, index: int) -> Image.Image:
         values = self.pixels[index]
         return Image.fromarray(values[0] if len(values) == 1 else np.ascontiguousarray(values.transpose(1, 2, 0)))
@@ -53,42 +64,45 @@ class ArrayStore:
 class FolderStore:
     """All images below a folder, in the order of their paths. Raises ConfigError where there are none."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, white: float = 0.0) -> None:
+        self._folder, self._white = folder, white
         files, unreadable = _files_below(folder)
         self._names = [name for name in files if is_image_name(name)]
         if not self._names:
-            locked = f"; not readable: {', '.join(unreadable[:3])}" if unreadable else ""
+            locked = f"; not readable: {printable(', '.join(unreadable[:3]))}" if unreadable else ""
             raise ConfigError(_no_images(f"folder {str(folder)!r}", files) + locked)
         self.description = f"folder {str(folder)!r} with {len(self._names):,} image files"
         if unreadable:
-            self.description += f" (left out, not readable: {', '.join(unreadable[:3])})"
+            self.description += f" (left out, not readable: {printable(', '.join(unreadable[:3]))})"
 
     def __len__(self) -> int:
         return len(self._names)
 
     def name(self, index: int) -> str:
-        return str(self._folder / self._names[index])
+        return printable(self._folder / self._names[index])
+
+    def identity(self, index: int) -> bytes:
+        return _path_identity(self._names[index])
 
     def picture(self, index: int) -> Image.Image:
-        path = self._folder / self._names[index]
+        path, name = self._folder / self._names[index], self.name(index)
         try:
             status = path.stat()
             if not stat.S_ISREG(status.st_mode):  # reading a pipe or a device might never end
-                raise UnreadableImage(f"{path}: is not a file")
+                raise UnreadableImage(f"{name}: is not a file")
             if status.st_size > MAX_FILE_BYTES:
-                raise UnreadableImage(f"{path}: larger than {MAX_FILE_BYTES >> 20} MiB")
+                raise UnreadableImage(f"{name}: larger than {MAX_FILE_BYTES >> 20} MiB")
             data = path.read_bytes()
         except OSError as error:
-            raise UnreadableImage(f"{path}: {error.strerror or error}") from error
-        return decode(data, str(path))
+            raise UnreadableImage(f"{name}: {error.strerror or error}") from error
+        return decode(data, name, self._white)
 
 
 class ZipStore:
     """All images in a ZIP file, in the order of their names. Raises ConfigError where it cannot be used."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, white: float = 0.0) -> None:
+        self._path, self._white = path, white
         try:
             self._zip = zipfile.ZipFile(path)
         except (OSError, zipfile.BadZipFile, NotImplementedError, ValueError) as error:
@@ -107,7 +121,10 @@ class ZipStore:
         return len(self._members)
 
     def name(self, index: int) -> str:
-        return f"{self._path}:{self._members[index].filename}"
+        return printable(f"{self._path}:{self._members[index].filename}")
+
+    def identity(self, index: int) -> bytes:
+        return _path_identity(self._members[index].filename)
 
     def picture(self, index: int) -> Image.Image:
         member, name = self._members[index], self.name(index)
@@ -116,8 +133,8 @@ class ZipStore:
         try:
             data = self._zip.read(member)
         except Exception as error:  # damaged members raise BadZipFile, zlib.error, EOFError, RuntimeError, ...
-            raise UnreadableImage(f"{name}: {error}") from error
-        return decode(data, name)
+            raise UnreadableImage(f"{name}: {printable(error)}") from error
+        return decode(data, name, self._white)
 
 
 def is_image_name(name: str) -> bool:
@@ -125,6 +142,11 @@ def is_image_name(name: str) -> bool:
     path = PurePosixPath(name.replace(os.sep, "/"))
     hidden = any((part.startswith(".") and part != "..") or part == "__MACOSX" for part in path.parts)
     return not hidden and path.suffix.lower() in image_extensions()
+
+
+def _path_identity(name: str) -> bytes:
+    """A relative path as bytes that no system's way to write it changes (macOS takes letters and accents apart)."""
+    return unicodedata.normalize("NFC", name.replace(os.sep, "/")).encode("utf-8", "surrogateescape")
 
 
 def _files_below(folder: Path) -> tuple[list[str], list[str]]:
@@ -147,6 +169,6 @@ def _files_below(folder: Path) -> tuple[list[str], list[str]]:
 
 
 def _no_images(where: str, names: Iterable[str]) -> str:
-    endings = Counter(PurePosixPath(name).suffix.lower() or "no ending" for name in names)
+    endings = Counter(printable(PurePosixPath(name).suffix.lower()) or "no ending" for name in names)
     found = ", ".join(f"{count:,} files with {ending}" for ending, count in endings.most_common(4)) or "it is empty"
     return f"{where} holds no images ({found}); images are files like .png, .jpg or .webp, in sub-folders too"

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from nvae_lowmem.config.model import ModelConfig
+from nvae_lowmem.data.decode import decode, looks_grey
 from nvae_lowmem.data.image_files import load_images
-from nvae_lowmem.data.picture import decode, looks_grey
 from nvae_lowmem.errors import ConfigError
 from nvae_lowmem.generation import grids, traverse
 from nvae_lowmem.generation.blend import Mode, blend_images, parse_weights

@@ -113,7 +113,7 @@ def run_evaluation(argv: Sequence[str], generation: Generation) -> int:
 def _evaluate(command: EvaluateCommand, generation: Generation) -> None:
     _check_numbers(command)
     precision, _ = precision_here(command.precision, choose_device(command.device))
-    run = open_run(command.run, command.runs_dir, command.device, command.micro_batch, precision)
+    run = open_run(command.run, command.runs_dir, command.device, command.micro_batch, precision, command.data)
     profile, model, device, micro_batch = run.profile, run.model, run.device, run.micro_batch
     request = SampleRequest(
         count=command.samples, temperature=command.temperature, seed=command.seed, micro_batch=micro_batch,

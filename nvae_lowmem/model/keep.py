@@ -13,6 +13,7 @@ Loss and gradients do not depend on the choice; BatchNorm statistics and power i
 from __future__ import annotations
 
 import contextlib
+import difflib
 import functools
 import weakref
 from collections.abc import Callable, Mapping
@@ -35,12 +36,8 @@ from nvae_lowmem.model.nvae import NVAE
 
 def apply_plan(model: NVAE, plan: MemoryPlan) -> None:
     """Make every block of the model keep what the plan says. Raises ConfigError for a block nobody knows."""
-    names = [name for name in model.block_names() if name != "start"]
-    unknown = [
-        k for k in plan.keep_blocks if not any(n == k or (k.endswith("*") and n.startswith(k[:-1])) for n in names)
-    ]
-    if unknown:
-        raise ConfigError(f"plan.keep_blocks names blocks that this model does not have: {', '.join(unknown)}")
+    check_block_names(model, plan)
+    names = _names(model)
     keeps: dict[str, Keep] = {name: plan.keep_of(name) for name in names}
     for name, keep in keeps.items():
         _set_recompute(model.blocks[name], keep)
@@ -48,6 +45,24 @@ def apply_plan(model: NVAE, plan: MemoryPlan) -> None:
     assert isinstance(head, Head)
     head.chunk_bytes = plan.likelihood_chunk_bytes
     model.run_block = KeepRunner(keeps)
+
+
+def check_block_names(model: NVAE, plan: MemoryPlan) -> None:
+    """Raise ConfigError where plan.keep_blocks names a block that the model does not have, with the nearest names."""
+    names = _names(model)
+    for key in plan.keep_blocks:
+        if key in names or (key.endswith("*") and any(name.startswith(key[:-1]) for name in names)):
+            continue
+        near = difflib.get_close_matches(key, names, n=3, cutoff=0.5) or [*names[:2], names[-1]]
+        raise ConfigError(
+            f"plan.keep_blocks names {key!r}, a block that this model does not have; near: {', '.join(near)}; a prefix "
+            "ends in *. A plan made for another model does not serve: fit this one (tools/fit_memory.py)"
+        )
+
+
+def _names(model: NVAE) -> list[str]:
+    """The blocks that a policy can be set for."""
+    return [name for name in model.block_names() if name != "start"]
 
 
 def _set_recompute(block: nn.Module, keep: Keep) -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from nvae_lowmem.config.profile_file import override
 from nvae_lowmem.config.sections import Profile
 from nvae_lowmem.data.pipeline import evaluation_batches
 from nvae_lowmem.data.sources import open_source
@@ -51,6 +52,8 @@ class RunCommand:
     """Run folder by path, number or name; latest: the newest one in --runs-dir."""
     runs_dir: str = "runs"
     """Where the numbered run folders are."""
+    data: str | None = None
+    """Where the run's images are now, if they have moved; in any form that training takes."""
     micro_batch: int = 0
     """Images per forward pass; 0: as many as the run's memory plan has room for."""
     device: DeviceChoice = "auto"
@@ -76,12 +79,18 @@ class OpenRun:
 
 
 def open_run(
-    run: str, runs_dir: str, device: DeviceChoice = "auto", micro_batch: int = 0, precision: str = "fp32"
+    run: str,
+    runs_dir: str,
+    device: DeviceChoice = "auto",
+    micro_batch: int = 0,
+    precision: str = "fp32",
+    data: str | None = None,
 ) -> OpenRun:
     """The newest checkpoint of a run, under the run's memory plan.
 
     micro_batch: images per pass, and then the plan's cap is not put into force: who asks for more images means to use
     more of the card; 0: what the plan has room for in `precision`.
+    data: takes the place of the run's data.source.
     Raises ConfigError: no such run, no whole checkpoint, one of another version, no GPU though asked for.
     """
     if micro_batch < 0:
@@ -89,6 +98,8 @@ def open_run(
     where = choose_device(device)
     folder = runs.find_run(run, runs_dir)
     profile, model, saved = checkpoint.load_run(folder, say=_complain)
+    if data is not None:
+        profile = override(profile, values={"data.source": data}).with_absolute_paths()
     cuda_memory.prepare_environment(profile.plan)
     if not micro_batch:
         cuda_memory.apply_memory_cap(profile.plan, where)

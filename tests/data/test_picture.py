@@ -105,7 +105,24 @@ def test_a_set_that_mixes_grey_and_colour_is_converted(tmp_path: Path) -> None:
     assert opened(tmp_path, GREY).train.images([0]).shape == (1, 1, 8, 8)
 
 
+def test_the_published_crop_of_celeba_is_five_pixels_below_the_centred_one(tmp_path: Path) -> None:
+    pixels = np.zeros((218, 178, 3), np.uint8)
+    pixels[40:188, 15:163] = np.arange(148)[:, None, None]
+    picture = Image.fromarray(pixels)
+    model = ModelConfig(image_channels=3, image_size=148)
+    cut = single(tmp_path, picture, "a.png", model, crop="celeba")
+    np.testing.assert_array_equal(cut, pixels[40:188, 15:163].transpose(2, 0, 1))
+    centred = single(tmp_path, picture, "a.png", model, crop_pixels=148)
+    np.testing.assert_array_equal(centred, pixels[35:183, 15:163].transpose(2, 0, 1))
+
+
 # -- what does not fit --
+
+
+def test_the_published_crop_of_celeba_is_for_its_aligned_images_only(tmp_path: Path) -> None:
+    write_folder(tmp_path)
+    assert "8 x 8 pixels" in message(tmp_path, crop="celeba") and "178 x 218" in message(tmp_path, crop="celeba")
+    assert "is a fixed square" in message(tmp_path, crop="celeba", crop_pixels=4)
 
 
 def test_grey_images_for_an_rgb_model_and_the_reverse_say_what_to_set(tmp_path: Path) -> None:

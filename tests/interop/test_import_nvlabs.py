@@ -17,7 +17,7 @@ from nvae_lowmem.training.checkpoint import load_run
 
 @pytest.fixture(scope="module")
 def command() -> Any:
-    path = Path(__file__).parent.parent / "tools" / "import_nvlabs.py"
+    path = Path(__file__).parents[2] / "tools" / "import_nvlabs.py"
     spec = importlib.util.spec_from_file_location("import_nvlabs", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
