@@ -1,52 +1,154 @@
-"""What a measured run says of the prediction: rows of the report, and back from a report to the runs.
+"""Three comparisons of a measured run: the allocator's figures, the stream of requests, and the predicted peaks.
 
-A row holds all that was measured, so that runs can be compared again, on a machine without a card, when the prediction
-has changed: see `load_measured`.
+A: the recorded requests through the simulated allocator against the recorded figures. B: the recorded requests against
+those of the traced step. C: measured against predicted peaks.
 """
 
 from __future__ import annotations
 
-import json
+import traceback
 from collections.abc import Mapping
-from dataclasses import asdict
-from pathlib import Path
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import Any, NamedTuple
 
 from nvae_lowmem.config import profile_file as profiles
 from nvae_lowmem.config.sections import Profile
 from nvae_lowmem.errors import ConfigError
 from nvae_lowmem.hardware.budget import Budget
 from nvae_lowmem.hardware.card import Card
-from nvae_lowmem.memory.allocator.recording import OUT_OF_MEMORY, load_recordings
-from nvae_lowmem.memory.measure.compare import compared, matched, replayed
-from nvae_lowmem.memory.measure.job import Ended, Job, Outcome
+from nvae_lowmem.memory.allocator.recording import OUT_OF_MEMORY, Recording
+from nvae_lowmem.memory.measure.job import Outcome
+from nvae_lowmem.memory.measure.measurement import Measurement, traced_recording
+from nvae_lowmem.memory.predict.figures import MemoryFigures
 from nvae_lowmem.memory.predict.predict import Prediction, predict
-from nvae_lowmem.memory.trace.requests import from_trace
 from nvae_lowmem.memory.trace.training import trace_training
 
-MEASUREMENTS = "measurements.json"
+STEP_PHASES = ("setup", "forward", "backward", "update")
 
 
-def described(outcome: Outcome) -> dict[str, Any]:
-    """A row of the report without any comparison: the configuration, and what was measured."""
-    job, ended = outcome.job, outcome.ended
+class ReplayComparison(NamedTuple):
+    """A: the recorded requests through the simulated allocator."""
+
+    equal: bool
+    """Every recorded figure to the byte."""
+    events: int
+    checkpoints: int
+    streams: int
+    """CUDA streams that memory was allocated on; the simulator knows one."""
+    differences: list[dict[str, Any]]
+
+
+class SizeCount(NamedTuple):
+    """A size that was asked for more or less often than in the trace."""
+
+    phase: str
+    bytes: int
+    recorded: int
+    expected: int
+    what: str
+    """What else asks for so many bytes, where the trace does nowhere in that phase; empty if unknown."""
+
+
+class StreamComparison(NamedTuple):
+    """B: recorded requests against those of the trace, as multisets of (phase, bytes)."""
+
+    recorded: int
+    expected: int
+    same_order: bool
+    unknown_bytes: int
+    """The sum of all that the trace has nowhere in its phase, and that is not known otherwise."""
+    unmatched: tuple[SizeCount, ...]
+    """Sizes whose counts differ, those that the trace has nowhere in that phase first, then by bytes."""
+
+
+class PeakComparison(NamedTuple):
+    """A predicted and a measured peak in bytes."""
+
+    predicted: int
+    measured: int
+    error_percent: float | None
+    """100 (predicted / measured - 1): negative where more was taken than predicted."""
+
+
+class PeaksComparison(NamedTuple):
+    """C: predicted against measured peaks, allocated and reserved both on the card."""
+
+    margin_bytes: int
+    allocated: PeakComparison
+    reserved: PeakComparison
+    host: PeakComparison
+    within_margin: bool
+    """Neither peak on the card lies more than the margin above its prediction."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assessment:
+    """An outcome, and what it says of the prediction as far as they could be compared."""
+
+    outcome: Outcome
+    prediction: Prediction | None = None
+    replay: ReplayComparison | None = None
+    """On a card."""
+    cublas_kept_bytes: int | None = None
+    """On a card: in workspaces of cuBLAS that were never freed."""
+    stream: StreamComparison | None = None
+    """Where the run came to its end; so are peaks."""
+    peaks: PeaksComparison | None = None
+
+    @property
+    def agrees(self) -> bool | None:
+        """Whether the run did what was predicted: within the margin, or out of memory where that was foreseen.
+
+        None where nothing was compared.
+        """
+        if self.prediction is None:
+            return None
+        if self.outcome.status == OUT_OF_MEMORY:
+            return self.prediction.oom is not None
+        replay_agrees = self.replay is None or self.replay.equal or self.replay.streams > 1
+        return self.peaks is not None and self.peaks.within_margin and replay_agrees
+
+    def to_json(self) -> dict[str, Any]:
+        """The row of the report: all that was measured, so that it can be compared again (see `measured_files`)."""
+        row = _described(self.outcome)
+        if self.prediction is not None:
+            row["prediction"] = {"oom": self.prediction.oom, "overlay": self.prediction.to_json()["overlay"]}
+        if self.replay is not None:
+            row["replay"] = self.replay._asdict()
+            row["cublas_kept_bytes"] = self.cublas_kept_bytes
+        if self.stream is not None:
+            row["stream"] = {**self.stream._asdict(), "unmatched": [size._asdict() for size in self.stream.unmatched]}
+        if self.peaks is not None:
+            kinds = {kind: getattr(self.peaks, kind)._asdict() for kind in ("allocated", "reserved", "host")}
+            row["peaks"] = {**self.peaks._asdict(), **kinds}
+        if self.agrees is not None:
+            row["agrees"] = self.agrees
+        return row
+
+
+def _described(outcome: Outcome) -> dict[str, Any]:
+    """The configuration, and what was measured."""
+    job, measured = outcome.job, outcome.measured
     row: dict[str, Any] = {
         "name": job.name,
         "status": outcome.status,
         "detail": outcome.detail,
         "job": {"device": job.device, "steps": job.steps},
-        "ended": ended._asdict(),
+        "ended": outcome.ended._asdict(),
     }
-    if outcome.decided is None:
+    if outcome.decided is None or measured is None:
         return row
-    profile, result = outcome.decided, outcome.result
-    plan, seconds = profile.plan, result["seconds"]
-    mean = sum(seconds[1:]) / len(seconds[1:]) if len(seconds) > 1 else None  # the first step loads kernels
+    profile, plan = outcome.decided, outcome.decided.plan
+    mean = measured.mean_seconds
     return row | {
         "profile": profiles.to_dict(profile),
-        "measured": dict(result),
+        "measured": {
+            **asdict(measured),
+            "device": measured.device._asdict(),
+            "workspaces": [one._asdict() for one in measured.workspaces],
+        },
         "micro_batch": plan.micro_batch,
-        "accumulation": result["accumulation"],
+        "accumulation": measured.accumulation,
         "precision": plan.precision,
         "keep": plan.keep,
         "offload_optimizer": plan.offload_optimizer,
@@ -57,114 +159,116 @@ def described(outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def assess(outcome: Outcome, card: Card | None = None) -> dict[str, Any]:
-    """A row with the comparisons A ("replay"), B ("stream") and C ("peaks"), and whether all "agrees".
+def assess(outcome: Outcome, card: Card | None = None) -> Assessment:
+    """Compare a measured run in all three ways, as far as it went.
 
     card: the one it ran on; None: the CPU. Raises ConfigError where prediction or replay is impossible.
     """
-    row = described(outcome)
-    recording, profile, result = outcome.recording, outcome.decided, outcome.result
-    if recording is None or profile is None:
-        return row
-    micro, accumulation = profile.plan.micro_batch, result["accumulation"]
-    prediction = predict(profile, micro, accumulation, card, _budget(profile, result), result["settings"])
-    row["prediction"] = {"oom": prediction.oom, "overlay": prediction.to_json()["overlay"]}
-    if recording.checkpoints:
-        row["replay"] = replayed(recording)
-        workspace, kept = result["statistics"]["cublas_workspace_bytes"], recording.kept()
+    recording, profile, measured = outcome.recording, outcome.decided, outcome.measured
+    if recording is None or profile is None or measured is None:
+        return Assessment(outcome=outcome)
+    micro, accumulation = profile.plan.micro_batch, measured.accumulation
+    prediction = predict(profile, micro, accumulation, card, _budget(profile, measured), measured.settings)
+    found = Assessment(outcome=outcome, prediction=prediction)
+    if recording.checkpoints and measured.statistics is not None:
+        workspace, kept = measured.statistics.cublas_workspace_bytes, recording.kept()
         phases = ("libraries", "forward", "backward")  # weights and states of that size are made in other phases
-        row["cublas_kept_bytes"] = workspace * sum(kept[phase, workspace] for phase in phases)
+        kept_bytes = workspace * sum(kept[phase, workspace] for phase in phases)
+        found = replace(found, replay=compare_replay(recording), cublas_kept_bytes=kept_bytes)
     if outcome.status == "ok":
-        fake = trace_training(profile, micro, accumulation, outcome.job.steps)
-        row["stream"] = matched(recording, from_trace(outcome.job.name, fake), _known_sizes(result))
-        row["peaks"] = compared(*_peaks(prediction, result), prediction.margin_bytes)
-    row["agrees"] = _agrees(row, prediction)
-    return row
+        expected = traced_recording(outcome.job.name, trace_training(profile, micro, accumulation, outcome.job.steps))
+        stream = compare_streams(recording, expected, _known_sizes(measured))
+        predicted = _of_the_whole_run(prediction, on_card=measured.statistics is not None)
+        peaks = compare_peaks(predicted, measured.figures, prediction.margin_bytes)
+        found = replace(found, stream=stream, peaks=peaks)
+    return found
 
 
-def _agrees(row: Mapping[str, Any], prediction: Prediction) -> bool:
-    """Whether the run did what was predicted: within the margin, or out of memory where that was foreseen."""
-    if row["status"] == OUT_OF_MEMORY:
-        return prediction.oom is not None
-    replay = row.get("replay", {"equal": True})
-    return bool(row["peaks"]["within_margin"] and (replay["equal"] or replay["streams"] > 1))
+def assess_or_fail(outcome: Outcome, card: Card | None = None) -> Assessment:
+    """`assess`; where that ends in an error, an assessment of a failed run that tells it: others can go on."""
+    try:
+        return assess(outcome, card)
+    except ConfigError as error:
+        detail = str(error)
+    except Exception as error:  # whatever it is, the rows of the other runs must not be lost with it
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        detail = f"cannot be compared: {type(error).__name__}: {error} ({frame.name}, line {frame.lineno})"
+    return Assessment(outcome=replace(outcome, status="failed", detail=detail))
 
 
-def _budget(profile: Profile, result: Mapping[str, Any]) -> Budget | None:
+def _budget(profile: Profile, measured: Measurement) -> Budget | None:
     """The cap that the run was under, on that card; None without one."""
-    statistics, cap = result.get("statistics"), profile.plan.cap_bytes
-    if statistics is None or not 0 < cap < statistics["total_bytes"]:
+    statistics, cap = measured.statistics, profile.plan.cap_bytes
+    if statistics is None or not 0 < cap < statistics.total_bytes:
         return None
-    total = statistics["total_bytes"]
-    outside = min(statistics["outside_allocator_bytes"], total - cap)
-    return Budget(cap_bytes=cap, total_bytes=total, context_bytes=outside, reason="the cap of the measured run")
+    outside = min(statistics.outside_allocator_bytes, statistics.total_bytes - cap)
+    return Budget(
+        cap_bytes=cap, total_bytes=statistics.total_bytes, context_bytes=outside, reason="the cap of the measured run"
+    )
 
 
-def _known_sizes(result: Mapping[str, Any]) -> dict[int, str]:
+def _known_sizes(measured: Measurement) -> dict[int, str]:
     """What libraries ask the allocator for, as far as it was measured."""
-    known: dict[int, str] = {}
-    for row in result.get("workspaces", ()):
-        known |= {nbytes: "convolution workspace" for key, nbytes in row.items() if key.endswith("_bytes") and nbytes}
-    cublas = result.get("statistics", {}).get("cublas_workspace_bytes")
+    known = {nbytes: "convolution workspace" for one in measured.workspaces for nbytes in one.sizes}
+    cublas = measured.statistics.cublas_workspace_bytes if measured.statistics is not None else 0
     return known | ({cublas: "cuBLAS workspace"} if cublas else {})
 
 
-def _peaks(prediction: Prediction, result: Mapping[str, Any]) -> tuple[dict[str, int], dict[str, int]]:
-    """(predicted, measured): on a card of the whole run, set-up included; host memory as the process grew."""
-    predicted = {
-        "allocated": prediction.allocated_peak_bytes,
-        "reserved": prediction.reserved_peak_bytes,
-        "host": prediction.host_bytes,
-    }
-    if "peaks" in result:
-        return predicted, result["peaks"]
-    for kind in ("allocated", "reserved"):
-        predicted[kind] = max(predicted[kind], prediction.init_peak_bytes)
-    peaks = {kind: result["statistics"][f"peak_{kind}_bytes"] for kind in ("allocated", "reserved")}
-    return predicted, {**peaks, "host": max(result["host_bytes"])}
-
-
-def load_measured(folder: Path) -> tuple[list[Outcome], Card | None, dict[str, Any]]:
-    """(runs, the card, the report) of a folder that the command wrote; runs without a recording come without one.
-
-    Raises ConfigError where a file is missing, damaged or of another kind.
-    """
-    path = folder / MEASUREMENTS
-    try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-        card = report["card"] and _card_of(report["card"])
-        recordings = {r.name: r for r in load_recordings(folder)} if card else {}
-        runs = [_outcome(row, recordings) for row in report["runs"]]
-    except ConfigError:
-        raise
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise ConfigError(
-            f"{path} cannot be read as what tools/measure_memory.py --out writes ({reason}): is it missing, cut short "
-            "or of another version?"
-        ) from error
-    return runs, card, report
-
-
-def _card_of(table: Mapping[str, Any]) -> Card:
-    sequences = {key: tuple(table[key]) for key in ("compute_capability", "aliases")}
-    return Card(**{**table, **sequences})
-
-
-def card_as_table(card: Card | None) -> dict[str, Any] | None:
-    """What `load_measured` makes the card from."""
-    return asdict(card) if card is not None else None
-
-
-def _outcome(row: Mapping[str, Any], recordings: Mapping[str, Any]) -> Outcome:
-    decided = profiles.from_dict(row["profile"], f"run {row['name']}") if "profile" in row else None
-    ended = row["ended"]
-    return Outcome(
-        job=Job(name=row["name"], profile=decided or Profile(), **row["job"]),
-        status=row["status"],
-        detail=row["detail"],
-        ended=Ended(ended["code"], ended["stage"], tuple(ended["stderr"])),
-        result=row.get("measured", {}),
-        recording=recordings.get(row["name"]),
-        decided=decided,
+def _of_the_whole_run(prediction: Prediction, on_card: bool) -> MemoryFigures:
+    """The prediction as a run on a card measures it, set-up included; on the CPU only the steps are recorded."""
+    setup = prediction.init_peak_bytes if on_card else 0
+    return MemoryFigures(
+        allocated_peak_bytes=max(prediction.allocated_peak_bytes, setup),
+        reserved_peak_bytes=max(prediction.reserved_peak_bytes, setup),
+        host_bytes=prediction.host_bytes,
     )
+
+
+def compare_replay(recording: Recording) -> ReplayComparison:
+    """A: the recorded requests through the simulated allocator. Raises ConfigError where they make no sense."""
+    differences = recording.differences()
+    return ReplayComparison(
+        equal=not differences,
+        events=len(recording.events),
+        checkpoints=len(recording.checkpoints),
+        streams=recording.streams,
+        differences=[d._asdict() for d in differences],
+    )
+
+
+def compare_streams(recorded: Recording, expected: Recording, known: Mapping[int, str]) -> StreamComparison:
+    """B: recorded requests against those of the trace. known: what else asks for so many bytes (libraries)."""
+    had, wanted = recorded.sizes(), expected.sizes()
+    unmatched = [
+        SizeCount(
+            phase=phase,
+            bytes=nbytes,
+            recorded=had[phase, nbytes],
+            expected=wanted[phase, nbytes],
+            what=known.get(nbytes, "") if not wanted[phase, nbytes] else "",
+        )
+        for phase, nbytes in had.keys() | wanted.keys()
+        if phase in STEP_PHASES and had[phase, nbytes] != wanted[phase, nbytes]
+    ]
+    unmatched.sort(key=lambda u: (u.expected > 0, bool(u.what), -u.bytes, u.phase))
+    return StreamComparison(
+        recorded=sum(n for (phase, _), n in had.items() if phase in STEP_PHASES),
+        expected=sum(wanted.values()),
+        same_order=recorded.events == expected.events,
+        unknown_bytes=sum(u.bytes * u.recorded for u in unmatched if not u.expected and not u.what),
+        unmatched=tuple(unmatched),
+    )
+
+
+def compare_peaks(predicted: MemoryFigures, measured: MemoryFigures, margin_bytes: int) -> PeaksComparison:
+    """C: predicted against measured peaks."""
+    allocated = _compare(predicted.allocated_peak_bytes, measured.allocated_peak_bytes)
+    reserved = _compare(predicted.reserved_peak_bytes, measured.reserved_peak_bytes)
+    within = all(peak.measured <= peak.predicted + margin_bytes for peak in (allocated, reserved))
+    return PeaksComparison(
+        margin_bytes, allocated, reserved, _compare(predicted.host_bytes, measured.host_bytes), within
+    )
+
+
+def _compare(predicted: int, measured: int) -> PeakComparison:
+    return PeakComparison(predicted, measured, 100 * (predicted / measured - 1) if measured > 0 else None)

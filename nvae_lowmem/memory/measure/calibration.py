@@ -1,17 +1,18 @@
-"""From measured runs to a calibration file: what of the overlay's table was measured on a card, with its source.
+"""From measured runs to a calibration file: what was measured on a card of the memory that no trace sees.
 
-The file is read by overlay.load_calibration and given to predict(..., calibration=...).
+The file is read by `predict.untraced.load_calibration` and given to predict(..., calibration=...).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import tomli_w
 
+from nvae_lowmem.memory.measure.assess import Assessment
 from nvae_lowmem.memory.measure.convolutions import largest_bytes
+from nvae_lowmem.memory.measure.measurement import CardStatistics
 from nvae_lowmem.memory.predict.untraced import Entry, When
 
 _WHEN: dict[str, When] = {
@@ -20,44 +21,46 @@ _WHEN: dict[str, When] = {
     "reductions": "always",
     "cuda-context": "context",
 }
+_WHAT = {
+    "cublas-workspaces": "workspaces still held at the end of",
+    "cudnn-workspace": "largest workspace of all convolutions of",
+    "reductions": "largest allocation that neither the trace nor a library's workspace explains, in",
+    "cuda-context": "on the card beside the allocator and other programs after",
+}
 
 
-def calibrate(rows: Sequence[Mapping[str, Any]], source: str) -> dict[str, Entry]:
-    """The overlay's entries from what measure_assess.assess says of each run on one card: of each the largest value.
+def calibrate(runs: Sequence[Assessment], source: str) -> dict[str, Entry]:
+    """Entries of untraced memory, by name, from runs on one card: of each the largest value of all runs.
 
     An entry that no run can tell is left out. source: "measured on <device>, torch <version>, <date>".
     """
-    found = {
-        "cublas-workspaces": [(row["cublas_kept_bytes"], row) for row in rows if "cublas_kept_bytes" in row],
-        "cudnn-workspace": [
-            (largest_bytes(w), row) for row in rows if (w := row.get("measured", {}).get("workspaces"))
-        ],
-        "reductions": [(_unexplained(row), row) for row in rows if row.get("engine") == "torch" and "stream" in row],
-        "cuda-context": [(_outside(row), row) for row in rows if "statistics" in row.get("measured", {})],
-    }
-    what = {
-        "cublas-workspaces": "workspaces still held at the end of",
-        "cudnn-workspace": "largest workspace of all convolutions of",
-        "reductions": "largest allocation that neither the trace nor a library's workspace explains, in",
-        "cuda-context": "on the card beside the allocator and other programs after",
-    }
     out = {}
-    for name, values in found.items():
-        if values:
-            nbytes, row = max(values, key=lambda pair: pair[0])
-            text = f"{source}: {what[name]} {row['name']}"
-            out[name] = Entry(name=name, nbytes=nbytes, when=_WHEN[name], source=text)
+    for run in runs:
+        for name, nbytes in _measured_bytes(run).items():
+            if name not in out or nbytes > out[name].nbytes:
+                text = f"{source}: {_WHAT[name]} {run.outcome.job.name}"
+                out[name] = Entry(name=name, nbytes=nbytes, when=_WHEN[name], source=text)
+    return {name: out[name] for name in _WHEN if name in out}
+
+
+def _measured_bytes(run: Assessment) -> dict[str, int]:
+    """Bytes of the entries that this run can tell."""
+    out = {}
+    measured, profile = run.outcome.measured, run.outcome.decided
+    if run.cublas_kept_bytes is not None:
+        out["cublas-workspaces"] = run.cublas_kept_bytes
+    if run.stream is not None and profile is not None and profile.plan.engine == "torch":
+        unexplained = (u.bytes for u in run.stream.unmatched if not u.expected and not u.what)
+        out["reductions"] = max(unexplained, default=0)
+    if measured is not None and measured.workspaces:
+        out["cudnn-workspace"] = largest_bytes(measured.workspaces)
+    if measured is not None and measured.statistics is not None:
+        out["cuda-context"] = _context_bytes(measured.statistics)
     return out
 
 
-def _unexplained(row: Mapping[str, Any]) -> int:
-    unmatched = row["stream"]["unmatched"]
-    return max((u["bytes"] for u in unmatched if not u["expected"] and not u["what"]), default=0)
-
-
-def _outside(row: Mapping[str, Any]) -> int:
-    statistics = row["measured"]["statistics"]
-    return max(0, statistics["outside_allocator_bytes"] - (statistics["used_before_context_bytes"] or 0))
+def _context_bytes(statistics: CardStatistics) -> int:
+    return max(0, statistics.outside_allocator_bytes - (statistics.used_before_context_bytes or 0))
 
 
 def save_calibration(path: Path, calibration: Mapping[str, Entry], header: str) -> None:

@@ -54,13 +54,27 @@ class ConvolutionRecorder(TorchDispatchMode):
         self.found[Convolution(*shapes, x.dtype, fixed)] = None
 
 
-def workspaces(convolutions: Iterable[Convolution], device: torch.device, extra: Extra) -> list[dict[str, Any]]:
-    """Per convolution its description and the workspace in bytes forward, for the input's and the weight's gradient."""
-    return [{"convolution": str(c), **_workspace(c, device, extra)} for c in convolutions]
+class Workspaces(NamedTuple):
+    """What a convolution took beside its result, in bytes; None where there was not enough memory to run it."""
+
+    convolution: str
+    forward_bytes: int | None
+    input_gradient_bytes: int | None
+    weight_gradient_bytes: int | None
+
+    @property
+    def sizes(self) -> list[int]:
+        """Those that are known and not 0."""
+        return [nbytes for nbytes in self[1:] if nbytes]
+
+
+def workspaces(convolutions: Iterable[Convolution], device: torch.device, extra: Extra) -> tuple[Workspaces, ...]:
+    """The workspaces of each convolution, run once forward, for the input's gradient and for the weight's."""
+    return tuple(_workspaces(c, device, extra) for c in convolutions)
 
 
 @torch.no_grad()
-def _workspace(c: Convolution, device: torch.device, extra: Extra) -> dict[str, int | None]:
+def _workspaces(c: Convolution, device: torch.device, extra: Extra) -> Workspaces:
     x = torch.empty_strided(c.input, c.input_stride, dtype=c.dtype, device=device).zero_()
     weight = torch.empty_strided(c.weight, c.weight_stride, dtype=c.dtype, device=device).zero_()
     slope = torch.zeros_like(aten.convolution(x, weight, None, *c.options))  # d loss / d output
@@ -68,14 +82,14 @@ def _workspace(c: Convolution, device: torch.device, extra: Extra) -> dict[str, 
     def backward(*wanted: bool) -> Any:
         return aten.convolution_backward(slope, x, weight, None, *c.options, list(wanted))
 
-    return {
-        "forward_bytes": extra(lambda: aten.convolution(x, weight, None, *c.options)),
-        "input_gradient_bytes": extra(lambda: backward(True, False, False)),
-        "weight_gradient_bytes": extra(lambda: backward(False, True, False)),
-    }
+    return Workspaces(
+        str(c),
+        forward_bytes=extra(lambda: aten.convolution(x, weight, None, *c.options)),
+        input_gradient_bytes=extra(lambda: backward(True, False, False)),
+        weight_gradient_bytes=extra(lambda: backward(False, True, False)),
+    )
 
 
-def largest_bytes(measured: Iterable[dict[str, Any]]) -> int:
+def largest_bytes(measured: Iterable[Workspaces]) -> int:
     """The largest workspace among those measured."""
-    keys = ("forward_bytes", "input_gradient_bytes", "weight_gradient_bytes")
-    return max((row[key] for row in measured for key in keys if row[key] is not None), default=0)
+    return max((nbytes for one in measured for nbytes in one.sizes), default=0)

@@ -19,6 +19,7 @@ from nvae_lowmem.hardware import cuda_memory
 from nvae_lowmem.hardware.budget import allocator_fraction
 from nvae_lowmem.memory.allocator.allocator import AllocatorStats
 from nvae_lowmem.memory.allocator.recording import OUT_OF_MEMORY, Moment, RecordedCard, Recording, from_snapshot
+from nvae_lowmem.memory.measure.measurement import CardStatistics
 from nvae_lowmem.units import GIB
 
 _PEAKS = ("allocated", "requested", "active", "reserved", "inactive_split")
@@ -97,24 +98,22 @@ class CudaMonitor:
         outside = self.total_bytes - self.free_bytes["context"]
         return from_snapshot(name, history, self._moments, RecordedCard(settings, self.total_bytes, outside, fraction))
 
-    def statistics(self) -> dict[str, Any]:
-        """Peaks in bytes, retries and failures, what mem_get_info said, and what lies outside the allocator now.
-
-        Outside: this process's context, kernels and handles, and other programs.
-        """
+    def statistics(self) -> CardStatistics:
+        """The figures of the run until now."""
         stats = self._cuda.memory_stats(self._device)
         self.note_free("end")
         reserved = int(stats.get("reserved_bytes.all.current", 0))
-        return {
-            **{f"peak_{name}_bytes": int(stats.get(f"{name}_bytes.all.peak", 0)) for name in _PEAKS},
-            "retries": int(stats.get("num_alloc_retries", 0)),
-            "ooms": int(stats.get("num_ooms", 0)),
-            "total_bytes": self.total_bytes,
-            "used_before_context_bytes": self.used_before_bytes,
-            "free_bytes": dict(self.free_bytes),
-            "outside_allocator_bytes": self.total_bytes - self.free_bytes["end"] - reserved,
-            "cublas_workspace_bytes": self.cublas_workspace_bytes,
-        }
+        peaks = {f"peak_{name}_bytes": int(stats.get(f"{name}_bytes.all.peak", 0)) for name in _PEAKS}
+        return CardStatistics(
+            **peaks,
+            retries=int(stats.get("num_alloc_retries", 0)),
+            ooms=int(stats.get("num_ooms", 0)),
+            total_bytes=self.total_bytes,
+            used_before_context_bytes=self.used_before_bytes,
+            free_bytes=dict(self.free_bytes),
+            outside_allocator_bytes=self.total_bytes - self.free_bytes["end"] - reserved,
+            cublas_workspace_bytes=self.cublas_workspace_bytes,
+        )
 
     def extra_bytes(self, run: Callable[[], Any]) -> int | None:
         """What `run` asks for at most beside what it returns; None where there is not enough."""

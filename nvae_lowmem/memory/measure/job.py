@@ -1,7 +1,7 @@
 """Measures configurations, each in a process of its own, and says how far the prediction was off.
 
 outcome = measure(Job(name="mnist", profile=recipe("mnist"), device="cuda"), folder)
-row = assess(outcome, detect_card())
+assess(outcome, detect_card()).to_json()
 """
 
 from __future__ import annotations
@@ -11,22 +11,23 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from nvae_lowmem.config import profile_file as profiles
 from nvae_lowmem.config.sections import Profile
 from nvae_lowmem.errors import ConfigError
 from nvae_lowmem.memory.allocator.recording import Recording, load_recordings
+from nvae_lowmem.memory.measure.measurement import Measurement, measurement_from_json
 from nvae_lowmem.memory.measure.worker import DECIDED, JOB, PROFILE, RESULT, STAGE
 
 _ROOT = Path(__file__).resolve().parents[3]
 _STDERR_LINES = 12
 EXIT_REFUSED = 2
 
-Status = Literal["ok", "out of memory", "refused", "failed"]
+RunStatus = Literal["ok", "out of memory", "refused", "failed"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,32 +54,41 @@ class Ended(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What came of a job; `result` is the child's result.json."""
+    """What came of a job."""
 
     job: Job
-    status: Status
+    status: RunStatus
     detail: str = ""
     """Why there is no more, in words."""
     ended: Ended
-    result: Mapping[str, Any] = field(default_factory=dict)
+    measured: Measurement | None = None
+    """What the process saw; None where it did not come to its end."""
     recording: Recording | None = None
+    """What it asked of the allocator."""
     decided: Profile | None = None
+    """The profile with everything decided."""
 
 
 def measure(job: Job, folder: Path) -> Outcome:
-    """Run the job in a process of its own; its files stay in `folder`, which is there and empty."""
+    """Run the job in a process of its own; its files stay in `folder`, which is there and empty.
+
+    Whatever becomes of the process is an Outcome: refused, failed, out of memory, or ok.
+    """
     profiles.save(job.profile, folder / PROFILE)
     (folder / JOB).write_text(json.dumps({"name": job.name, "device": job.device, "steps": job.steps}), "utf-8")
     ended = run_process(child_command(folder), job.timeout_seconds, folder)
     if ended.code != 0:
-        status: Status = "refused" if ended.code == EXIT_REFUSED else "failed"
+        status: RunStatus = "refused" if ended.code == EXIT_REFUSED else "failed"
         return Outcome(job=job, status=status, detail=_why(ended, job.timeout_seconds), ended=ended)
-    result = json.loads((folder / RESULT).read_text(encoding="utf-8"))
-    decided, (recording,) = profiles.load(folder / DECIDED), load_recordings(folder)
-    status, detail = result["status"], result.get("detail", "")
+    try:
+        measured = measurement_from_json((folder / RESULT).read_bytes())
+        decided, (recording,) = profiles.load(folder / DECIDED), load_recordings(folder)
+    except (OSError, ValueError) as error:
+        return Outcome(job=job, status="failed", detail=f"left no result that can be read: {error}", ended=ended)
     return Outcome(
-        job=job, status=status, detail=detail, ended=ended, result=result, recording=recording, decided=decided
-    )
+        job=job, status=measured.status, detail=measured.detail, ended=ended, measured=measured, recording=recording,
+        decided=decided,
+    )  # fmt: skip
 
 
 def child_command(folder: Path) -> list[str]:
@@ -136,7 +146,7 @@ def with_cap(profile: Profile, cap_bytes: int) -> Profile:
 
 
 def require_steps(steps: int) -> None:
-    """Raises ConfigError for fewer steps than it takes."""
+    """Raises ConfigError for fewer steps than a measurement takes."""
     if steps < 3:
         raise ConfigError(
             f"--steps {steps} must be at least 3: states appear in the first, and later ones meet their fragments"
