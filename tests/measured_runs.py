@@ -13,7 +13,9 @@ from fake_cuda import CPU, WORKSPACE_BYTES, FakeCuda, watched
 from nvae_lowmem.config.sections import Profile
 from nvae_lowmem.memory.allocator.recording import Recording
 from nvae_lowmem.memory.allocator.segments import MemoryBlock
+from nvae_lowmem.memory.measure.convolutions import Workspaces
 from nvae_lowmem.memory.measure.job import Ended, Job, Outcome, measure
+from nvae_lowmem.memory.measure.measurement import Measurement
 from nvae_lowmem.memory.measure.worker import about_machine
 from nvae_lowmem.memory.trace.training import trace_training
 from nvae_lowmem.units import GIB, MIB
@@ -35,8 +37,8 @@ def on_cpu() -> Outcome:
         return measure(job, Path(folder))
 
 
-def played(profile: Profile, steps: int = 3, leak_bytes: int = 0) -> tuple[Recording, dict[str, Any]]:
-    """The traced steps asked of a pretended card: (recording, the child's result)."""
+def played(profile: Profile, steps: int = 3, leak_bytes: int = 0) -> tuple[Recording, Measurement]:
+    """The traced steps asked of a pretended card."""
     cuda = FakeCuda(CAP_BYTES)
     monitor = watched(cuda)
     cuda.malloc(WORKSPACE_BYTES)  # the backward thread's
@@ -62,20 +64,20 @@ def played(profile: Profile, steps: int = 3, leak_bytes: int = 0) -> tuple[Recor
     if leak_bytes:
         cuda.malloc(leak_bytes)
     monitor.checkpoint("end")
-    result = {
-        "status": "ok", "settings": "", "accumulation": accumulation, "seconds": [2.0, 0.5, 0.25], "overflows": 0,
-        "host_bytes": [MIB, 2 * MIB, 2 * MIB], "statistics": monitor.statistics(), **about_machine(CPU),
-        "workspaces": [{"convolution": "c", "forward_bytes": 3 * MIB + 1, "input_gradient_bytes": 0,
-                        "weight_gradient_bytes": None}],
-    }  # fmt: skip
-    return monitor.recording("nano", profile.plan, ""), result
+    device, versions = about_machine(CPU)
+    measured = Measurement(
+        settings="", accumulation=accumulation, engine="torch", device=device, versions=versions,
+        seconds=(2.0, 0.5, 0.25), host_bytes=(MIB, 2 * MIB, 2 * MIB), statistics=monitor.statistics(),
+        workspaces=(Workspaces("c", 3 * MIB + 1, 0, None),),
+    )  # fmt: skip
+    return monitor.recording("nano", profile.plan, ""), measured
 
 
 @cache
 def on_card(leak_bytes: int = 0) -> Outcome:
     profile = nano(total_batch=2, cap_bytes=CAP_BYTES, offload_optimizer=True)
-    recording, result = played(profile, leak_bytes=leak_bytes)
+    recording, measured = played(profile, leak_bytes=leak_bytes)
     job = Job(name="nano", profile=profile, device="cuda")
     return Outcome(
-        job=job, status="ok", ended=Ended(0, "step 3", ()), result=result, recording=recording, decided=profile
+        job=job, status="ok", ended=Ended(0, "step 3", ()), measured=measured, recording=recording, decided=profile
     )

@@ -17,7 +17,6 @@ import json
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +29,11 @@ from nvae_lowmem.errors import ConfigError
 from nvae_lowmem.hardware.card import Card
 from nvae_lowmem.hardware.find_card import detect_card
 from nvae_lowmem.memory.allocator.recording import Recording, save_recordings
-from nvae_lowmem.memory.measure.assess import MEASUREMENTS, assess, card_as_table, described, load_measured
+from nvae_lowmem.memory.measure.assess import Assessment, assess_or_fail
 from nvae_lowmem.memory.measure.calibration import calibrate, save_calibration
-from nvae_lowmem.memory.measure.job import Job, Outcome, measure, require_steps, with_cap
+from nvae_lowmem.memory.measure.job import Job, measure, require_steps, with_cap
+from nvae_lowmem.memory.measure.measured_files import MEASUREMENTS, card_as_table, load_measured
+from nvae_lowmem.memory.measure.measurement import DeviceFacts
 from nvae_lowmem.memory.measure.report import as_table, as_text
 from nvae_lowmem.units import parse_bytes
 
@@ -71,31 +72,30 @@ def run_measure(argv: Sequence[str], description: str | None = None) -> int:
     """Run the command; returns the exit status."""
     arguments = _parser(description).parse_args(list(argv))
     try:
-        report = _compared_again(arguments) if arguments.compare is not None else _measured(arguments)
+        report, runs = _compared_again(arguments) if arguments.compare is not None else _measured(arguments)
     except ConfigError as error:
         print(f"measure_memory: {error}", file=sys.stderr)
         return BAD_INPUT
-    rows = report["runs"]
-    text = as_text(rows[0]) if len(rows) == 1 else as_table(rows)
+    text = as_text(runs[0]) if len(runs) == 1 else as_table(runs)
     print(json.dumps(report, indent=2) if arguments.json == "-" else text)
-    return _exit_status(rows)
+    return _exit_status(runs)
 
 
-def _exit_status(rows: Sequence[Mapping[str, Any]]) -> int:
-    statuses = {row["status"] for row in rows}
+def _exit_status(runs: Sequence[Assessment]) -> int:
+    statuses = {run.outcome.status for run in runs}
     if statuses == {"refused"}:
         return BAD_INPUT
     if statuses & {"refused", "failed"}:
         return FAILED
-    return DONE if all(row.get("agrees", True) for row in rows) else BEYOND_MARGIN
+    return DONE if all(run.agrees is not False for run in runs) else BEYOND_MARGIN
 
 
-def _measured(arguments: argparse.Namespace) -> dict[str, Any]:
+def _measured(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[Assessment]]:
     """Measure all configurations; the report, which is written after each: what is done is not lost with the rest."""
     jobs = list(_jobs(arguments))
     card = _card(arguments.device)
     _require_writable(arguments)
-    rows: list[dict[str, Any]] = []
+    runs: list[Assessment] = []
     recordings: list[Recording] = []
     for number, job in enumerate(jobs, start=1):
         _say(f"{number} of {len(jobs)}: {job.name} on {job.device}, {job.steps} steps")
@@ -105,30 +105,23 @@ def _measured(arguments: argparse.Namespace) -> dict[str, Any]:
             _say(f"{outcome.status}: {outcome.detail}")
         if outcome.recording is not None and outcome.recording.checkpoints:
             recordings.append(outcome.recording)
-        rows.append(described(outcome) if arguments.no_compare else _assessed(outcome, card))
-        report = {**_about(rows, card), "runs": rows}
-        _write(arguments, report, recordings)
-    return report
+        runs.append(Assessment(outcome=outcome) if arguments.no_compare else assess_or_fail(outcome, card))
+        report = _about(runs, card)
+        _write(arguments, report, runs, recordings)
+    return report, runs
 
 
-def _compared_again(arguments: argparse.Namespace) -> dict[str, Any]:
+def _compared_again(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[Assessment]]:
     """The report of the named folder with every comparison made anew."""
     outcomes, card, report = load_measured(Path(arguments.compare))
     _require_writable(arguments)
-    rows = []
+    runs = []
     for number, outcome in enumerate(outcomes, start=1):
         _say(f"{number} of {len(outcomes)}: {outcome.job.name}")
-        rows.append(_assessed(outcome, card))
-    report = {**report, "runs": rows}
-    _write(arguments, report, [outcome.recording for outcome in outcomes if outcome.recording is not None])
-    return report
-
-
-def _assessed(outcome: Outcome, card: Card | None) -> dict[str, Any]:
-    try:
-        return assess(outcome, card)
-    except ConfigError as error:  # there is nothing to compare it with; the others can go on
-        return described(replace(outcome, status="failed", detail=str(error)))
+        runs.append(assess_or_fail(outcome, card))
+    report = {**report, "runs": [run.to_json() for run in runs]}
+    _write(arguments, report, runs, [outcome.recording for outcome in outcomes if outcome.recording is not None])
+    return report, runs
 
 
 def _say(line: str) -> None:
@@ -213,14 +206,16 @@ def _card(device: str) -> Card | None:
 # ---- what it writes --------------------------------------------------------------------------------------------------
 
 
-def _about(rows: Sequence[Mapping[str, Any]], card: Card | None) -> dict[str, Any]:
-    """Where and when; as the first run that came to its end saw it."""
-    seen: Mapping[str, Any] = next((row["measured"] for row in rows if "measured" in row), {})
+def _about(runs: Sequence[Assessment], card: Card | None) -> dict[str, Any]:
+    """The report: where and when, as the first run that came to its end saw it, and the runs."""
+    seen = next((run.outcome.measured for run in runs if run.outcome.measured is not None), None)
+    named = DeviceFacts(card.name if card is not None else "cpu")
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "device": seen.get("device") or {"name": card.name if card is not None else "cpu"},
-        "versions": seen.get("versions", {"torch": str(torch.__version__)}),
+        "device": (seen.device if seen is not None else named)._asdict(),
+        "versions": seen.versions if seen is not None else {"torch": str(torch.__version__)},
         "card": card_as_table(card),
+        "runs": [run.to_json() for run in runs],
     }
 
 
@@ -240,7 +235,12 @@ def _unwritable(flag: str, path: Any, error: OSError) -> ConfigError:
     return ConfigError(f"{flag} {path} cannot be written: {error.strerror or error}; name another place")
 
 
-def _write(arguments: argparse.Namespace, report: Mapping[str, Any], recordings: Sequence[Recording]) -> None:
+def _write(
+    arguments: argparse.Namespace,
+    report: Mapping[str, Any],
+    runs: Sequence[Assessment],
+    recordings: Sequence[Recording],
+) -> None:
     text = json.dumps(report, indent=2) + "\n"
     try:
         if arguments.json not in (None, "-"):
@@ -259,6 +259,6 @@ def _write(arguments: argparse.Namespace, report: Mapping[str, Any], recordings:
         header = (
             f"What memory no trace sees took: {source}.\nFor tools/predict_memory.py and fit_memory.py, --calibration."
         )
-        save_calibration(folder / CALIBRATION, calibrate(report["runs"], source), header)
+        save_calibration(folder / CALIBRATION, calibrate(runs, source), header)
     except OSError as error:
         raise _unwritable("--out", folder, error) from None

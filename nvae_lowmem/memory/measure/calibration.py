@@ -34,7 +34,7 @@ def calibrate(runs: Sequence[Assessment], source: str) -> dict[str, Entry]:
 
     An entry that no run can tell is left out. source: "measured on <device>, torch <version>, <date>".
     """
-    out = {}
+    out: dict[str, Entry] = {}
     for run in runs:
         for name, nbytes in _measured_bytes(run).items():
             if name not in out or nbytes > out[name].nbytes:

@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import psutil
 import torch
@@ -33,12 +33,19 @@ from nvae_lowmem.hardware import cuda_memory
 from nvae_lowmem.hardware.cpu import keep_freed_memory
 from nvae_lowmem.hardware.gpu_facts import GpuFacts, read_gpu
 from nvae_lowmem.memory.allocator.allocator import AllocatorSettings, CachingAllocator
-from nvae_lowmem.memory.allocator.recording import OUT_OF_MEMORY, Recording, save_recordings
+from nvae_lowmem.memory.allocator.recording import Recording, save_recordings
 from nvae_lowmem.memory.allocator.settings import UNLIMITED_BYTES
 from nvae_lowmem.memory.measure.convolutions import Convolution, ConvolutionRecorder, workspaces
 from nvae_lowmem.memory.measure.cuda import CudaMonitor
+from nvae_lowmem.memory.measure.measurement import (
+    DeviceFacts,
+    Measurement,
+    StepMeasurements,
+    measurement_to_json,
+    traced_recording,
+)
+from nvae_lowmem.memory.predict.figures import MemoryFigures
 from nvae_lowmem.memory.predict.untraced import entries, overlaid
-from nvae_lowmem.memory.trace.requests import from_trace
 from nvae_lowmem.memory.trace.training import trace_training
 from nvae_lowmem.training.build import build_model, build_training, engine_factory
 from nvae_lowmem.training.divergence import Diverged
@@ -53,8 +60,8 @@ STAGE = "@"
 _EPOCH_STEPS = 100  # of the data set that is not there: the schedule wants to know
 
 
-class Monitor(Protocol):
-    """What the steps tell whoever watches them."""
+class MemoryMonitor(Protocol):
+    """What the steps tell whoever records the allocator."""
 
     def phase(self, name: str) -> None:
         """All from now on belongs to this phase."""
@@ -73,11 +80,11 @@ class Monitor(Protocol):
         ...
 
 
-class Unwatched:
-    """The monitor where no CUDA allocator is: it has a clock."""
+class ClockOnly:
+    """The monitor where there is no CUDA allocator."""
 
     def phase(self, name: str) -> None:
-        """Nobody listens."""
+        """Nothing."""
 
     checkpoint = note_free = phase
 
@@ -89,7 +96,7 @@ class Unwatched:
 class PhasedEngine:
     """An engine that tells the monitor which phase of the step begins; all else is the engine's own."""
 
-    def __init__(self, engine: Engine, monitor: Monitor) -> None:
+    def __init__(self, engine: Engine, monitor: MemoryMonitor) -> None:
         self._engine, self._monitor = engine, monitor
 
     def forward(self, *args: Any) -> Any:
@@ -117,17 +124,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     job = json.loads((folder / JOB).read_text(encoding="utf-8"))
     profile = profiles.load(folder / PROFILE)
     try:
-        result = _measure(folder, job, profile)
+        measurement = _measure(folder, job, profile)
     except (ConfigError, Diverged) as error:
         print(error, file=sys.stderr)
         return 2
     finally:
         distributed.shutdown()
-    (folder / RESULT).write_text(json.dumps(result), encoding="utf-8")
+    (folder / RESULT).write_bytes(measurement_to_json(measurement))
     return 0
 
 
-def _measure(folder: Path, job: dict[str, Any], profile: Profile) -> dict[str, Any]:
+def _measure(folder: Path, job: dict[str, Any], profile: Profile) -> Measurement:
     cuda_memory.prepare_environment(profile.plan)
     settings = os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or os.environ.get("PYTORCH_ALLOC_CONF", "")
     AllocatorSettings.from_string(settings)  # what cannot be simulated need not be recorded
@@ -149,21 +156,26 @@ def _measure(folder: Path, job: dict[str, Any], profile: Profile) -> dict[str, A
     run = measured_run(profile, device, engine_name)
     profiles.save(run.profile, folder / DECIDED)
     cuda_memory.apply_memory_cap(run.profile.plan, device)
-    result: dict[str, Any] = {"engine": reason, "settings": settings, "accumulation": run.split.accumulation}
-    result |= {**about_machine(device), "status": "ok", "seconds": [], "host_bytes": [], "overflows": 0}
-    training = _run(run, engine_name, device, cuda or Unwatched(), job["steps"], result)
+    name, steps = job["name"], job["steps"]
+    measured, training = _run(run, engine_name, device, cuda or ClockOnly(), steps)
+    machine, versions = about_machine(device)
+    measurement = Measurement(
+        **vars(measured), engine=reason, settings=settings, accumulation=run.split.accumulation,
+        device=machine, versions=versions,
+    )  # fmt: skip
     if cuda is None:
-        recording = _on_cpu(job["name"], run, job["steps"], result)
+        recording, peaks = _recorded_on_cpu(name, run, steps, settings)
+        measurement = replace(measurement, peaks=peaks)
     else:
-        result["statistics"] = cuda.statistics()
-        recording = cuda.recording(job["name"], run.profile.plan, settings)
+        measurement = replace(measurement, statistics=cuda.statistics())
+        recording = cuda.recording(name, run.profile.plan, settings)
         cuda.close()
         if training is not None:
-            found = _convolutions(training, job["steps"])
+            found = _convolutions(training, steps)
             del training
-            result["workspaces"] = workspaces(found, device, cuda.extra_bytes)
+            measurement = replace(measurement, workspaces=workspaces(found, device, cuda.extra_bytes))
     save_recordings(folder, [recording])
-    return result
+    return measurement
 
 
 def measured_run(profile: Profile, device: torch.device, engine_name: EngineName) -> ResolvedRun:
@@ -176,16 +188,14 @@ def measured_run(profile: Profile, device: torch.device, engine_name: EngineName
 
 
 def _run(
-    run: ResolvedRun,
-    engine_name: EngineName,
-    device: torch.device,
-    monitor: Monitor,
-    steps: int,
-    result: dict[str, Any],
-) -> Training | None:
-    """Set-up and steps, with what each step took put into `result`; None where memory ran out."""
+    run: ResolvedRun, engine_name: EngineName, device: torch.device, monitor: MemoryMonitor, steps: int
+) -> tuple[StepMeasurements, Training | None]:
+    """Set-up and steps: what each step took, and the training; None for it where memory ran out."""
     before = psutil.Process().memory_info().rss
     at = "the set-up"
+    seconds: list[float] = []
+    host_bytes: list[int] = []
+    overflows = 0
     try:
         monitor.phase("setup")
         _say(at)
@@ -197,18 +207,26 @@ def _run(
             _say(at)
             began = monitor.now()
             done = training_step(watched, _synthetic(run, device, step, monitor), step)
-            result["seconds"].append(monitor.now() - began)
-            result["host_bytes"].append(psutil.Process().memory_info().rss - before)
-            result["overflows"] += bool(done.update.overflow)
+            seconds.append(monitor.now() - began)
+            host_bytes.append(psutil.Process().memory_info().rss - before)
+            overflows += bool(done.update.overflow)
             del done
             monitor.checkpoint(at)
             monitor.note_free(at)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        result |= {"status": OUT_OF_MEMORY, "detail": f"in {at}: {str(error).splitlines()[0]}"}
-        return None
-    return training
+        detail = f"in {at}: {str(error).splitlines()[0]}"
+        return _steps("out of memory", detail, seconds, host_bytes, overflows), None
+    return _steps("ok", "", seconds, host_bytes, overflows), training
+
+
+def _steps(
+    status: Literal["ok", "out of memory"], detail: str, seconds: list[float], host_bytes: list[int], overflows: int
+) -> StepMeasurements:
+    return StepMeasurements(
+        status=status, detail=detail, seconds=tuple(seconds), host_bytes=tuple(host_bytes), overflows=overflows
+    )
 
 
 def _convolutions(training: Training, step: int) -> list[Convolution]:
@@ -227,7 +245,7 @@ def _set_up(run: ResolvedRun, engine_name: EngineName, device: torch.device) -> 
 
 
 def _synthetic(
-    run: ResolvedRun, device: torch.device, step: int, monitor: Monitor | None = None
+    run: ResolvedRun, device: torch.device, step: int, monitor: MemoryMonitor | None = None
 ) -> Iterator[MicroBatch]:
     """The micro-batches of a step, made when they are asked for; they belong to the forward pass."""
     for slots in run.split.slots(rank=0):
@@ -245,42 +263,38 @@ def synthetic_images(model: ModelConfig, step: int, slot: int, count: int, devic
     return to_network(pixels, model, None).to(device, non_blocking=True)
 
 
-def _on_cpu(name: str, run: ResolvedRun, steps: int, result: dict[str, Any]) -> Recording:
-    """The same steps on CPU tensors once more, every storage watched; their peaks by way of the simulated allocator."""
-    _say("the same steps, watched")
+def _recorded_on_cpu(name: str, run: ResolvedRun, steps: int, settings: str) -> tuple[Recording, MemoryFigures]:
+    """The same steps on CPU tensors once more, every storage recorded; peaks by way of the simulated allocator."""
+    _say("the same steps, recorded")
     profile, accumulation = run.profile, run.split.accumulation
     trace = trace_training(profile, run.split.micro, accumulation, steps, fake=False)
     overlay = entries(profile, trace, accumulation)
     in_allocator = ("always", "backward", "update", "convolution")
     held = [e for e in overlay if e.when in in_allocator and not e.is_bound]
-    allocator = CachingAllocator(AllocatorSettings.from_string(result["settings"]), UNLIMITED_BYTES >> 1)
-    stats = allocator.replay(from_trace(name, overlaid(trace, held)).events).checkpoints[-1]
-    result["peaks"] = {
-        "allocated": stats.peak_allocated_bytes,
-        "reserved": stats.peak_reserved_bytes,
-        "host": trace.host_bytes() + sum(e.nbytes for e in overlay if e.when in ("host", "pinned")),
-    }
-    return from_trace(name, trace, result["settings"])
+    allocator = CachingAllocator(AllocatorSettings.from_string(settings), UNLIMITED_BYTES >> 1)
+    stats = allocator.replay(overlaid(trace, held).requests()).checkpoints[-1]
+    peaks = MemoryFigures(
+        allocated_peak_bytes=stats.peak_allocated_bytes,
+        reserved_peak_bytes=stats.peak_reserved_bytes,
+        host_bytes=trace.host_bytes() + sum(e.nbytes for e in overlay if e.when in ("host", "pinned")),
+    )
+    return traced_recording(name, trace, settings), peaks
 
 
-def about_machine(device: torch.device) -> dict[str, Any]:
-    """Device and versions, as far as there are any."""
+def about_machine(device: torch.device) -> tuple[DeviceFacts, dict[str, str | int | None]]:
+    """The device and the versions, as far as there are any."""
     gpu = read_gpu() if device.type == "cuda" else GpuFacts()  # reading makes a CUDA context
     seen = gpu.card
-    return {
-        "device": {
-            "name": seen.name if seen is not None else device.type,
-            "sm": "{}.{}".format(*seen.compute_capability) if seen is not None else None,
-            "total_bytes": seen.total_bytes("linux") if seen is not None else None,
-        },
-        "versions": {
-            "python": sys.version.split()[0],
-            "torch": str(torch.__version__),
-            "cuda": torch.version.cuda,
-            "cudnn": torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None,
-            "driver": gpu.driver,
-            "platform": sys.platform,
-        },
+    facts = DeviceFacts(device.type)
+    if seen is not None:
+        facts = DeviceFacts(seen.name, "{}.{}".format(*seen.compute_capability), seen.total_bytes("linux"))
+    return facts, {
+        "python": sys.version.split()[0],
+        "torch": str(torch.__version__),
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None,
+        "driver": gpu.driver,
+        "platform": sys.platform,
     }
 
 

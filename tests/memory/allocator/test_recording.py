@@ -32,8 +32,8 @@ from nvae_lowmem.memory.allocator.recording import (
 )
 from nvae_lowmem.memory.allocator.segments import MemoryBlock
 from nvae_lowmem.memory.measure.cuda import CudaMonitor
+from nvae_lowmem.memory.measure.measurement import traced_recording
 from nvae_lowmem.memory.trace.events import Allocation, Trace
-from nvae_lowmem.memory.trace.requests import from_trace
 from nvae_lowmem.units import GIB, MIB
 
 
@@ -159,11 +159,11 @@ def test_the_monitor_tells_peaks_and_what_lies_outside() -> None:
     cuda.free(cuda.malloc(30 * MIB))
     monitor.note_free("step 3")
     told = monitor.statistics()
-    assert told["peak_allocated_bytes"] == 30 * MIB + WORKSPACE_BYTES
-    assert told["peak_reserved_bytes"] == 32 * MIB and told["ooms"] == 0
-    assert told["cublas_workspace_bytes"] == WORKSPACE_BYTES
-    assert told["outside_allocator_bytes"] == CONTEXT_BYTES and told["used_before_context_bytes"] is None
-    assert list(told["free_bytes"]) == ["context", "first convolution", "first matrix product", "step 3", "end"]
+    assert told.peak_allocated_bytes == 30 * MIB + WORKSPACE_BYTES
+    assert told.peak_reserved_bytes == 32 * MIB and told.ooms == 0
+    assert told.cublas_workspace_bytes == WORKSPACE_BYTES
+    assert told.outside_allocator_bytes == CONTEXT_BYTES and told.used_before_context_bytes is None
+    assert list(told.free_bytes) == ["context", "first convolution", "first matrix product", "step 3", "end"]
 
 
 def test_what_a_call_takes_beside_its_result() -> None:
@@ -223,7 +223,7 @@ def test_a_second_stream_is_counted() -> None:
 def test_a_traces_requests_are_those_on_the_card() -> None:
     rows = [("setup", "weight", 100), ("forward", "host", 50), ("forward", "temporary", 200)]
     trace = Trace([Allocation(n, c, "b", p, "op", i) for i, (p, c, n) in enumerate(rows)], [0, 1, 2, ~2, ~1])
-    made = from_trace("r", trace)
+    made = traced_recording("r", trace)
     assert [op for op, _ in made.events] == [100, 200, -1]
     assert list(made.requests()) == [("setup", 100), ("forward", 200)]
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
-from test_predict import run as predict_memory
+from measured_runs import nano, on_card
 
+from nvae_lowmem.commands.predict_memory import main as predict_memory
 from nvae_lowmem.config import profile_file as profiles
 from nvae_lowmem.errors import ConfigError
+from nvae_lowmem.memory.measure.assess import Assessment, SizeCount, StreamComparison
 from nvae_lowmem.memory.measure.calibration import calibrate, save_calibration
+from nvae_lowmem.memory.measure.convolutions import Workspaces
+from nvae_lowmem.memory.measure.job import Ended, Job, Outcome
 from nvae_lowmem.memory.predict.predict import predict
 from nvae_lowmem.memory.predict.untraced import CALIBRATED, load_calibration
 from nvae_lowmem.units import MIB
@@ -19,34 +24,39 @@ from profiles import profile_of
 SOURCE = "measured on GTX 970, torch 2.7.1, 2026-01-31"
 
 
-def unmatched(nbytes: int, expected: int = 0, what: str = "") -> dict[str, Any]:
-    return {"phase": "forward", "bytes": nbytes, "recorded": 1, "expected": expected, "what": what}
+def unmatched(nbytes: int, expected: int = 0, what: str = "") -> SizeCount:
+    return SizeCount("forward", nbytes, recorded=1, expected=expected, what=what)
 
 
-def workspace(*nbytes: int | None) -> dict[str, Any]:
-    keys = ("forward_bytes", "input_gradient_bytes", "weight_gradient_bytes")
-    return {"convolution": "c", **dict(zip(keys, nbytes, strict=True))}
+def run(name: str, *, engine: str = "torch", workspaces: Sequence[Workspaces] | None = None,
+        cublas_kept_bytes: int = 256 << 10, used_before_bytes: int | None = 380 * MIB) -> Assessment:  # fmt: skip
+    """A run on a card of which everything can be told."""
+    measured = on_card().measured
+    assert measured is not None and measured.statistics is not None
+    statistics = replace(
+        measured.statistics, outside_allocator_bytes=500 * MIB, used_before_context_bytes=used_before_bytes
+    )
+    if workspaces is None:
+        workspaces = [Workspaces("c", 0, 3 * MIB, None), Workspaces("c", MIB, 0, 0)]
+    profile = nano(engine=engine)
+    outcome = replace(
+        on_card(), job=Job(name=name, profile=profile, device="cuda"), decided=profile,
+        measured=replace(measured, statistics=statistics, workspaces=tuple(workspaces)),
+    )  # fmt: skip
+    sizes = (unmatched(4096), unmatched(9 * MIB, expected=1), unmatched(3 * MIB, what="workspace"))
+    stream = StreamComparison(recorded=3, expected=1, same_order=False, unknown_bytes=4096, unmatched=sizes)
+    return Assessment(outcome=outcome, cublas_kept_bytes=cublas_kept_bytes, stream=stream)
 
 
-def row(name: str, measured: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
-    return {
-        "name": name,
-        "status": "ok",
-        "engine": "torch",
-        "cublas_kept_bytes": 256 << 10,
-        "measured": {
-            "workspaces": [workspace(0, 3 * MIB, None), workspace(MIB, 0, 0)],
-            "statistics": {"outside_allocator_bytes": 500 * MIB, "used_before_context_bytes": 380 * MIB},
-            **(measured or {}),
-        },
-        "stream": {"unmatched": [unmatched(4096), unmatched(9 * MIB, 1), unmatched(3 * MIB, 0, "workspace")]},
-        **changes,
-    }
+def failed(name: str) -> Assessment:
+    profile = nano()
+    job = Job(name=name, profile=profile, device="cuda")
+    return Assessment(outcome=Outcome(job=job, status="failed", ended=Ended(1, "the start", ())))
 
 
 def test_the_largest_of_all_runs_is_taken_with_its_source() -> None:
-    larger = row("b", {"workspaces": [workspace(7 * MIB, 0, 0)]}, cublas_kept_bytes=512 << 10)
-    found = calibrate([row("a"), larger, {"name": "c", "status": "failed"}], SOURCE)
+    larger = run("b", workspaces=[Workspaces("c", 7 * MIB, 0, 0)], cublas_kept_bytes=512 << 10)
+    found = calibrate([run("a"), larger, failed("c")], SOURCE)
     assert {name: entry.nbytes for name, entry in found.items()} == {
         "cublas-workspaces": 512 << 10,
         "cudnn-workspace": 7 * MIB,
@@ -58,21 +68,20 @@ def test_the_largest_of_all_runs_is_taken_with_its_source() -> None:
 
 
 def test_what_no_run_can_tell_is_left_out() -> None:
-    assert calibrate([], SOURCE) == {}
-    unknown = row("a", {"workspaces": []}, engine="deepspeed")
+    assert calibrate([], SOURCE) == {} == calibrate([failed("a")], SOURCE)
+    unknown = run("a", workspaces=[], engine="deepspeed")
     assert calibrate([unknown], SOURCE).keys() == {"cublas-workspaces", "cuda-context"}
 
 
 def test_without_knowledge_of_other_programs_all_beside_the_allocator_counts() -> None:
-    statistics = {"outside_allocator_bytes": 500 * MIB, "used_before_context_bytes": None}
-    assert calibrate([row("a", {"statistics": statistics})], SOURCE)["cuda-context"].nbytes == 500 * MIB
+    assert calibrate([run("a", used_before_bytes=None)], SOURCE)["cuda-context"].nbytes == 500 * MIB
 
 
 def test_a_calibration_file_narrows_the_margin_of_a_prediction(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "calibration.toml"
-    made = calibrate([row("a")], SOURCE)
+    made = calibrate([run("a")], SOURCE)
     save_calibration(path, made, "Two lines\nof a comment")
     assert path.read_text().startswith("# Two lines\n# of a comment\n")
     loaded = load_calibration(path)
@@ -82,7 +91,7 @@ def test_a_calibration_file_narrows_the_margin_of_a_prediction(
     assert calibrated.context_bytes == 120 * MIB
     profile = tmp_path / "nano.toml"
     profiles.save(profile_of(micro_batch=2), profile)
-    assert predict_memory("--profile", str(profile), "--calibration", str(path)) == 0
+    assert predict_memory(["--profile", str(profile), "--calibration", str(path)]) == 0
     assert SOURCE in capsys.readouterr().out
 
 
@@ -104,7 +113,7 @@ def test_a_bad_calibration_file_is_one_message(
     path.write_text(text)
     with pytest.raises(ConfigError, match=message):
         load_calibration(path)
-    assert predict_memory("--recipe", "tiny", "--calibration", str(path)) == 2
+    assert predict_memory(["--recipe", "tiny", "--calibration", str(path)]) == 2
     out, err = capsys.readouterr()
     assert out == "" and message in err and err.startswith("predict_memory: calibration file")
 

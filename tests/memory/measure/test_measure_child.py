@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import sys
 import time
+from functools import cache
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +23,11 @@ from nvae_lowmem.memory.measure import worker as measure_child
 from nvae_lowmem.memory.measure.assess import assess
 from nvae_lowmem.memory.measure.convolutions import ConvolutionRecorder, largest_bytes, workspaces
 from nvae_lowmem.memory.measure.job import Ended, Job, Outcome, measure, run_process
+from nvae_lowmem.memory.measure.measurement import StepMeasurements
 from nvae_lowmem.memory.measure.report import as_table, as_text
 from nvae_lowmem.memory.measure.worker import synthetic_images
 from nvae_lowmem.training.engines.distributed import deepspeed_available
+from nvae_lowmem.training.step import Training
 
 # --- children that do not come to an end ------------------------------------------------------------------------------
 
@@ -46,9 +50,9 @@ def test_a_child_that_is_killed_is_told_with_where_it_was(tmp_path: Path, monkey
     outcome = failing(monkeypatch, tmp_path, code)
     assert outcome.status == "failed" and outcome.ended == Ended(-9, "step 2", ("last words",))
     assert "killed by SIGKILL in step 2" in outcome.detail and "host memory" in outcome.detail
-    row = assess(outcome)
-    assert "SIGKILL" in as_text(row) and "last words" in as_text(row) and "SIGKILL" in as_table([row])
-    assert measure_command._exit_status([row]) == 1
+    found = assess(outcome)
+    assert "SIGKILL" in as_text(found) and "last words" in as_text(found) and "SIGKILL" in as_table([found])
+    assert measure_command._exit_status([found]) == 1
 
 
 def is_gone(pid: int, patience_seconds: float = 20.0) -> bool:
@@ -81,6 +85,15 @@ def test_a_child_that_breaks_is_told_with_its_last_lines(tmp_path: Path, monkeyp
     outcome = failing(monkeypatch, tmp_path, "[print(i, file=__import__('sys').stderr) for i in range(99)]; 1 / 0")
     assert outcome.detail == "ended with exit code 1 in the start"
     assert len(outcome.ended.stderr) == 12 and "ZeroDivisionError" in outcome.ended.stderr[-1]
+
+
+@pytest.mark.parametrize("result", ["", "{}", '{"status": "ok"}'])
+def test_a_child_that_leaves_no_readable_result_has_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, result: str
+) -> None:
+    """The other configurations of a matrix go on, and their rows are kept."""
+    outcome = failing(monkeypatch, tmp_path, f"open({str(tmp_path / measure_child.RESULT)!r}, 'w').write({result!r})")
+    assert outcome.status == "failed" and outcome.detail.startswith("left no result that can be read: ")
 
 
 def test_a_child_sees_the_package_of_this_checkout(tmp_path: Path) -> None:
@@ -118,41 +131,52 @@ class Notes:
         return 0.0
 
 
-def test_the_monitor_hears_every_phase_of_every_micro_batch(capsys: pytest.CaptureFixture[str]) -> None:
-    plan = measure_child.measured_run(nano(offload_optimizer=False, precision="fp32"), CPU, "torch")
-    notes, result = Notes(), {"seconds": [], "host_bytes": [], "overflows": 0}
-    training = measure_child._run(plan, "torch", CPU, notes, 1, result)
-    assert training is not None and len(result["seconds"]) == 1
-    pass_ = ["forward", "forward", "backward"]  # the images belong to the forward pass
-    assert notes.said == ["setup", "[setup done]", *pass_, *pass_, "update", "[step 1]"]
-    assert "@step 1" in capsys.readouterr().out
-    found = measure_child._convolutions(training, 1)
+@cache
+def one_step() -> tuple[list[str], StepMeasurements, Training]:
+    """What the monitor was told in a set-up and a step of two micro-batches, what they took, and the training."""
+    run = measure_child.measured_run(nano(offload_optimizer=False, precision="fp32"), CPU, "torch")
+    notes = Notes()
+    measured, training = measure_child._run(run, "torch", CPU, notes, 1)
+    assert training is not None
+    return notes.said, measured, training
+
+
+def test_the_monitor_hears_the_phases_of_every_micro_batch_in_order() -> None:
+    said, measured, _ = one_step()
+    phases = [phase for phase, _ in groupby(said)]
+    passes = ["forward", "backward"]
+    assert phases == ["setup", "[setup done]", *passes, *passes, "update", "[step 1]"]
+    assert measured.status == "ok" and len(measured.seconds) == len(measured.host_bytes) == 1
+
+
+def test_every_kind_of_convolution_of_a_step_is_run_for_its_workspaces() -> None:
+    found = measure_child._convolutions(one_step()[2], 1)
     assert len(found) > 5 and len(set(found)) == len(found)
     measured = workspaces(found, CPU, lambda run: int(run() is not None))
-    assert len(measured) == len(found) and largest_bytes(measured) == 1
-    assert all("groups" in row["convolution"] and row["input_gradient_bytes"] == 1 for row in measured)
+    assert [one.convolution for one in measured] == list(map(str, found))
+    assert {size for one in measured for size in one.sizes} == {1} and largest_bytes(measured) == 1
 
 
-def test_running_out_of_memory_is_a_result(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_running_out_of_memory_is_a_result(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def full(*_: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmore lines")
 
     monkeypatch.setattr(measure_child, "training_step", full)
-    result: dict[str, Any] = {"seconds": [], "host_bytes": [], "overflows": 0}
     run = measure_child.measured_run(nano(), CPU, "torch")
-    assert measure_child._run(run, "torch", CPU, Notes(), 3, result) is None
-    assert result["status"] == "out of memory"
-    assert result["detail"] == "in step 1: CUDA out of memory. Tried to allocate"
+    measured, training = measure_child._run(run, "torch", CPU, Notes(), 3)
+    assert training is None and measured.status == "out of memory"
+    assert measured.detail == "in step 1: CUDA out of memory. Tried to allocate"
+    assert "@step 1" in capsys.readouterr().out  # where it was, should the process not come to its end
 
 
 def test_each_convolution_is_noted_once_forward_or_backward() -> None:
     x = torch.randn(2, 4, 6, 6, requires_grad=True)
     weight = torch.randn(8, 4, 3, 3, requires_grad=True)
-    with ConvolutionRecorder() as watcher:
+    with ConvolutionRecorder() as recorder:
         for stride in (1, 1, 2):
             torch.nn.functional.conv2d(x, weight, stride=stride).sum().backward()
-    assert [c.options[0] for c in watcher.found] == [(1, 1), (2, 2)]
-    assert x.grad is not None and str(next(iter(watcher.found))).startswith("[2, 4, 6, 6] * [8, 4, 3, 3] float32")
+    assert [c.options[0] for c in recorder.found] == [(1, 1), (2, 2)]
+    assert x.grad is not None and str(next(iter(recorder.found))).startswith("[2, 4, 6, 6] * [8, 4, 3, 3] float32")
 
 
 @pytest.mark.parametrize("bits", [1, 5, 8])

@@ -6,6 +6,7 @@ import importlib.util
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,8 +16,11 @@ from nvae_lowmem.commands import measure_memory as measure_command
 from nvae_lowmem.config import profile_file as profiles
 from nvae_lowmem.hardware.find_card import find_card
 from nvae_lowmem.memory.allocator.__main__ import main as replay_recordings
-from nvae_lowmem.memory.measure.assess import assess, described
+from nvae_lowmem.memory.measure import assess as assessing
+from nvae_lowmem.memory.measure.assess import Assessment, assess
 from nvae_lowmem.memory.measure.job import Job, Outcome
+from nvae_lowmem.memory.trace import training as tracing
+from nvae_lowmem.memory.trace.events import Trace
 from nvae_lowmem.units import GIB
 
 
@@ -74,8 +78,8 @@ def test_what_was_measured_can_be_compared_later_without_a_card(
     monkeypatch.undo()
     assert command("--compare", out, "--json", "-") == 0
     (row,) = json.loads(capsys.readouterr().out)["runs"]
-    assert row == json.loads(json.dumps(assess(on_card(), find_card("gtx-970"))))
-    assert "replay" not in described(on_card())
+    assert row == json.loads(json.dumps(assess(on_card(), find_card("gtx-970")).to_json()))
+    assert "replay" not in Assessment(outcome=on_card()).to_json()
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"card": null}', '{"card": null, "runs": [{"name": "a"}]}', "{]"])
@@ -144,5 +148,27 @@ def test_bad_input_is_one_message_before_anything_runs(
 
 
 def test_a_refused_configuration_is_bad_input_alone_and_a_failure_among_others() -> None:
-    refused, done = {"status": "refused"}, {"status": "ok", "agrees": True}
-    assert [measure_command._exit_status(rows) for rows in ([refused], [refused, done], [done])] == [2, 1, 0]
+    done = Assessment(outcome=on_cpu())
+    refused = Assessment(outcome=replace(on_cpu(), status="refused"))
+    assert [measure_command._exit_status(runs) for runs in ([refused], [refused, done], [done])] == [2, 1, 0]
+
+
+def test_a_run_that_cannot_be_compared_is_a_row_and_the_others_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    comparisons = iter([ZeroDivisionError("by nothing"), None])
+
+    def trace_training(*arguments: Any) -> Trace:
+        if (error := next(comparisons)) is not None:
+            raise error
+        return tracing.trace_training(*arguments)
+
+    monkeypatch.setattr(assessing, "trace_training", trace_training)
+    monkeypatch.setattr(measure_command, "measure", lambda job, folder: replace(on_cpu(), job=job))
+    assert command("--recipe", "tiny", "--recipe", "tiny", "--device", "cpu", "--out", str(tmp_path)) == 1
+    out, err = capsys.readouterr()
+    assert "tiny-2" in out and "ZeroDivisionError: by nothing" in out and "Traceback" not in err
+    rows = json.loads((tmp_path / "measurements.json").read_text())["runs"]
+    assert [(row["name"], row["status"], row.get("agrees")) for row in rows] == [
+        ("tiny", "failed", None), ("tiny-2", "ok", True),
+    ]  # fmt: skip
