@@ -14,7 +14,7 @@ from nvae_lowmem.config.model import ModelConfig
 from nvae_lowmem.errors import ConfigError
 from nvae_lowmem.generation import recalibrate as recalibration
 from nvae_lowmem.generation.recalibrate import load_statistics, recalibrate, recalibrate_once, recalibrated
-from nvae_lowmem.model.latents import FromPrior, SeededNoise
+from nvae_lowmem.model.latents import FromPrior, NoiseStep, SeededNoise
 from nvae_lowmem.model.nvae import NVAE
 
 
@@ -36,7 +36,7 @@ def test_recalibrated_statistics_are_the_mean_over_passes() -> None:
         alone = seasoned(GREY).train()
         for layer in alone.layers():
             layer.momentum = 1.0
-        noise = SeededNoise(5, recalibration.NOISE_STEP, first_slot=i * images)
+        noise = SeededNoise(5, NoiseStep.RECALIBRATION, first_slot=i * images)
         with torch.no_grad():
             alone.top_down(FromPrior(noise, 0.8), batch=images)
         total = {k: total.get(k, 0) + v for k, v in alone.state_dict().items() if "running" in k}

@@ -48,11 +48,11 @@ def recipe(name: str) -> Profile:
         flows=flows,
     )  # fmt: skip
     training = TrainConfig(
-        total_batch=batch, epochs=epochs, warmup_epochs=warmup, regulariser=lambda_end, regulariser_start=lambda_start
-    )
+        total_batch=batch, epochs=epochs, warmup_epochs=warmup, regulariser=lambda_end, regulariser_start=lambda_start,
+        published_total_batch=batch * gpus, published_learning_rate=rate,
+    )  # fmt: skip
     data = DataConfig(source=_SOURCES.get(name, name), flip=channels == 3)
-    provenance = {"recipe": name, "published_total_batch": batch * gpus, "published_learning_rate": rate}
-    return Profile(name=name, model=model, data=data, training=training, provenance=provenance)
+    return Profile(name=name, model=model, data=data, training=training, provenance={"recipe": name})
 
 
 def with_groups(model: ModelConfig, groups_per_scale: tuple[int, ...]) -> ModelConfig:

@@ -18,16 +18,13 @@ import torch
 from torch import Tensor
 
 from nvae_lowmem.errors import ConfigError
-from nvae_lowmem.model.latents import FromPosterior, Noise, SeededNoise
+from nvae_lowmem.model.latents import FromPosterior, Noise, NoiseStep, SeededNoise
 from nvae_lowmem.model.nvae import NVAE
 from nvae_lowmem.training.validation import evaluating, nll_of_decoded
 
 Advance = Callable[[int], None]
 """Called after each pass with the number of draws that it made."""
 
-# Noise is a function of (seed, step, slot, group). The ELBO takes the same draws as the evaluation during training, so
-# that both print the same number; those of the importance weights belong to nothing else.
-_ELBO_STEP, _WEIGHTS_STEP = -1, -5
 _DRAWS_PER_IMAGE = 1 << 32
 
 
@@ -50,7 +47,7 @@ def elbo_of_images(model: NVAE, x: Tensor, seed: int, precision: str = "fp32", f
 
     first_image: number of the first of them among all held-out images, which its noise depends on.
     """
-    noise = SeededNoise(seed, step=_ELBO_STEP, first_slot=first_image)
+    noise = SeededNoise(seed, step=NoiseStep.VALIDATION, first_slot=first_image)
     with evaluating(model, x.device, precision):
         parameters, latents = model.decode(FromPosterior(noise), model.encode(x))
         nll = nll_of_decoded(model, parameters, without_padding(model, x))
@@ -166,7 +163,7 @@ class _DrawNoise(Noise):
 
     def normal(self, group: int, shape: Sequence[int], device: torch.device) -> Tensor:
         rows = (len(self.draws), *shape[1:])
-        noise = SeededNoise(self.seed, step=_WEIGHTS_STEP)
+        noise = SeededNoise(self.seed, step=NoiseStep.IMPORTANCE_WEIGHTS)
         slots = (image * _DRAWS_PER_IMAGE + self.draws.start for image in self.images)
         return torch.cat([noise.at(slot).normal(group, rows, device) for slot in slots])
 

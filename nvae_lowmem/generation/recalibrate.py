@@ -22,14 +22,13 @@ from nvae_lowmem.generation.sample import (
     group_temperatures,
     temperature_text,
 )
-from nvae_lowmem.model.latents import FromPrior, SeededNoise
+from nvae_lowmem.model.latents import FromPrior, NoiseStep, SeededNoise
 from nvae_lowmem.model.layers import Normed
 from nvae_lowmem.model.nvae import NVAE
 from nvae_lowmem.training.open_run import Progress
 
 GPU_PASSES = 300
 CPU_IMAGES, CPU_MIN_PASSES = 640, 20
-NOISE_STEP = -4  # neither training (steps from 0 up) nor sampling draws this noise
 
 
 def default_passes(device: torch.device, micro_batch: int) -> int:
@@ -61,7 +60,7 @@ def recalibrate(
     if passes < 1:
         raise ConfigError(f"--passes {passes}: must be at least 1, a few hundred for good samples")
     temperatures = group_temperatures(temperature, model.config)
-    noise, images = SeededNoise(seed, step=NOISE_STEP), images_per_pass(micro_batch)
+    noise, images = SeededNoise(seed, step=NoiseStep.RECALIBRATION), images_per_pass(micro_batch)
     layers = list(_decoder_norms(model).values())
     before = [(layer.training, layer.momentum) for layer in layers]
     try:

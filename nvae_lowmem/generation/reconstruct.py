@@ -25,6 +25,7 @@ from nvae_lowmem.model.latents import (
     FromPrior,
     Latent,
     Noise,
+    NoiseStep,
     NoNoise,
     Normal,
     SeededNoise,
@@ -35,10 +36,6 @@ from nvae_lowmem.text_table import text_table
 from nvae_lowmem.training.open_run import Progress
 from nvae_lowmem.training.validation import nll_of_decoded
 from nvae_lowmem.units import numbers
-
-# Noise is a function of (seed, step, ...): neither training (steps from 0 up) nor sampling draws these.
-POSTERIOR_STEP, PRIOR_STEP = -5, -6
-
 
 # --- sources ----------------------------------------------------------------------------------------------------------
 
@@ -52,7 +49,7 @@ class RowNoise:
 
     seed: int
     slots: tuple[int, ...]
-    step: int = POSTERIOR_STEP
+    step: NoiseStep = NoiseStep.RECONSTRUCTION
 
     def normal(self, group: int, shape: Sequence[int], device: torch.device) -> Tensor:
         """eps (B, L, h, w) fp32 of the given group, B = len(slots)."""
@@ -142,7 +139,7 @@ def reconstruct(
         x = images[first : first + micro_batch]
         slots = tuple(range(first, first + len(x)))
         from_image = FromPosterior(posterior_noise(posterior, seed, slots))
-        from_prior = FromPrior(RowNoise(seed, slots, PRIOR_STEP), temperature)
+        from_prior = FromPrior(RowNoise(seed, slots, NoiseStep.PRIOR_OF_LATER_GROUPS), temperature)
         parts.append(_reconstruct_chunk(model, x, from_image, from_prior, first_groups))
         if progress is not None:
             progress(first + len(x), len(images))

@@ -16,15 +16,12 @@ from torch import Tensor
 
 from nvae_lowmem.config.model import ModelConfig
 from nvae_lowmem.errors import ConfigError
-from nvae_lowmem.model.latents import FromPosterior, FromPrior, SeededNoise, Source
+from nvae_lowmem.model.latents import FromPosterior, FromPrior, NoiseStep, SeededNoise, Source
 from nvae_lowmem.model.nvae import NVAE
 from nvae_lowmem.training.open_run import Progress
 
 Temperature = float | Sequence[float]
 """What sigma of the prior is multiplied by: one number, or one per scale, highest resolution first."""
-
-# Noise is a function of (seed, step, ...): steps below zero are never taken in training, so nothing here repeats it.
-_SAMPLING_STEP, _RECONSTRUCTION_STEP = -2, -3
 
 
 # --- temperatures -----------------------------------------------------------------------------------------------------
@@ -99,7 +96,7 @@ def sample_chunks(
     if count < 1:
         raise ConfigError(f"--count {count}: must be at least 1")
     temperatures = group_temperatures(temperature, model.config)
-    noise = SeededNoise(seed, step=_SAMPLING_STEP)
+    noise = SeededNoise(seed, step=NoiseStep.SAMPLING)
     for first in range(0, count, micro_batch):
         batch = min(micro_batch, count - first)
         source = FromPrior(noise.at(first), temperatures)
@@ -116,7 +113,7 @@ def reconstruct_images(model: NVAE, images: Tensor, seed: int, micro_batch: int)
     """Mean images of p(x|z), z drawn from q(z|images): (B, C, padded, padded) in [0,1] -> (B, C, S, S) on the host."""
     assert not model.training, "images must not lean on each other: put the model into evaluation mode"
     device = next(model.parameters()).device
-    noise = SeededNoise(seed, step=_RECONSTRUCTION_STEP)
+    noise = SeededNoise(seed, step=NoiseStep.PREVIEW)
     out = []
     for first in range(0, len(images), micro_batch):
         maps = model.encode(images[first : first + micro_batch].to(device))

@@ -21,7 +21,7 @@ from nvae_lowmem.errors import ConfigError
 from nvae_lowmem.generation import grids
 from nvae_lowmem.generation.reconstruct import Posterior, posterior_noise
 from nvae_lowmem.generation.sample import decoded_mean
-from nvae_lowmem.model.latents import FlowFunction, FromPosterior, Latent, Normal, SeededNoise, Source
+from nvae_lowmem.model.latents import FlowFunction, FromPosterior, Latent, NoiseStep, Normal, SeededNoise, Source
 from nvae_lowmem.model.nvae import NVAE
 from nvae_lowmem.text_table import text_table
 from nvae_lowmem.training.open_run import Progress
@@ -32,7 +32,6 @@ MOST_ROWS = 12
 """Groups of a picture where none are named: more would not be looked at."""
 COLLAPSED_SHARE = 0.05
 """A scale of which a smaller share of the latent channels is active has collapsed."""
-ACTIVITY_STEP = -7  # of the noise, which is a function of (seed, step, ...); no other pass draws these
 
 
 # --- moving a group ---------------------------------------------------------------------------------------------------
@@ -109,7 +108,7 @@ def channel_kl(model: NVAE, batches: Iterable[Tensor], seed: int) -> tuple[Tenso
     total, images = torch.zeros(model.config.total_groups, model.config.latents, dtype=torch.float64), 0
     for x in batches:
         maps = model.encode(x.to(next(model.parameters()).device))
-        latents = model.top_down(FromPosterior(SeededNoise(seed, ACTIVITY_STEP, images)), maps)[1]
+        latents = model.top_down(FromPosterior(SeededNoise(seed, NoiseStep.ACTIVITY, images)), maps)[1]
         total += torch.stack([latent.kl.double().sum(0) for latent in latents if latent.kl is not None]).cpu()
         del maps, latents  # before the next ones are made
         images += len(x)

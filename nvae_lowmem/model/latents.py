@@ -5,6 +5,7 @@ All of this is fp32, whatever the activations are. Shapes: B images, L latent ch
 
 from __future__ import annotations
 
+import enum
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -57,9 +58,30 @@ class Noise(Protocol):
         ...
 
 
+@enum.unique
+class NoiseStep(enum.IntEnum):
+    """What stands for the step in the noise of a pass that does not train. Training counts its steps from 0 up.
+
+    Every kind of pass has a number of its own, so that no two of them see the same draws.
+    """
+
+    VALIDATION = -1
+    """The ELBO of held-out images: while training and afterwards, so that both print the same number."""
+    SAMPLING = -2
+    PREVIEW = -3
+    """Reconstructions that are shown beside samples."""
+    RECALIBRATION = -4
+    IMPORTANCE_WEIGHTS = -5
+    PRIOR_OF_LATER_GROUPS = -6
+    """Reconstruction: the groups that are drawn from the prior."""
+    ACTIVITY = -7
+    """Traversal: which channels are active."""
+    RECONSTRUCTION = -8
+
+
 @dataclass(frozen=True)
 class SeededNoise:
-    """Draws that are a function of (seed, step, sample slot, group).
+    """Draws that are a function of (seed, step, sample slot, group); step: of training, or a NoiseStep.
 
     Sample slots number the images of the whole total batch, so that any split into micro-batches and processes sees the
     same noise. A recomputed block asks again and gets the same numbers; no generator state is kept anywhere.

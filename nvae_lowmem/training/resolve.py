@@ -59,9 +59,8 @@ def resolve_run(profile: Profile, images: int, device: torch.device, processes: 
     warmup = min(round(training.warmup_epochs * epoch), total // 2)
     rate, why_rate = training.learning_rate, f"learning rate {training.learning_rate:g}: as given"
     if not rate:
-        batch = int(profile.provenance.get("published_total_batch", 256))
         rate, why_rate = suggest_learning_rate(
-            training.total_batch, batch, float(profile.provenance.get("published_learning_rate", 1e-2))
+            training.total_batch, training.published_total_batch, training.published_learning_rate
         )
     steps = f"{total} steps = {total / epoch:.1f} epochs x {epoch} steps ({images} images)"
     reasons = (str(split), steps, f"warm-up {warmup} steps", why_rate, f"precision {precision}: {why}")

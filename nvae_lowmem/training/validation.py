@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nvae_lowmem.model.blocks import Head
-from nvae_lowmem.model.latents import SeededNoise
+from nvae_lowmem.model.latents import NoiseStep, SeededNoise
 from nvae_lowmem.model.likelihoods import negative_log_likelihood
 from nvae_lowmem.model.nvae import NVAE
 from nvae_lowmem.model.objective import AUTOCAST_DTYPES
@@ -37,7 +37,7 @@ def validate(model: NVAE, batches: Iterable[Tensor], seed: int, precision: str =
     images, nll, kl = 0, 0.0, torch.zeros(())
     with evaluating(model, next(model.parameters()).device, precision):
         for x in batches:
-            batch_nll, batch_kl = _sums(model, x, SeededNoise(seed, step=-1, first_slot=images))
+            batch_nll, batch_kl = _sums(model, x, SeededNoise(seed, step=NoiseStep.VALIDATION, first_slot=images))
             nll, kl, images = nll + batch_nll, kl + batch_kl, images + len(x)
     if not images:
         raise ValueError("there are no held-out images to evaluate on")
