@@ -7,11 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a checkout that is not installed, too
 
-from nvae_lowmem.hardware.cpu import wait_politely
-
-wait_politely()  # before torch is imported
-
-from nvae_lowmem.commands.sample import main  # noqa: E402
+from nvae_lowmem.commands.sample import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,14 +1,46 @@
-"""The one error a user's mistake ends in, and the messages that need more than a sentence."""
+"""The errors that a command ends in with one message and no traceback, its exit codes, and longer messages."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from enum import IntEnum
+from pathlib import Path
 from typing import Any
+
+_CHECKOUT = Path(__file__).resolve().parent.parent
+
+
+class ExitCode(IntEnum):
+    """What a command says to the shell, the same for all of them."""
+
+    DONE = 0
+    CHECK_FAILED = 1
+    """The work was done, and what it checked is not as it should be."""
+    BAD_INPUT = 2
+    """The command line, a file or the machine is not what the command needs."""
+    DOES_NOT_FIT = 3
+    """No plan fits the card, or a run took more memory than was predicted."""
+    DIVERGED = 4
+    OUT_OF_MEMORY = 5
+    INTERRUPTED = 130
+    """Ctrl-C, as shells have it: 128 + SIGINT."""
 
 
 class ConfigError(ValueError):
     """Something a user gave is wrong. Its text is the whole message: what, which value, what is allowed, what to do."""
+
+
+class NothingFits(RuntimeError):
+    """No plan of the profile fits the card; its text says by how much, and what would make it fit."""
+
+
+class Diverged(RuntimeError):
+    """Training cannot go on: the loss or the gradients are no numbers any more. Its text says where and what to do."""
+
+
+class OutOfMemory(RuntimeError):
+    """Training ran out of memory; its text is the whole report."""
 
 
 def raise_problems(problems: Iterable[str], where: str) -> None:
@@ -48,5 +80,11 @@ def at_least_one(section: Any, prefix: str, names: str) -> list[str]:
     ]
 
 
-class NothingFits(RuntimeError):
-    """No plan of the profile fits the card; its text says by how much, and what would make it fit."""
+def command_line(name: str) -> str:
+    """How a command is typed here: `python launch/train.py` where the scripts stand beside the package, as in a
+    checkout; `nvae-lowmem train` where the package is installed without them."""
+    for folder in ("launch", "tools"):
+        script = f"{folder}/{name.replace('-', '_')}.py"
+        if (_CHECKOUT / script).is_file():
+            return f"python {script}"
+    return f"nvae-lowmem {name}"

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 
 from nvae_lowmem.units import format_seconds
 
 Log = Callable[[str], object]
+OnProgress = Callable[[int, int], None]
+"""Called with (done, total) after each piece of long work."""
+BAR_DELAY_SECONDS = 2.0
+"""Work that is done sooner shows no progress bar."""
+
+
+def say(line: str) -> None:
+    """What a command is doing just now, on stderr: stdout is for answers."""
+    print(f"... {line}", file=sys.stderr, flush=True)
 
 
 class Progress:
@@ -28,3 +38,19 @@ class Progress:
         left = (now - self._began) / self._done * (self._total - self._done)
         share = 100 * self._done / self._total
         self._log(f"{self._what}: {self._done:,} of {self._total:,} ({share:.0f} %), {format_seconds(left)} left")
+
+
+def progress_bar(what: str) -> OnProgress:
+    """Progress with ETA on stderr, once the work has taken two seconds; in a log, a line every ten seconds."""
+    from tqdm import tqdm
+
+    interval = 0.1 if sys.stderr.isatty() else 10.0
+    bar = tqdm(desc=what, delay=BAR_DELAY_SECONDS, leave=False, dynamic_ncols=True, mininterval=interval)
+
+    def report(done: int, total: int) -> None:
+        bar.total = total
+        bar.update(done - bar.n)
+        if done >= total:
+            bar.close()
+
+    return report

@@ -86,7 +86,7 @@ def test_command_writes_strip_matrix_and_animation(tmp_path: Path, capsys: pytes
         (["A", "A", "--mode", "scales", "--split", "group:4"], "--split group:4: must be scale:N"),
         (["A", "A", "--animation", "a.mp4"], "--animation a.mp4: must end in one of .gif, .webp, .png"),
         (["A", "A", "--box", "0,0,99,99"], "--box 0,0,99,99 reaches beyond image"),
-        (["A", "A", "--micro-batch", "-2"], "--micro-batch -2: must be at least 1"),
+        (["A", "A", "--micro-batch", "-2"], "--micro-batch -2: must be at least 0"),
     ],
 )
 def test_bad_input_is_one_message_and_exit_code_2(

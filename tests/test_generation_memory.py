@@ -15,14 +15,12 @@ from hypothesis import strategies as st
 
 from nvae_lowmem.config.recipes import recipe, with_groups
 from nvae_lowmem.config.sections import Profile, TrainConfig
-from nvae_lowmem.errors import ConfigError
 from nvae_lowmem.memory.trace.events import Trace
 from nvae_lowmem.memory.trace.inference import WORKS, Work, generation_peaks, trace_generation
 from nvae_lowmem.memory.trace.training import trace_training
 from nvae_lowmem.model.nvae import NVAE
-from nvae_lowmem.training import open_run as commands
 from nvae_lowmem.training.checkpoint import export_weights
-from nvae_lowmem.training.open_run import exit_code, images_per_pass, open_run
+from nvae_lowmem.training.open_run import images_per_pass, open_run
 from nvae_lowmem.training.validation import validate
 
 DRAWS = 100
@@ -181,41 +179,3 @@ def test_validation_does_not_depend_on_chunks() -> None:
     whole, parts = (validate(model, x.split(size), seed=3) for size in (5, 2))
     assert parts.nelbo == pytest.approx(whole.nelbo, rel=1e-6) and parts.kl == pytest.approx(whole.kl, rel=1e-5)
     assert parts.images == whole.images == 5 and model.training
-
-
-# --- how a command ends -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("error", "code", "said"),
-    [
-        (ConfigError("--count 0: no"), 2, "p.py: --count 0: no"),
-        (OSError("disk full"), 2, "p.py: disk full"),
-        (torch.cuda.OutOfMemoryError("CUDA out of memory.\nmore"), 5, "Halve --micro-batch"),
-    ],
-)
-def test_what_goes_wrong_ends_a_command_with_its_code(
-    error: Exception, code: int, said: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def work() -> None:
-        raise error
-
-    assert exit_code("p.py", work) == code
-    captured = capsys.readouterr()
-    assert said in captured.err and "more" not in captured.err and not captured.out
-
-
-def test_mistakes_in_the_code_are_not_hidden() -> None:
-    with pytest.raises(ZeroDivisionError):
-        exit_code("p.py", lambda: print(1 // 0))
-    assert exit_code("p.py", lambda: None) == 0
-
-
-def test_places_that_cannot_be_written_to_are_named(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match=r"--out .*file: cannot be made"):
-        commands.writable_folder("--out", tmp_path / "file")
-    with pytest.raises(ConfigError, match=r"--json .*: is a folder"):
-        commands.writable_file("--json", tmp_path)
-    assert commands.writable_file("--json", tmp_path / "a" / "b.json").parent.is_dir()
-    assert not list((tmp_path / "a").iterdir())

@@ -234,7 +234,7 @@ def test_command_reconstructs_held_out_images(tmp_path: Path, capsys: pytest.Cap
         (["--first-groups", "few"], "--first-groups few: must be numbers with commas"),
         (["--temperature", "-1"], "--temperature -1.0: must be a number from 0 up"),
         (["--temperature", "nan"], "--temperature nan: must be a number from 0 up"),
-        (["--micro-batch", "-1"], "--micro-batch -1: must be at least 1"),
+        (["--micro-batch", "-1"], "--micro-batch -1: must be at least 0"),
         (["--out", "TEXT"], "cannot be made"),
         ([], "gone"),  # the data of the run
     ],

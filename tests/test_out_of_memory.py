@@ -12,12 +12,11 @@ import torch
 from training_runs import Finished, run, tree, write_profile
 
 from nvae_lowmem.commands import auto_fit
-from nvae_lowmem.commands.train import EXIT_NOTHING_FITS
 from nvae_lowmem.config import profile_file as profiles
 from nvae_lowmem.config.sections import MemoryPlan, Profile
+from nvae_lowmem.errors import ExitCode
 from nvae_lowmem.model.nvae import NVAE
 from nvae_lowmem.training.engines.torch_engine import TorchEngine
-from nvae_lowmem.training.open_run import EXIT_BAD_INPUT, EXIT_OUT_OF_MEMORY
 from nvae_lowmem.training.out_of_memory import is_out_of_memory, next_settings
 from nvae_lowmem.training.trainer import Trainer
 
@@ -45,7 +44,7 @@ def block_fails(monkeypatch: pytest.MonkeyPatch, name: str, call: int) -> None:
 
 
 def report_of(result: Finished) -> str:
-    assert result.code == EXIT_OUT_OF_MEMORY == 5 and "Traceback" not in result.complained
+    assert result.code == ExitCode.OUT_OF_MEMORY == 5 and "Traceback" not in result.complained
     return result.complained
 
 
@@ -158,7 +157,7 @@ def test_auto_fit_trains_under_the_plan_it_found(tmp_path: Path) -> None:
 )
 def test_what_cannot_be_fitted_to_is_said_at_once(arguments: list[str], words: list[str], tmp_path: Path) -> None:
     result = run(write_profile(tmp_path), "--runs-dir", str(tmp_path / "runs"), *arguments)
-    assert result.code == EXIT_BAD_INPUT and all(word in result.complained for word in words), result.complained
+    assert result.code == ExitCode.BAD_INPUT and all(word in result.complained for word in words), result.complained
     assert not (tmp_path / "runs").exists()
 
 
@@ -166,7 +165,7 @@ def test_where_nothing_fits_the_nearest_miss_is_told(tmp_path: Path, monkeypatch
     monkeypatch.setattr(auto_fit, "_HOST_SHARE", 1e-9)
     before = tree(tmp_path)
     result = run(write_profile(tmp_path), "--runs-dir", str(tmp_path / "runs"), "--auto-fit", "--gpu-mem", "1G")
-    assert result.code == EXIT_NOTHING_FITS and "nearest miss" in result.complained, result.complained
+    assert result.code == ExitCode.DOES_NOT_FIT and "nearest miss" in result.complained, result.complained
     assert set(tree(tmp_path)) - set(before) == {"quick.toml"}
 
 
@@ -174,4 +173,4 @@ def test_auto_fit_refuses_several_processes(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     result = run(write_profile(tmp_path), "--auto-fit", "--gpu-mem", "4G")
-    assert result.code == EXIT_BAD_INPUT and "tools/fit_memory.py" in result.complained
+    assert result.code == ExitCode.BAD_INPUT and "tools/fit_memory.py" in result.complained

@@ -335,7 +335,7 @@ def test_bad_input_is_one_message_and_exit_code_2(
 ) -> None:
     assert run(*arguments) == 2
     out, err = capsys.readouterr()
-    assert out == "" and message in err and err.startswith("predict_memory: ")
+    assert out == "" and message in err and err.startswith("predict_memory.py: ")
 
 
 def test_a_budget_decides_the_cap_that_the_steps_run_under() -> None:

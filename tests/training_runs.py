@@ -7,9 +7,7 @@ import io
 from pathlib import Path
 from typing import NamedTuple
 
-from nvae_lowmem.commands.auto_fit import auto_fitted
-from nvae_lowmem.commands.train import run_training
-from nvae_lowmem.generation.grids import training_pictures
+from nvae_lowmem.commands.train import main
 
 STEPS, EMA_DECAY = 4, 0.5
 PROFILE = f"""
@@ -60,7 +58,7 @@ def run(profile: Path | str, *arguments: str) -> Finished:
     """The training command in this process."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = run_training(["--profile", str(profile), "--device", "cpu", *arguments], training_pictures, auto_fitted)
+        code = main(["--profile", str(profile), "--device", "cpu", *arguments])
     return Finished(code, out.getvalue(), err.getvalue())
 
 

@@ -1,43 +1,45 @@
-"""Blend two images in a trained model's latent groups: python launch/blend.py A.png B.png --run latest."""
+"""Blend two images in a trained model's latent groups."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
-from torch import Tensor
 
-from nvae_lowmem.commands import picture_inputs as pictures
+from nvae_lowmem.commands.command_line import run_command
+from nvae_lowmem.commands.flags import ImageFlags
+from nvae_lowmem.config.choices import BlendMode
 from nvae_lowmem.errors import ConfigError
-from nvae_lowmem.generation import blend, grids
-from nvae_lowmem.generation.sample import without_padding
-from nvae_lowmem.training.open_run import exit_code, progress_bar
+from nvae_lowmem.progress import progress_bar
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
-class BlendCommand(pictures.PictureCommand):
+class BlendCommand(ImageFlags):
     """Blend two images: a strip from one to the other, and if asked for a matrix and an animation.
 
     Examples:
-      python launch/blend.py --run latest
-      python launch/blend.py a.png b.png --run latest --steps 9
-      python launch/blend.py a.png b.png --weights 0,1,1 --matrix 5
-      python launch/blend.py a.png b.png --mode scales
-      python launch/blend.py a.png b.png --animation morph.gif
+      nvae-lowmem blend --run latest
+      nvae-lowmem blend a.png b.png --run latest --steps 9
+      nvae-lowmem blend a.png b.png --weights 0,1,1 --matrix 5
+      nvae-lowmem blend a.png b.png --mode scales
+      nvae-lowmem blend a.png b.png --animation morph.gif
     """
 
     images: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="A B")] = ()
     """The two image files, treated as the run's data were; none: two held-out images of the run's data."""
-    mode: blend.Mode = "linear"
+    mode: BlendMode = "linear"
     """linear: both posteriors mixed group by group, given what the groups above became; scales: coarse groups from A,
     fine ones from B, given those; simple: the latents of two independent passes, mixed."""
     weights: str = "1"
     """How far the strip goes towards B, 0 to 1: one number, or one per scale or per group, HIGHEST RESOLUTION FIRST."""
     steps: int = 9
-    """Pictures of the strip; 1: only the blend at --weights."""
+    """Images of the strip; 1: only the blend at --weights."""
     split: str = ""
     """Coarse are: scale:N, the N lowest resolutions, or group:N, the first N groups. Empty: mode scales shows --steps
     even splits, the matrix has half of the scales."""
@@ -46,13 +48,12 @@ class BlendCommand(pictures.PictureCommand):
     animation: str = ""
     """Also the way there and back as a file that ends in .gif, .webp or .png."""
     frames: int = 32
-    """Pictures of the animation, one way."""
+    """Images of the animation, one way."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, blend, write, and return the exit code: 0 done, 2 bad input, 5 out of memory."""
-    command = tyro.cli(BlendCommand, args=argv, prog="blend.py")
-    return exit_code("blend.py", lambda: _blend(command))
+    """Parse, blend, write, and return the exit code."""
+    return run_command(BlendCommand, _blend, argv)
 
 
 def _blend(command: BlendCommand) -> None:
@@ -60,14 +61,19 @@ def _blend(command: BlendCommand) -> None:
         raise ConfigError(f"two images are blended, not {len(command.images)}: name two, or none for two held-out ones")
     if command.split and command.mode != "scales" and not command.matrix:
         raise ConfigError(f"--split {command.split} belongs to --mode scales and to --matrix: add one of them")
-    run = pictures.opened(command)
+    command.find()
+    from nvae_lowmem.commands import image_inputs
+    from nvae_lowmem.generation import blend, grids
+    from nvae_lowmem.generation.sample import without_padding
+
+    run = image_inputs.opened(command)
     config, mode = run.model.config, command.mode
     strip = blend.path_weights(config, mode, command.weights, command.split, command.steps)
     matrix = blend.matrix_weights(config, mode, command.split, command.matrix) if command.matrix else None
     frames = blend.animation_weights(config, mode, command.weights, command.frames, command.animation)
-    pair, files = pictures.given_or_held_out(run, command.images, command.box, 2)
+    pair, files = image_inputs.given_or_held_out(run, command.images, command.box, 2)
     names = [Path(name).stem.replace(" ", "-") for name in files]
-    out = pictures.output_folder(command.out, run)
+    out = image_inputs.output_folder(command.out, run)
 
     def blended(what: str, weights: Tensor) -> Tensor:
         bar, size = progress_bar(what), run.micro_batch

@@ -1,12 +1,8 @@
-"""Verifies the files of a run: its configuration, every checkpoint against its checksums, its figures.
-
-Exit status: 0 all is whole; 1 something is damaged, which the report names; 2 there is no such run.
-"""
+"""Verifies the files of a run: its configuration, every checkpoint against its checksums, its figures."""
 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,17 +10,22 @@ from typing import Annotated
 
 import tyro
 
+from nvae_lowmem.commands.command_line import run_command
 from nvae_lowmem.config import profile_file as profiles
-from nvae_lowmem.errors import ConfigError
-from nvae_lowmem.training import checkpoint, runs
-from nvae_lowmem.training.open_run import EXIT_BAD_INPUT
-
-EXIT_DAMAGED = 1
+from nvae_lowmem.errors import ConfigError, ExitCode
+from nvae_lowmem.training import runs
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckCommand:
-    """Verify the files of a run: its configuration, every checkpoint against its checksums, its figures."""
+    """Verify the files of a run: its configuration, every checkpoint against its checksums, its figures.
+
+    Exit status: 0 all is whole; 1 something is damaged, which the report names; 2 there is no such run.
+
+    Examples:
+      nvae-lowmem check
+      nvae-lowmem check runs/00003-celeba64-4g
+    """
 
     run: Annotated[str, tyro.conf.Positional] = "latest"
     """Run folder by path, number or name; latest: the newest one in --runs-dir."""
@@ -33,20 +34,21 @@ class CheckCommand:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Check and print a line per file; returns the exit status."""
-    command = tyro.cli(CheckCommand, args=sys.argv[1:] if argv is None else list(argv), prog="check")
-    try:
-        run_dir = runs.find_run(command.run, command.runs_dir)
-        lines, damaged = check_run(run_dir)
-    except ConfigError as error:
-        print(f"check: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
+    """Check and print a line per file; returns the exit code."""
+    return run_command(CheckCommand, _check, argv)
+
+
+def _check(command: CheckCommand) -> ExitCode:
+    run_dir = runs.find_run(command.run, command.runs_dir)
+    lines, damaged = check_run(run_dir)
     print("\n".join([str(run_dir), *(f"  {line}" for line in lines)]))
-    return EXIT_DAMAGED if damaged else 0
+    return ExitCode.CHECK_FAILED if damaged else ExitCode.DONE
 
 
 def check_run(run_dir: Path) -> tuple[list[str], int]:
     """(a line per file of the run, how many of them are damaged). Nothing is written."""
+    from nvae_lowmem.training import checkpoint
+
     lines, damaged = [], 0
     usable: Path | None = None
     checks = [("config.toml", _check_config), ("stats.jsonl", _check_figures)]

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from nvae_lowmem import __version__
-from nvae_lowmem.hardware.cpu import wait_politely
+from nvae_lowmem.errors import ExitCode
 
 COMMANDS: dict[str, tuple[str, ...]] = {
     "train": ("train",),
@@ -32,7 +32,7 @@ def summary(command: str) -> str:
     spec = find_spec(module_of(command))
     assert spec is not None and spec.origin is not None, command
     docstring = ast.get_docstring(ast.parse(Path(spec.origin).read_text(encoding="utf-8"))) or ""
-    return docstring.partition("\n")[0].partition(": python ")[0]
+    return docstring.partition("\n")[0]
 
 
 def usage() -> str:
@@ -49,18 +49,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     command, *rest = [*(sys.argv[1:] if argv is None else argv)] or ["--help"]
     if command in ("-h", "--help"):
         print(usage())
-        return 0
+        return ExitCode.DONE
     if command == "--version":
         print(f"nvae-lowmem {__version__}")
-        return 0
+        return ExitCode.DONE
     names = [name for group in COMMANDS.values() for name in group]
     name = command.replace("_", "-")
     if name not in names:
         close = difflib.get_close_matches(name, names, n=1)
         hint = f"did you mean {close[0]}?" if close else "nvae-lowmem --help lists the commands."
         print(f"nvae-lowmem: there is no command {command!r}; {hint}", file=sys.stderr)
-        return 2
+        return ExitCode.BAD_INPUT
     sys.argv = [f"nvae-lowmem {name}", *rest]  # so that the command's own usage line names it
-    wait_politely()  # before torch is imported
     status: int | None = importlib.import_module(module_of(name)).main(rest)
     return status or 0

@@ -1,4 +1,4 @@
-"""Show a trained model on a web page of this machine: python launch/demo.py --run latest."""
+"""Show a trained model on a web page of this machine."""
 
 from __future__ import annotations
 
@@ -6,22 +6,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import tyro
-
-from nvae_lowmem.demo import page as demo_page
-from nvae_lowmem.training import open_run as commands
+from nvae_lowmem.commands.command_line import run_command
+from nvae_lowmem.commands.flags import RunFlags
 
 
 @dataclass(frozen=True, kw_only=True)
-class DemoCommand(commands.RunCommand):
+class DemoCommand(RunFlags):
     """Sample, blend and traverse a trained model with sliders, on a web page of this machine. Ctrl+C ends it.
 
-    Needs the extra demo: pip install 'nvae-lowmem[demo]'. The page loads nothing from the network.
+    Needs gradio (pip install "gradio>=6,<7"). The page loads nothing from the network.
 
     Examples:
-      python launch/demo.py
-      python launch/demo.py --run 3 --port 8000
-      python launch/demo.py --run celeba64-4g --host 0.0.0.0
+      nvae-lowmem demo
+      nvae-lowmem demo --run 3 --port 8000
+      nvae-lowmem demo --run celeba64-4g --host 0.0.0.0
     """
 
     host: str = "127.0.0.1"
@@ -33,19 +31,19 @@ class DemoCommand(commands.RunCommand):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, serve until Ctrl+C, and return the exit code: 0 done, 2 bad input, 5 out of memory."""
-    command = tyro.cli(DemoCommand, args=argv, prog="demo.py")
-    try:
-        return commands.exit_code("demo.py", lambda: _demo(command))
-    except KeyboardInterrupt:
-        print("\nthe page is closed", flush=True)
-        return 0
+    """Parse, serve until Ctrl+C, and return the exit code."""
+    return run_command(DemoCommand, _demo, argv)
 
 
 def _demo(command: DemoCommand) -> None:
+    command.find()
+    from nvae_lowmem.commands.image_inputs import opened
+    from nvae_lowmem.demo import page as demo_page
+
     demo_page.check_gradio()
     address = demo_page.Address(host=command.host, port=command.port, public=command.share == "public")
     demo_page.check_address(address)
-    run = commands.open_run(command.run, command.runs_dir, command.device, command.micro_batch, data=command.data)
-    print(run.describe(), flush=True)
-    demo_page.serve(run, address)
+    try:
+        demo_page.serve(opened(command), address)
+    except KeyboardInterrupt:
+        print("\nthe page is closed", flush=True)

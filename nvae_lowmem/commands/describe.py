@@ -1,79 +1,69 @@
-"""Shows what a model is made of, block by block, as a table and as a picture; needs no GPU and no weights.
-
-Exit status: 0; 2 when the command line or a file is wrong.
-"""
+"""Shows what a model is made of, block by block, as a table and as a figure; needs no GPU and no weights."""
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import dataclass
 
-from nvae_lowmem.config.profile_file import load, override
-from nvae_lowmem.config.recipes import RECIPES, recipe
+from nvae_lowmem.commands.command_line import run_command
+from nvae_lowmem.commands.flags import ModelFlags, Switch, overridden
+from nvae_lowmem.config.profile_file import load
 from nvae_lowmem.config.sections import Profile
 from nvae_lowmem.errors import ConfigError
-from nvae_lowmem.summary.summary import as_json, as_text, describe
+from nvae_lowmem.files import output_file, write_output
+from nvae_lowmem.training.runs import find_run
 
 PICTURE_SUFFIXES = (".svg", ".png")
 
 
+@dataclass(frozen=True, kw_only=True)
+class DescribeCommand(ModelFlags):
+    """Show what a model is made of, block by block: sizes, parameters, receptive fields, and if asked for a figure.
+
+    Needs no GPU and no weights. Exit status: 0; 2 when the command line or a file is wrong.
+
+    Examples:
+      nvae-lowmem describe --recipe celeba64 --picture celeba64.svg
+      nvae-lowmem describe --profile gtx-970-celeba64 --set model.flows=0
+      nvae-lowmem describe --run latest --all
+    """
+
+    run: str = ""
+    """The model of a trained run, by path, number or name; latest: the newest one in --runs-dir."""
+    runs_dir: str = "runs"
+    """Where the numbered run folders are."""
+    all: Switch = False
+    """One row per block, also where neighbours are equal."""
+    picture: str = ""
+    """Draw the network, too: a file that ends in .svg or .png."""
+    json: str = ""
+    """Write the description as JSON, too; - prints JSON only."""
+
+    def described(self) -> Profile:
+        """The profile whose model is asked for. Raises ConfigError unless exactly one is named."""
+        if self.run and not self.recipe and not self.profile:
+            return overridden(load(find_run(self.run, self.runs_dir) / "config.toml"), self.set)
+        if self.run or not (self.recipe or self.profile):
+            raise ConfigError("which model? Give one of --recipe NAME, --profile FILE and --run latest")
+        return overridden(self.base(), self.set)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Describe the model of a recipe or a profile; returns the exit status."""
-    arguments = _parser().parse_args(argv)
-    try:
-        picture = _output("--picture", arguments.picture, PICTURE_SUFFIXES)
-        table = _output("--json", arguments.json if arguments.json != "-" else None)
-        description = describe(_profile(arguments))
-        if picture is not None:
-            from nvae_lowmem.summary.drawing import draw  # matplotlib, only where it is needed
-
-            _write("--picture", picture, draw(description, picture.suffix[1:].lower()))
-        if table is not None:
-            _write("--json", table, as_json(description).encode() + b"\n")
-    except ConfigError as error:
-        print(f"describe: {error}", file=sys.stderr)
-        return 2
-    print(as_json(description) if arguments.json == "-" else as_text(description, arguments.all))
-    return 0
+    """Describe the model of a recipe, a profile or a run; returns the exit code."""
+    return run_command(DescribeCommand, _describe, argv)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--recipe", metavar="NAME", help=f"one of {', '.join(RECIPES)}")
-    which.add_argument("--profile", metavar="FILE", help="a profile's TOML file, or the name of a shipped profile")
-    parser.add_argument(
-        "--set", metavar="KEY=VALUE", nargs="+", action="extend", default=[], help="for example model.flows=0"
-    )
-    parser.add_argument("--all", action="store_true", help="one row per block, also where neighbours are equal")
-    parser.add_argument("--picture", metavar="FILE", help="draw the network, too: a file that ends in .svg or .png")
-    parser.add_argument("--json", metavar="FILE", help="write the description as JSON, too; - prints JSON only")
-    return parser
+def _describe(command: DescribeCommand) -> None:
+    picture = output_file("--picture", command.picture, PICTURE_SUFFIXES)
+    table = output_file("--json", command.json)
+    profile = command.described()
+    from nvae_lowmem.summary.summary import as_json, as_text, describe
 
+    description = describe(profile)
+    if picture is not None:
+        from nvae_lowmem.summary.drawing import draw  # matplotlib, only where it is needed
 
-def _profile(arguments: argparse.Namespace) -> Profile:
-    profile = load(arguments.profile) if arguments.profile is not None else recipe(arguments.recipe)
-    return override(profile, arguments.set)
-
-
-def _output(flag: str, name: str | None, suffixes: Sequence[str] = ()) -> Path | None:
-    """The file to write, checked before the work begins."""
-    if name is None:
-        return None
-    path = Path(name)
-    if suffixes and path.suffix.lower() not in suffixes:
-        raise ConfigError(f"{flag} {name}: the name must end in {' or '.join(suffixes)}")
-    if not path.parent.is_dir():
-        raise ConfigError(f"{flag} {name}: there is no folder {path.parent}; make it, or name another")
-    return path
-
-
-def _write(flag: str, path: Path, content: bytes) -> None:
-    try:
-        path.write_bytes(content)
-    except OSError as error:
-        raise ConfigError(
-            f"{flag} {path} cannot be written: {error.strerror}; name a file in a folder that is"
-        ) from None
+        write_output("--picture", picture, draw(description, picture.suffix[1:].lower()))
+    if table is not None:
+        write_output("--json", table, as_json(description) + "\n")
+    print(as_json(description) if command.json == "-" else as_text(description, command.all))

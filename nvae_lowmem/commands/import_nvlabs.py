@@ -1,50 +1,66 @@
-"""Loads a published NVAE checkpoint, checks it against saved arrays, and makes a run folder of it.
-
-Exit status: 0; 1 when an array of --verify differs by more than 1e-4, and then nothing is written; 2 when a file or the
-command line is wrong.
-"""
+"""Loads a published NVAE checkpoint, checks it against saved arrays, and makes a run folder of it."""
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from safetensors import SafetensorError
+import tyro
 
-from nvae_lowmem.config.sections import Profile
-from nvae_lowmem.errors import ConfigError
-from nvae_lowmem.interop import nvlabs
-from nvae_lowmem.interop.nvlabs_verify import TOLERANCE, read_expected, verify
-from nvae_lowmem.model.nvae import NVAE
-from nvae_lowmem.training.checkpoint import export_weights
+from nvae_lowmem.commands.command_line import run_command
+from nvae_lowmem.errors import ConfigError, ExitCode
+
+if TYPE_CHECKING:
+    from nvae_lowmem.config.sections import Profile
+    from nvae_lowmem.model.nvae import NVAE
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportCommand:
+    """Load a published NVAE checkpoint, check it against saved arrays, and make a run folder of it.
+
+    Exit status: 0; 1 when an array of --verify differs by more than 1e-4, and then nothing is written; 2 when a file
+    or the command line is wrong.
+
+    Examples:
+      nvae-lowmem import-nvlabs checkpoint.pt --out runs/imported
+      nvae-lowmem import-nvlabs checkpoint.pt --verify arrays.npz
+    """
+
+    checkpoint: tyro.conf.Positional[str]
+    """checkpoint.pt of the published training code."""
+    verify: str = ""
+    """.npz of arrays that the published network computed: x, logits, ..."""
+    out: str = ""
+    """Write a run folder, to sample from and to evaluate."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Import, verify, write; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="checkpoint.pt of the published training code")
-    parser.add_argument("--verify", metavar="NPZ", help="arrays that the published network computed: x, logits, ...")
-    parser.add_argument("--out", metavar="RUN", help="write a run folder, to sample from and to evaluate")
-    arguments = parser.parse_args(argv)
-    try:
-        out = _new_folder(arguments.out) if arguments.out else None
-        expected = read_expected(arguments.verify) if arguments.verify else None
-        profile, model = nvlabs.restore(arguments.checkpoint)
-        print(_summary(profile, model))
-        if expected is not None and not _report(verify(model, expected)):
-            return 1
-        if out is not None:
-            _export(out, profile, model)
-    except ConfigError as error:
-        print(f"import-nvlabs: {error}", file=sys.stderr)
-        return 2
-    return 0
+    """Import, verify, write; returns the exit code."""
+    return run_command(ImportCommand, _import, argv)
+
+
+def _import(command: ImportCommand) -> ExitCode:
+    out = _new_folder(command.out) if command.out else None
+    from nvae_lowmem.interop import nvlabs
+    from nvae_lowmem.interop.nvlabs_verify import read_expected, verify
+
+    expected = read_expected(command.verify) if command.verify else None
+    profile, model = nvlabs.restore(command.checkpoint)
+    print(_summary(profile, model))
+    if expected is not None and not _report(verify(model, expected)):
+        return ExitCode.CHECK_FAILED
+    if out is not None:
+        _export(out, profile, model)
+    return ExitCode.DONE
 
 
 def _report(errors: dict[str, float]) -> bool:
     """Print every array's error; returns whether all are within the tolerance, which nan is not."""
+    from nvae_lowmem.interop.nvlabs_verify import TOLERANCE
+
     good = {name: error <= TOLERANCE for name, error in errors.items()}
     for name, error in errors.items():
         print(f"  {name:<20} {error:.1e}  {'ok' if good[name] else f'DIFFERS: more than {TOLERANCE:.0e}'}")
@@ -72,6 +88,10 @@ def _new_folder(name: str) -> Path:
 
 
 def _export(run: Path, profile: Profile, model: NVAE) -> None:
+    from safetensors import SafetensorError
+
+    from nvae_lowmem.training.checkpoint import export_weights
+
     try:
         export_weights(run, profile, model.state_dict())
     except (OSError, SafetensorError) as error:

@@ -1,100 +1,88 @@
-"""Predicts what training takes of a card's memory and of the host's, and what owns the peak; needs no GPU.
-
-Exit status: 0 it fits, or no card was named; 3 it does not fit; 2 when the command line or a file is wrong.
-"""
+"""Predicts what training takes of a card's memory and of the host's, and what owns the peak; needs no GPU."""
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
-from typing import get_args
+from dataclasses import dataclass
+from typing import Annotated
 
-from nvae_lowmem.config.profile_file import load, override
-from nvae_lowmem.config.recipes import RECIPES, recipe
-from nvae_lowmem.config.sections import Profile
-from nvae_lowmem.errors import ConfigError
+import tyro
+
+from nvae_lowmem.commands.command_line import run_command
+from nvae_lowmem.commands.flags import CardFlags, ModelFlags, Switch, overridden, with_micro_batch
+from nvae_lowmem.errors import ExitCode
+from nvae_lowmem.files import output_file, write_output
 from nvae_lowmem.hardware.budget import chosen_card, this_os
-from nvae_lowmem.hardware.card import OsName
-from nvae_lowmem.memory.predict.predict import as_text, decided, predict
-from nvae_lowmem.memory.predict.untraced import load_calibration
-from nvae_lowmem.memory.trace.inference import generation_peaks
-from nvae_lowmem.training.batch_split import split_batch
+from nvae_lowmem.progress import say
 from nvae_lowmem.units import format_bytes
 
 
+@dataclass(frozen=True, kw_only=True)
+class PredictCommand(CardFlags, ModelFlags):
+    """Predict what training takes of a card's memory and of the host's, and what owns the peak; needs no GPU.
+
+    Nothing is planned: the model trains as the recipe or profile says. What a card has room for: nvae-lowmem
+    fit-memory.
+
+    Exit status: 0 it fits, or no card was named; 3 it does not fit; 2 when the command line or a file is wrong.
+
+    Examples:
+      nvae-lowmem predict-memory --profile gtx-970-celeba64
+      nvae-lowmem predict-memory --recipe celeba64 --micro-batch 4 --card gtx-970
+      nvae-lowmem predict-memory --recipe cifar10 --set plan.keep=input plan.precision=fp16 --gpu-mem 4G
+    """
+
+    micro_batch: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    """Images per forward pass (the profile's)."""
+    settings: str = ""
+    """Of PyTorch's allocator: expandable_segments:True, ..."""
+    calibration: str = ""
+    """TOML or JSON with what was measured on a card."""
+    generation: Switch = False
+    """Also sampling, evaluation and pictures (half a minute more)."""
+    json: str = ""
+    """Write the prediction as JSON, too; - prints JSON and nothing else."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Predict, print and return the exit status."""
-    arguments = _parser().parse_args(argv)
-    try:
-        profile = _profile(arguments)
-        split = split_batch(profile, processes=1)
-        chosen = chosen_card(arguments.card, arguments.gpu_mem, arguments.os or this_os())
-        card, budget = chosen or (None, None)
-        calibration = load_calibration(arguments.calibration) if arguments.calibration else None
-        profile = decided(profile, card, budget)
-        began = time.monotonic()
-        print(f"... tracing {split} of {profile.name}, {profile.plan.precision}", file=sys.stderr, flush=True)
-        prediction = predict(
-            profile, split.micro, split.accumulation, card, budget, arguments.settings, calibration=calibration
-        )
-        print(f"... done in {time.monotonic() - began:.1f} s", file=sys.stderr, flush=True)
-        found = prediction.to_json()
-        if arguments.generation:
-            print("... tracing sampling, evaluation and pictures", file=sys.stderr, flush=True)
-            peaks = generation_peaks(profile, split.micro)
-            found["generation_peak_bytes"] = {work: peak.nbytes for work, peak in peaks.items()}
-        text = json.dumps(found, indent=2)
-        if arguments.json and arguments.json != "-":
-            _write(Path(arguments.json), text)
-    except ConfigError as error:
-        print(f"predict_memory: {error}", file=sys.stderr)
-        return 2
+    """Predict, print and return the exit code."""
+    return run_command(PredictCommand, _predict, argv)
+
+
+def _predict(command: PredictCommand) -> ExitCode:
+    profile = overridden(with_micro_batch(command.base(), command.micro_batch), command.set)
+    file = output_file("--json", command.json)
+    chosen = chosen_card(command.card or None, command.gpu_mem or None, command.os or this_os())
+    card, budget = chosen or (None, None)
+    from nvae_lowmem.memory.predict.predict import as_text, decided, predict
+    from nvae_lowmem.memory.predict.untraced import load_calibration
+    from nvae_lowmem.training.batch_split import split_batch
+
+    calibration = load_calibration(command.calibration) if command.calibration else None
+    split = split_batch(profile, processes=1)
+    profile = decided(profile, card, budget)
+    began = time.monotonic()
+    say(f"tracing {split} of {profile.name}, {profile.plan.precision}")
+    prediction = predict(
+        profile, split.micro, split.accumulation, card, budget, command.settings, calibration=calibration
+    )
+    say(f"done in {time.monotonic() - began:.1f} s")
+    found = prediction.to_json()
+    if command.generation:
+        from nvae_lowmem.memory.trace.inference import generation_peaks
+
+        say("tracing sampling, evaluation and pictures")
+        peaks = generation_peaks(profile, split.micro)
+        found["generation_peak_bytes"] = {work: peak.nbytes for work, peak in peaks.items()}
+    text = json.dumps(found, indent=2)
+    if file is not None:
+        write_output("--json", file, text + "\n")
     cap_bytes = profile.plan.cap_bytes
-    print(text if arguments.json == "-" else as_text(prediction, cap_bytes))
-    if arguments.generation and arguments.json != "-":
+    print(text if command.json == "-" else as_text(prediction, cap_bytes))
+    if command.generation and command.json != "-":
         print("\nAllocated peaks of work without gradients, in a process of its own or while training")
         for work, nbytes in found["generation_peak_bytes"].items():
             print(f"  {work:<26}{format_bytes(nbytes)}")
-    return 0 if not cap_bytes or prediction.fits(cap_bytes) else 3
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--recipe", metavar="NAME", help=f"one of {', '.join(RECIPES)}")
-    which.add_argument("--profile", metavar="FILE", help="a profile's TOML file, or the name of a shipped profile")
-    add = parser.add_argument
-    add("--set", metavar="KEY=VALUE", nargs="+", action="extend", default=[], help="for example plan.keep=input")
-    add("--micro-batch", metavar="N", type=int, help="images per forward pass (the profile's)")
-    add("--card", metavar="NAME", help="gtx-970, ...; auto: the one in this machine; or a TOML file that describes it")
-    add("--gpu-mem", metavar="SIZE", help="a card of this size, such as 4G (with --card: use no more of it)")
-    add(
-        "--os", choices=get_args(OsName), help="linux (headless), desktop (Linux with a screen), windows; else this one"
-    )
-    add("--settings", metavar="TEXT", default="", help="of PyTorch's allocator: expandable_segments:True, ...")
-    add("--calibration", metavar="FILE", help="TOML or JSON with what was measured on a card")
-    add("--generation", action="store_true", help="also sampling, evaluation and pictures (half a minute more)")
-    add("--json", metavar="FILE", help="write the prediction as JSON, too; - prints JSON and nothing else")
-    return parser
-
-
-def _profile(arguments: argparse.Namespace) -> Profile:
-    profile = load(arguments.profile) if arguments.profile is not None else recipe(arguments.recipe)
-    if arguments.micro_batch is not None:
-        if arguments.micro_batch < 1:
-            raise ConfigError(f"--micro-batch {arguments.micro_batch} must be at least 1")
-        profile = profile.with_plan(micro_batch=arguments.micro_batch)
-    return override(profile, arguments.set)
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text + "\n", encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(
-            f"--json {path} cannot be written: {error.strerror}; name a file in a folder that is"
-        ) from None
+    return ExitCode.DONE if not cap_bytes or prediction.fits(cap_bytes) else ExitCode.DOES_NOT_FIT

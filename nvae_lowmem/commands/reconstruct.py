@@ -1,4 +1,4 @@
-"""Reconstruct images with a trained model: python launch/reconstruct.py --run latest [IMAGE ...]."""
+"""Reconstruct images with a trained model, and say how good the reconstructions are."""
 
 from __future__ import annotations
 
@@ -9,23 +9,22 @@ from typing import Annotated
 
 import tyro
 
-from nvae_lowmem.commands import picture_inputs as pictures
+from nvae_lowmem.commands.command_line import run_command
+from nvae_lowmem.commands.flags import ImageFlags
 from nvae_lowmem.errors import ConfigError
-from nvae_lowmem.generation import grids
-from nvae_lowmem.generation.reconstruct import error_table, parse_first_groups, picture_of, reconstruct
-from nvae_lowmem.training.open_run import exit_code, progress_bar
+from nvae_lowmem.progress import progress_bar
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReconstructCommand(pictures.PictureCommand):
-    """Send images through a trained model and back: a picture, and a table of errors and likelihoods.
+class ReconstructCommand(ImageFlags):
+    """Send images through a trained model and back: a figure, and a table of errors and likelihoods.
 
-    The picture has the originals, their reconstructions, and what the first groups alone say of them.
+    The figure has the originals, their reconstructions, and what the first groups alone say of them.
 
     Examples:
-      python launch/reconstruct.py --run latest
-      python launch/reconstruct.py a.png b.jpg --run 3 --first-groups 1,3,6
-      python launch/reconstruct.py photo.jpg --box 40,10,148,148 --run celeba64-4g
+      nvae-lowmem reconstruct --run latest
+      nvae-lowmem reconstruct a.png b.jpg --run 3 --first-groups 1,3,6
+      nvae-lowmem reconstruct photo.jpg --box 40,10,148,148 --run celeba64-4g
     """
 
     images: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="IMAGE ...")] = ()
@@ -40,18 +39,22 @@ class ReconstructCommand(pictures.PictureCommand):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, reconstruct, write, and return the exit code: 0 done, 2 bad input, 5 out of memory."""
-    command = tyro.cli(ReconstructCommand, args=argv, prog="reconstruct.py")
-    return exit_code("reconstruct.py", lambda: _reconstruct(command))
+    """Parse, reconstruct, write, and return the exit code."""
+    return run_command(ReconstructCommand, _reconstruct, argv)
 
 
 def _reconstruct(command: ReconstructCommand) -> None:
     if not (math.isfinite(command.temperature) and command.temperature >= 0):
         raise ConfigError(f"--temperature {command.temperature}: must be a number from 0 up, for example 0.3")
-    run = pictures.opened(command)
+    command.find()
+    from nvae_lowmem.commands import image_inputs
+    from nvae_lowmem.generation import grids
+    from nvae_lowmem.generation.reconstruct import error_table, parse_first_groups, picture_of, reconstruct
+
+    run = image_inputs.opened(command)
     first_groups = parse_first_groups(command.first_groups, run.model.config)
-    out = pictures.output_folder(command.out, run)
-    images, names = pictures.given_or_held_out(run, command.images, command.box, command.count)
+    out = image_inputs.output_folder(command.out, run)
+    images, names = image_inputs.given_or_held_out(run, command.images, command.box, command.count)
     result = reconstruct(
         run.model, images, command.seed, run.micro_batch, command.posterior, first_groups, command.temperature,
         progress_bar("reconstructing"),

@@ -1,80 +1,92 @@
-"""Fits every published recipe to small cards: writes profiles/CARD-RECIPE.toml and the table of what trains on what.
-
-Exit status: 0 done; 1 with --check: a file is not what the predictor says; 2 when the command line or a file is wrong.
-"""
+"""Fits every published recipe to small cards: writes profiles/CARD-RECIPE.toml and the table of what trains on what."""
 
 from __future__ import annotations
 
-import argparse
-import concurrent.futures
-import multiprocessing
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
-import torch
+import tyro
 
-from nvae_lowmem.errors import ConfigError
-from nvae_lowmem.memory.catalogue.catalogue import CardRecipe, cells, check, make
-from nvae_lowmem.memory.catalogue.table import documents, load_rows, overview, save_rows
+from nvae_lowmem.commands.command_line import run_command
+from nvae_lowmem.commands.flags import Switch, at_least
+from nvae_lowmem.errors import ConfigError, ExitCode
+from nvae_lowmem.progress import say
 from nvae_lowmem.units import format_seconds
 
-DONE, FOUND_WRONG, BAD_INPUT = 0, 1, 2
+if TYPE_CHECKING:
+    from nvae_lowmem.memory.catalogue.catalogue import CardRecipe
+
 T = TypeVar("T")
 Task = tuple[Any, ...]
 """The cell, and what else the work is told."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class ShipCommand:
+    """Fit every published recipe to small cards: profiles/CARD-RECIPE.toml, and the table of what trains on what.
+
+    Exit status: 0 done; 1 with --check: a file is not what the predictor says; 2 when the command line or a file is
+    wrong.
+
+    Examples:
+      nvae-lowmem ship-profiles --jobs 2
+      nvae-lowmem ship-profiles --check --only gtx-970 celeba64
+    """
+
+    only: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME [NAME ...]")] = ()
+    """Cards (gtx-970-windows, 4g, ...) and recipes; none: all."""
+    check: Switch = False
+    """Predict every file anew, change nothing; exit status 1: one is wrong."""
+    table: Switch = False
+    """Only write the tables of the documents, and print it."""
+    jobs: int = 1
+    """Processes."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Make or check the shipped profiles; returns the exit status: 0 done, 1 a file is wrong, 2 bad input."""
-    return run_ship(sys.argv[1:] if argv is None else argv, description=__doc__)
+    """Make or check the shipped profiles; returns the exit code."""
+    return run_command(ShipCommand, _ship, argv)
 
 
-def run_ship(argv: Sequence[str], description: str | None = None) -> int:
-    """Run the command; returns the exit status."""
-    arguments = _parser(description).parse_args(argv)
-    try:
-        if arguments.jobs < 1:
-            raise ConfigError(f"--jobs {arguments.jobs} must be at least 1")
-        wanted = cells(arguments.only)
-        if arguments.check:
-            return _check(wanted, arguments.jobs)
-        if not arguments.table:
-            _make(wanted, arguments.jobs)
-        for path, text in documents().items():
-            path.write_text(text, encoding="utf-8")
-        print(overview(load_rows()))
-    except ConfigError as error:
-        print(f"ship_profiles: {error}", file=sys.stderr)
-        return BAD_INPUT
-    return DONE
+def _ship(command: ShipCommand) -> ExitCode:
+    at_least(1, jobs=command.jobs)
+    if command.check and command.table:
+        raise ConfigError("--check changes nothing and --table writes: leave one of them out")
+    from nvae_lowmem.memory.catalogue.catalogue import cells
+    from nvae_lowmem.memory.catalogue.table import documents, load_rows, overview
 
-
-def _parser(description: str | None) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--only", metavar="NAME", nargs="+", default=[], help="cards (gtx-970-windows, 4g, ...) and recipes")
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--check", action="store_true", help="predict every file anew, change nothing; 1: one is wrong")
-    what.add_argument("--table", action="store_true", help="only write the tables of the documents, and print it")
-    add("--jobs", metavar="N", type=int, default=1, help="processes (%(default)s)")
-    return parser
+    wanted = cells(command.only)
+    if command.check:
+        return _check(wanted, command.jobs)
+    if not command.table:
+        _make(wanted, command.jobs)
+    for path, text in documents().items():
+        path.write_text(text, encoding="utf-8")
+    print(overview(load_rows()))
+    return ExitCode.DONE
 
 
 def _make(wanted: Sequence[CardRecipe], jobs: int) -> None:
+    from nvae_lowmem.memory.catalogue.catalogue import make
+    from nvae_lowmem.memory.catalogue.table import load_rows, save_rows
+
     rows = load_rows()
     for cell, row in _each(make, [(cell,) for cell in wanted], jobs):
         rows[cell.name] = row
         save_rows(rows)  # a run that is broken off leaves what it has made
 
 
-def _check(wanted: Sequence[CardRecipe], jobs: int) -> int:
+def _check(wanted: Sequence[CardRecipe], jobs: int) -> ExitCode:
+    from nvae_lowmem.memory.catalogue.catalogue import check
+    from nvae_lowmem.memory.catalogue.table import documents, load_rows
+
     rows = load_rows()
     problems = [p for _, found in _each(check, [(cell, rows.get(cell.name)) for cell in wanted], jobs) for p in found]
     problems += [f"{path} does not show the table" for path, text in documents().items() if path.read_text() != text]
     print("\n".join(problems) or f"{len(wanted)} profiles are what the predictor says, and fit")
-    return FOUND_WRONG if problems else DONE
+    return ExitCode.CHECK_FAILED if problems else ExitCode.DONE
 
 
 def _each(work: Callable[..., T], tasks: Sequence[Task], jobs: int) -> Iterator[tuple[CardRecipe, T]]:
@@ -82,15 +94,19 @@ def _each(work: Callable[..., T], tasks: Sequence[Task], jobs: int) -> Iterator[
     began = time.monotonic()
     for done, (task, answer) in enumerate(_answers(work, tasks, jobs), start=1):
         left = (time.monotonic() - began) / done * (len(tasks) - done)
-        name = f"{task[0].name} ({done} of {len(tasks)})"
-        print(f"... {name}, about {format_seconds(left)} left", file=sys.stderr, flush=True)
+        say(f"{task[0].name} ({done} of {len(tasks)}), about {format_seconds(left)} left")
         yield task[0], answer
 
 
-def _answers(work: Callable[..., T], tasks: Sequence[Task], jobs: int) -> Iterator[tuple[tuple[Any, ...], T]]:
+def _answers(work: Callable[..., T], tasks: Sequence[Task], jobs: int) -> Iterator[tuple[Task, T]]:
     if jobs == 1 or len(tasks) == 1:
         yield from ((task, work(*task)) for task in tasks)
         return
+    import concurrent.futures
+    import multiprocessing
+
+    import torch
+
     context = multiprocessing.get_context("spawn")  # a fork after torch has started threads may hang
     with concurrent.futures.ProcessPoolExecutor(
         min(jobs, len(tasks)), context, initializer=torch.set_num_threads, initargs=(1,)

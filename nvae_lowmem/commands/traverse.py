@@ -1,4 +1,4 @@
-"""Show what each latent group of a trained model controls: python launch/traverse.py --run latest [IMAGE]."""
+"""Show what each latent group of a trained model controls."""
 
 from __future__ import annotations
 
@@ -6,25 +6,29 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
-from torch import Tensor
 
-from nvae_lowmem.commands import picture_inputs as pictures
+from nvae_lowmem.commands.command_line import run_command
+from nvae_lowmem.commands.flags import ImageFlags
 from nvae_lowmem.errors import ConfigError
-from nvae_lowmem.generation import grids, traverse
-from nvae_lowmem.training.open_run import OpenRun, exit_code, progress_bar
+from nvae_lowmem.progress import progress_bar
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from nvae_lowmem.training.open_run import OpenRun
 
 
 @dataclass(frozen=True, kw_only=True)
-class TraverseCommand(pictures.PictureCommand):
-    """Move one latent group of an image at a time: a picture of what each controls, and a table of which ones live.
+class TraverseCommand(ImageFlags):
+    """Move one latent group of an image at a time: a figure of what each controls, and a table of which ones live.
 
     Examples:
-      python launch/traverse.py --run latest
-      python launch/traverse.py face.png --run 3 --groups 1,2,5 --sigmas 3
-      python launch/traverse.py face.png --groups 3 --channels 6
+      nvae-lowmem traverse --run latest
+      nvae-lowmem traverse face.png --run 3 --groups 1,2,5 --sigmas 3
+      nvae-lowmem traverse face.png --groups 3 --channels 6
     """
 
     image: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="IMAGE")] = ()
@@ -36,25 +40,28 @@ class TraverseCommand(pictures.PictureCommand):
     sigmas: float = 2.0
     """How far to move, in standard deviations of the prior, either way."""
     steps: int = 7
-    """Pictures per row."""
+    """Images per row."""
     count: int = 256
     """Held-out images that KL and active channels are measured on; 0: all."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, traverse, write, and return the exit code: 0 done, 2 bad input, 5 out of memory."""
-    command = tyro.cli(TraverseCommand, args=argv, prog="traverse.py")
-    return exit_code("traverse.py", lambda: _traverse(command))
+    """Parse, traverse, write, and return the exit code."""
+    return run_command(TraverseCommand, _traverse, argv)
 
 
 def _traverse(command: TraverseCommand) -> None:
+    command.find()
+    from nvae_lowmem.commands import image_inputs
+    from nvae_lowmem.generation import grids, traverse
+
     traverse.check_counts(len(command.image), command.count)
-    run = pictures.opened(command)
+    run = image_inputs.opened(command)
     config = run.model.config
     groups, channels = traverse.parse_groups(command.groups, config), traverse.check_channels(command.channels, config)
     sigmas = traverse.sigma_steps(command.sigmas, command.steps)
-    image, (name,) = pictures.given_or_held_out(run, command.image, command.box, 1)
-    out = pictures.output_folder(command.out, run)
+    image, (name,) = image_inputs.given_or_held_out(run, command.image, command.box, 1)
+    out = image_inputs.output_folder(command.out, run)
     kl = _activity(run, image, command.count)
     rows, bar = traverse.rows_of(groups, channels, kl, config), progress_bar("traversing")
     moves, size = traverse.moves_of(rows, sigmas), run.micro_batch
@@ -65,8 +72,11 @@ def _traverse(command: TraverseCommand) -> None:
 
 def _activity(run: OpenRun, image: Tensor, count: int) -> Tensor:
     """KL per group and channel, (groups, L), also shown to the user."""
+    from nvae_lowmem.generation import traverse
+    from nvae_lowmem.training.open_run import held_out_batches
+
     try:
-        batches = pictures.held_out_batches(run, count, progress_bar("measuring KL"))
+        batches = held_out_batches(run, count, progress_bar("measuring KL"))
     except ConfigError as error:
         print(f"KL is that of the given image, the data of this run cannot be opened: {error}", file=sys.stderr)
         batches = iter([image])

@@ -16,6 +16,7 @@ from nvae_lowmem.config.paths import from_uri, storable
 from nvae_lowmem.config.sections import Profile
 from nvae_lowmem.config.tables import parse_toml, read_table, to_toml
 from nvae_lowmem.errors import ConfigError, raise_problems
+from nvae_lowmem.files import write_atomically
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 # an installed wheel carries the profiles inside the package, a checkout beside it
@@ -59,16 +60,8 @@ def dumps(profile: Profile) -> str:
 def save(profile: Profile, path: str | os.PathLike[str], header: str = "") -> None:
     """Write the Profile as TOML under an optional comment header; atomic, so a crash leaves the old file."""
     text = "".join(f"# {line}\n" for line in header.splitlines()) + dumps(profile)
-    content = text.encode("utf-8", "backslashreplace")  # a header may name a file whose name is no UTF-8
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(target.name + ".partial")
-    try:
-        partial.write_bytes(content)
-        os.replace(partial, target)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, text.encode("utf-8", "backslashreplace"))  # a header may name a file whose name is no UTF-8
 
 
 def to_dict(profile: Profile) -> dict[str, Any]:

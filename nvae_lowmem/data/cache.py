@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
+from nvae_lowmem.files import partial_file
+
 _APPLICATION = "nvae-lowmem"
 
 
@@ -28,15 +30,8 @@ def cache_folder(given: str) -> Path:
 
 def write_npz(path: Path, **arrays: np.ndarray) -> None:
     """Write a compressed .npz under another name first: nobody ever sees half of it. Raises OSError."""
-    temporary = path.with_name(f".{path.name}-{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            np.savez_compressed(file, **arrays)  # type: ignore[arg-type]  # numpy's stub mistakes them for a flag
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
+    with partial_file(path) as partial, partial.open("wb") as file:
+        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]  # numpy's stub mistakes them for a flag
 
 
 @contextlib.contextmanager

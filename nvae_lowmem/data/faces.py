@@ -182,8 +182,8 @@ def _check_packages() -> None:
         import resvg_py  # noqa: F401
     except ImportError as error:
         raise ConfigError(
-            f"data.source 'faces' needs packages that draw ({error.name} is missing): pip install "
-            "'nvae-lowmem[faces]', or take data.source = 'mnist5k'"
+            f"data.source 'faces' needs packages that draw ({error.name} is missing): pip install dicebear-core "
+            "dicebear-styles resvg-py, or take data.source = 'mnist5k'"
         ) from None
 
 

@@ -18,11 +18,12 @@ from typing import Any, TypeVar
 
 from nvae_lowmem.demo.state import PICTURE_PIXELS, DemoState, Report, group_names, scale_names
 from nvae_lowmem.errors import ConfigError
-from nvae_lowmem.training.open_run import OpenRun, Progress
+from nvae_lowmem.progress import OnProgress
+from nvae_lowmem.training.open_run import OpenRun
 from nvae_lowmem.training.out_of_memory import is_out_of_memory
 
 OLDEST_GRADIO = 6
-INSTALL = "pip install 'nvae-lowmem[demo]', or in a checkout: pip install -e '.[demo]'"
+INSTALL = 'pip install "gradio>=6,<7"'
 MOST_SAMPLES, MOST_CHANNELS = 64, 8
 STYLE = """
 .pixels img { image-rendering: pixelated; }
@@ -140,7 +141,7 @@ def _sample_tab(state: DemoState, page: Any) -> None:
         with gr.Column(scale=3):
             shown = _output()
 
-    def draw(seed: int | None, count: int, *temperatures: float, progress: Any = gr.Progress()) -> Any:  # noqa: B008
+    def draw(seed: int | None, count: int, *temperatures: float, progress: Any = gr.OnProgress()) -> Any:  # noqa: B008
         return _answered(lambda: state.sample(temperatures, seed or 0, count, _report(progress)))
 
     triggers = [button.click, seed.submit, *(slider.release for slider in [*sliders, count])]
@@ -165,7 +166,7 @@ def _blend_tab(state: DemoState) -> None:
                     gr.Markdown(caption)
                     shown.append(_output(height=PICTURE_PIXELS))
 
-    def blend(a: Any, b: Any, mode: Any, *weights: float, progress: Any = gr.Progress()) -> Any:  # noqa: B008
+    def blend(a: Any, b: Any, mode: Any, *weights: float, progress: Any = gr.OnProgress()) -> Any:  # noqa: B008
         paths = [path for path in (_path(a), _path(b)) if path]
         if len(paths) < 2:
             gr.Info("Two pictures are needed: drop them on A and B.")
@@ -196,7 +197,7 @@ def _traverse_tab(state: DemoState) -> None:
                 button = gr.Button("Traverse", variant="primary")
         shown = _output(pixelated=False)
 
-    def move(image: Any, group: int, sigmas: float, steps: int, rows: int, progress: Any = gr.Progress()) -> Any:  # noqa: B008
+    def move(image: Any, group: int, sigmas: float, steps: int, rows: int, progress: Any = gr.OnProgress()) -> Any:  # noqa: B008
         path = _path(image)
         if path is None:
             gr.Info("A picture is needed: drop one.")
@@ -291,7 +292,7 @@ def _listen(
 
 
 def _report(progress: Any) -> Report:
-    def named(what: str) -> Progress:
+    def named(what: str) -> OnProgress:
         return lambda done, total: progress((done, total), desc=what)
 
     return named

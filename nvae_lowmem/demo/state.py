@@ -15,18 +15,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nvae_lowmem.config.choices import BlendMode
 from nvae_lowmem.config.model import ModelConfig
 from nvae_lowmem.data.decode import decode, looks_grey
 from nvae_lowmem.data.image_files import load_images
 from nvae_lowmem.errors import ConfigError
 from nvae_lowmem.generation import grids, traverse
-from nvae_lowmem.generation.blend import Mode, blend_images, parse_weights
+from nvae_lowmem.generation.blend import blend_images, parse_weights
 from nvae_lowmem.generation.recalibrate import RECALIBRATION_SEED, default_passes, recalibrate_once
 from nvae_lowmem.generation.sample import Temperature, sample_images, temperature_text, without_padding
 from nvae_lowmem.model.nvae import NVAE
-from nvae_lowmem.training.open_run import OpenRun, Progress, held_out_batches
+from nvae_lowmem.progress import OnProgress
+from nvae_lowmem.training.open_run import OpenRun, held_out_batches
 
-Report = Callable[[str], Progress]
+Report = Callable[[str], OnProgress]
 """Given what the work is called, where to report its progress."""
 
 EXAMPLES = 10
@@ -112,7 +114,9 @@ class DemoState:
         columns = min(grids.default_columns(model.config.image_size), math.ceil((2 * count) ** 0.5))  # a wide rectangle
         return grids.grid(enlarged(images, ROW_PIXELS // max(columns, 4)), columns)
 
-    def blend(self, paths: Sequence[str], weights: Sequence[float], mode: Mode, report: Report) -> list[np.ndarray]:
+    def blend(
+        self, paths: Sequence[str], weights: Sequence[float], mode: BlendMode, report: Report
+    ) -> list[np.ndarray]:
         """[A's reconstruction, the blend, B's reconstruction]; weights: of B, one per scale. Raises ConfigError."""
         pair = torch.cat([self.image(path) for path in paths])
         config = self.run.model.config

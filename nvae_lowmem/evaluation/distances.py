@@ -31,7 +31,7 @@ MIN_IMAGES = 8
 FEATURE_IMAGES = 16
 """Images that go through a feature network together: Inception networks magnify them to 299 x 299 pixels."""
 PIXEL_NOISE, OTHER_HALF = "noise of the same pixel-wise mean and deviation", "one half of them with the other"
-MISSING = "torchmetrics is not installed, so there are no KID and FID: pip install 'nvae-lowmem[metrics]'"
+MISSING = "torchmetrics is not installed, so there are no KID and FID: pip install torchmetrics"
 
 
 def available() -> bool:

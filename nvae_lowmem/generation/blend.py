@@ -13,24 +13,23 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from nvae_lowmem.config.choices import BlendMode, Posterior
 from nvae_lowmem.config.model import ModelConfig
 from nvae_lowmem.errors import ConfigError
 from nvae_lowmem.generation import grids
-from nvae_lowmem.generation.reconstruct import Posterior, posterior_noise, reconstruct
+from nvae_lowmem.generation.reconstruct import posterior_noise, reconstruct
 from nvae_lowmem.generation.sample import decoded_mean
 from nvae_lowmem.model.latents import FlowFunction, FromPosterior, Latent, Noise, Normal
 from nvae_lowmem.model.nvae import NVAE
-from nvae_lowmem.training.open_run import Progress
+from nvae_lowmem.progress import OnProgress
 from nvae_lowmem.units import numbers
 
-Mode = Literal["linear", "scales", "simple"]
 A_SLOT, B_SLOT = 0, 1  # of the noise, as `reconstruct` numbers them
 STRIP_COLUMNS = 16
 ANIMATIONS = {".gif": "GIF", ".webp": "WEBP", ".png": "PNG"}
@@ -141,7 +140,7 @@ def parse_split(text: str, config: ModelConfig) -> int:
     return sum(from_top[: int(count_text)]) if kind == "scale" else int(count_text)
 
 
-def path_weights(config: ModelConfig, mode: Mode, weights: str, split: str, steps: int) -> Tensor:
+def path_weights(config: ModelConfig, mode: BlendMode, weights: str, split: str, steps: int) -> Tensor:
     """(P, groups): the points of a strip, or of an animation, from A to B.
 
     linear, simple: `steps` equal steps from A to the blend at `weights`; one step: only that blend.
@@ -160,7 +159,7 @@ def path_weights(config: ModelConfig, mode: Mode, weights: str, split: str, step
     return torch.stack([(torch.arange(groups) >= first).float() for first in splits])
 
 
-def matrix_weights(config: ModelConfig, mode: Mode, split: str, steps: int) -> Tensor:
+def matrix_weights(config: ModelConfig, mode: BlendMode, split: str, steps: int) -> Tensor:
     """(steps * steps, groups): row by row more of B in the coarse groups, within a row more of B in the fine ones.
 
     Raises ConfigError for fewer than two steps, and for mode scales, which has no weights.
@@ -175,7 +174,7 @@ def matrix_weights(config: ModelConfig, mode: Mode, split: str, steps: int) -> T
     return torch.cat([coarse, fine], dim=1)
 
 
-def animation_weights(config: ModelConfig, mode: Mode, weights: str, frames: int, path: str) -> Tensor | None:
+def animation_weights(config: ModelConfig, mode: BlendMode, weights: str, frames: int, path: str) -> Tensor | None:
     """(F, groups): the points of an animation, one way; None without a path. Raises ConfigError, also for the path."""
     if not path:
         return None
@@ -202,11 +201,11 @@ def blend_images(
     model: NVAE,
     pair: Tensor,
     weights: Tensor,
-    mode: Mode = "linear",
+    mode: BlendMode = "linear",
     posterior: Posterior = "sample",
     seed: int = 0,
     micro_batch: int = 16,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
 ) -> Tensor:
     """Blends of the images A and B, `pair` (2, C, S', S'), at weights (P, groups): (P, C, S, S) in [0, 1] on the host.
 

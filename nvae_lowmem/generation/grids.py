@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from nvae_lowmem.config.sections import Profile
+from nvae_lowmem.files import write_atomically
 from nvae_lowmem.generation.recalibrate import recalibrated
 from nvae_lowmem.generation.sample import reconstruct_images, sample_images, temperature_text, without_padding
 from nvae_lowmem.model.nvae import NVAE
@@ -92,13 +92,7 @@ def png_bytes(picture: np.ndarray) -> bytes:
 def save_png(picture: np.ndarray, path: Path) -> Path:
     """Write (H, W, 3) uint8; whoever looks meanwhile sees the old file or the new one, never half of one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}-{os.getpid()}")
-    try:
-        partial.write_bytes(png_bytes(picture))
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return path
+    return write_atomically(path, png_bytes(picture))
 
 
 def _magnification(image_pixels: int) -> int:

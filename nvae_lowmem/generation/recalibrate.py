@@ -7,7 +7,6 @@ statistics of training do not fit them, and without this samples are poor (arXiv
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from nvae_lowmem.errors import ConfigError
+from nvae_lowmem.files import write_atomically
 from nvae_lowmem.generation.sample import (
     Temperature,
     group_temperatures,
@@ -25,7 +25,7 @@ from nvae_lowmem.generation.sample import (
 from nvae_lowmem.model.latents import FromPrior, NoiseStep, SeededNoise
 from nvae_lowmem.model.layers import Normed
 from nvae_lowmem.model.nvae import NVAE
-from nvae_lowmem.training.open_run import Progress
+from nvae_lowmem.progress import OnProgress
 
 GPU_PASSES = 300
 CPU_IMAGES, CPU_MIN_PASSES = 640, 20
@@ -50,7 +50,7 @@ def recalibrate(
     passes: int,
     micro_batch: int,
     seed: int,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
 ) -> None:
     """Set the decoder's running statistics to their mean over `passes` batches of prior samples.
 
@@ -83,7 +83,7 @@ def recalibrated(
     passes: int,
     micro_batch: int,
     seed: int,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
 ) -> Iterator[None]:
     """Inside, the model has statistics for sampling; afterwards its own again."""
     before = {name: value.clone() for name, value in recalibrated_statistics(model).items()}
@@ -104,7 +104,7 @@ def recalibrate_once(
     passes: int,
     micro_batch: int,
     seed: int,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
 ) -> Path | None:
     """`recalibrate`, or the statistics that it left beside this checkpoint with the same settings.
 
@@ -131,13 +131,8 @@ def statistics_path(checkpoint: Path, temperature: Temperature) -> Path:
 
 def save_statistics(model: NVAE, path: Path, settings: Mapping[str, str]) -> None:
     """Write the decoder's statistics, and the settings that they were estimated with."""
-    partial = path.with_name(f".{path.name}-{os.getpid()}")
     tensors = {name: value.detach().cpu().contiguous() for name, value in recalibrated_statistics(model).items()}
-    try:
-        partial.write_bytes(safetensors.torch.save(tensors, dict(settings)))
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_atomically(path, safetensors.torch.save(tensors, dict(settings)))
 
 
 def read_settings(path: Path) -> dict[str, str]:

@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from nvae_lowmem.config.choices import Posterior
 from nvae_lowmem.config.model import ModelConfig
 from nvae_lowmem.errors import ConfigError
 from nvae_lowmem.generation import grids
@@ -32,8 +32,8 @@ from nvae_lowmem.model.latents import (
     Source,
 )
 from nvae_lowmem.model.nvae import NVAE
+from nvae_lowmem.progress import OnProgress
 from nvae_lowmem.text_table import text_table
-from nvae_lowmem.training.open_run import Progress
 from nvae_lowmem.training.validation import nll_of_decoded
 from nvae_lowmem.units import numbers
 
@@ -126,7 +126,7 @@ def reconstruct(
     posterior: Posterior = "sample",
     first_groups: Sequence[int] = (),
     temperature: float = 0.3,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
 ) -> Reconstructions:
     """Images (B, C, S', S') in [0, 1] through the model in evaluation mode, micro_batch of them at a time.
 
@@ -214,7 +214,3 @@ def picture_of(result: Reconstructions, groups: int, temperature: float) -> np.n
             for caption, images in zip(rows, block, strict=True)
         ]
     )
-
-
-Posterior = Literal["sample", "mean"]
-"""Which z an image has: a draw from q(z|x), or the mean of every group's q given the groups above it."""

@@ -18,7 +18,7 @@ from nvae_lowmem.config.model import ModelConfig
 from nvae_lowmem.errors import ConfigError
 from nvae_lowmem.model.latents import FromPosterior, FromPrior, NoiseStep, SeededNoise, Source
 from nvae_lowmem.model.nvae import NVAE
-from nvae_lowmem.training.open_run import Progress
+from nvae_lowmem.progress import OnProgress
 
 Temperature = float | Sequence[float]
 """What sigma of the prior is multiplied by: one number, or one per scale, highest resolution first."""
@@ -70,7 +70,7 @@ def sample_images(
     seed: int,
     micro_batch: int,
     likelihood_sample: bool = False,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
 ) -> Tensor:
     """`count` images from the prior, (count, C, S, S) fp32 in [0, 1] on the host.
 
@@ -89,7 +89,7 @@ def sample_chunks(
     seed: int,
     micro_batch: int,
     likelihood_sample: bool = False,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
 ) -> Iterator[Tensor]:
     """The images of `sample_images`, up to micro_batch of them at a time: for more images than memory holds."""
     assert not model.training, "images must not lean on each other: put the model into evaluation mode"

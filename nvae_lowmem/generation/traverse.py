@@ -16,15 +16,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nvae_lowmem.config.choices import Posterior
 from nvae_lowmem.config.model import ModelConfig
 from nvae_lowmem.errors import ConfigError
 from nvae_lowmem.generation import grids
-from nvae_lowmem.generation.reconstruct import Posterior, posterior_noise
+from nvae_lowmem.generation.reconstruct import posterior_noise
 from nvae_lowmem.generation.sample import decoded_mean
 from nvae_lowmem.model.latents import FlowFunction, FromPosterior, Latent, NoiseStep, Normal, SeededNoise, Source
 from nvae_lowmem.model.nvae import NVAE
+from nvae_lowmem.progress import OnProgress
 from nvae_lowmem.text_table import text_table
-from nvae_lowmem.training.open_run import Progress
 from nvae_lowmem.training.validation import ACTIVE_NATS
 from nvae_lowmem.units import numbers
 
@@ -84,7 +85,7 @@ def traverse(
     posterior: Posterior = "sample",
     seed: int = 0,
     micro_batch: int = 16,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
 ) -> Tensor:
     """The image (1, C, S', S') in [0, 1] with each of the moves: (P, C, S, S) in [0, 1] on the host."""
     assert len(image) == 1 and not model.training, (image.shape, model.training)

@@ -32,7 +32,8 @@ from nvae_lowmem.generation import grids
 from nvae_lowmem.generation.recalibrate import RECALIBRATION_SEED, default_passes, recalibrate_once
 from nvae_lowmem.generation.sample import reconstruct_images, sample_images
 from nvae_lowmem.model.nvae import NVAE
-from nvae_lowmem.training.open_run import OpenRun, Progress, held_out_batches
+from nvae_lowmem.progress import OnProgress
+from nvae_lowmem.training.open_run import OpenRun, held_out_batches
 
 FORMAT = "nvae-lowmem export 1"
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
@@ -45,7 +46,7 @@ def export_run(
     temperatures: Sequence[float] = (0.7, 0.8, 0.9, 1.0),
     licence: str = "",
     passes: int = 0,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
 ) -> Path:
     """Write the run's newest checkpoint as a folder to give away; returns the folder.
 
@@ -137,7 +138,7 @@ def last_figures(stats: Path) -> dict[str, float]:
 
 
 def _pictures(
-    run: OpenRun, out: Path, temperatures: Sequence[float], passes: int, progress: Progress | None
+    run: OpenRun, out: Path, temperatures: Sequence[float], passes: int, progress: OnProgress | None
 ) -> list[tuple[str, str]]:
     """(file, caption) of what is drawn; the BatchNorm statistics of every temperature are left in the folder."""
     columns = grids.default_columns(run.profile.model.image_size)

@@ -23,11 +23,12 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from nvae_lowmem.config.choices import BlendMode, DeviceChoice, Posterior
 from nvae_lowmem.config.model import ModelConfig
 from nvae_lowmem.config.sections import Profile
 from nvae_lowmem.errors import ConfigError
 from nvae_lowmem.evaluation.bounds import elbo_of_images, importance_weighted_bound
-from nvae_lowmem.generation.blend import Mode, blend_images, parse_weights
+from nvae_lowmem.generation.blend import blend_images, parse_weights
 from nvae_lowmem.generation.recalibrate import (
     RECALIBRATION_SEED,
     default_passes,
@@ -36,7 +37,7 @@ from nvae_lowmem.generation.recalibrate import (
     recalibrated_statistics,
     set_statistics,
 )
-from nvae_lowmem.generation.reconstruct import Posterior, posterior_noise, reconstruct
+from nvae_lowmem.generation.reconstruct import posterior_noise, reconstruct
 from nvae_lowmem.generation.sample import Temperature, decoded_mean, sample_images, temperature_text
 from nvae_lowmem.interop import nvlabs
 from nvae_lowmem.library.export import CONFIG, is_export, read_export
@@ -45,7 +46,6 @@ from nvae_lowmem.model.latents import FromPosterior, Given
 from nvae_lowmem.model.nvae import NVAE
 from nvae_lowmem.training.build import prepare_for_inference
 from nvae_lowmem.training.open_run import (
-    DeviceChoice,
     OpenRun,
     choose_device,
     images_per_pass,
@@ -186,7 +186,7 @@ class Model:
         b: Images,
         weights: float | Sequence[float] | Sequence[Sequence[float]] = 0.5,
         *,
-        mode: Mode = "linear",
+        mode: BlendMode = "linear",
         posterior: Posterior = "sample",
         seed: int = 0,
         output: Output = "tensor",

@@ -26,7 +26,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from nvae_lowmem.errors import ConfigError
+from nvae_lowmem.errors import ConfigError, Diverged
 
 FORMAT = 2
 WITHOUT_CHECKSUMS = 1
@@ -36,7 +36,7 @@ LARGEST_STATE_BYTES = 1 << 20
 _CHUNK_BYTES = 1 << 20
 
 
-class NotFinite(RuntimeError):
+class NotFinite(Diverged):
     """A state that holds inf or NaN: it is not saved, because nothing good can come of going on from it."""
 
 

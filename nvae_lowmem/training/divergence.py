@@ -5,16 +5,13 @@ from __future__ import annotations
 import math
 
 from nvae_lowmem.config.sections import Precision
+from nvae_lowmem.errors import Diverged
 from nvae_lowmem.model.objective import LossTerms
 from nvae_lowmem.training.engines.distributed import any_process
 from nvae_lowmem.training.engines.engine import Update
 
 STUCK_AFTER = 50
 """Skipped steps in a row. From the largest loss scale, 2^24, down to 1 there are 24 halvings."""
-
-
-class Diverged(RuntimeError):
-    """Training cannot go on: the loss or the gradients are no numbers any more. Its text says where and what to do."""
 
 
 def check_loss_is_finite(terms: LossTerms, step: int) -> None:

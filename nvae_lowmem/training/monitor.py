@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from nvae_lowmem.files import write_atomically
 from nvae_lowmem.units import format_seconds
 
 
@@ -108,9 +109,7 @@ def _forget_after(step: int, stats: Path) -> bool:
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
             continue
-    new = stats.with_suffix(".new")
-    new.write_text("".join(kept), encoding="utf-8")
-    new.replace(stats)
+    write_atomically(stats, "".join(kept))
     return True
 
 

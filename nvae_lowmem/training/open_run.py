@@ -1,4 +1,4 @@
-"""What the commands share: the device, a trained run opened for work without gradients, folders, progress, exit codes.
+"""A trained run opened for work without gradients, and the held-out images of its data.
 
 How many images such a command takes per forward pass follows from the run's memory plan: without gradients nothing is
 kept from block to block but the encoder's maps, so as many images as training takes per pass fit where training did.
@@ -8,15 +8,14 @@ A pass in fp32 in a run whose plan is for a half type takes half as many, becaus
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from nvae_lowmem.config.choices import DeviceChoice
 from nvae_lowmem.config.profile_file import override
 from nvae_lowmem.config.sections import Profile
 from nvae_lowmem.data.pipeline import evaluation_batches
@@ -25,39 +24,13 @@ from nvae_lowmem.errors import ConfigError
 from nvae_lowmem.hardware import cuda_memory
 from nvae_lowmem.model.nvae import NVAE
 from nvae_lowmem.model.objective import AUTOCAST_DTYPES
+from nvae_lowmem.progress import OnProgress
 from nvae_lowmem.training import checkpoint, runs
 from nvae_lowmem.training.build import prepare_for_inference
 from nvae_lowmem.training.engines import distributed
-from nvae_lowmem.training.out_of_memory import is_out_of_memory
 
-EXIT_BAD_INPUT, EXIT_OUT_OF_MEMORY = 2, 5
 MOST_UNPLANNED_IMAGES = 16
 """Images per pass where the plan leaves the micro-batch open, if a step has that many."""
-PROGRESS_DELAY_SECONDS = 2.0
-"""Work that is done sooner shows no progress bar."""
-
-DeviceChoice = Literal["auto", "cpu", "cuda"]
-Progress = Callable[[int, int], None]
-"""Called with (done, total) after each piece of long work."""
-
-
-# --- a run ------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunCommand:
-    """The flags of every command that works with a trained run."""
-
-    run: str = "latest"
-    """Run folder by path, number or name; latest: the newest one in --runs-dir."""
-    runs_dir: str = "runs"
-    """Where the numbered run folders are."""
-    data: str | None = None
-    """Where the run's images are now, if they have moved; in any form that training takes."""
-    micro_batch: int = 0
-    """Images per forward pass; 0: as many as the run's memory plan has room for."""
-    device: DeviceChoice = "auto"
-    """auto: the GPU where there is one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,67 +112,7 @@ def choose_device(wanted: DeviceChoice) -> torch.device:
     return torch.device("cuda", distributed.launched_card())  # torch caps the memory of a numbered device only
 
 
-# --- what is written --------------------------------------------------------------------------------------------------
-
-
-def writable_folder(flag: str, folder: Path) -> Path:
-    """The folder, made if need be. Raises ConfigError where nothing can be written: before the long work, not after."""
-    probe, problem = folder / ".writable", "cannot be made"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        problem = "cannot write there"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ConfigError(f"{flag} {folder}: {problem}: {error.strerror or error}; name another folder") from None
-    return folder
-
-
-def writable_file(flag: str, file: Path) -> Path:
-    """The file, whose folder is made if need be. Raises ConfigError for a folder, and where nothing can be written."""
-    if file.is_dir():
-        raise ConfigError(f"{flag} {file}: is a folder; name a file")
-    writable_folder(flag, file.parent)
-    return file
-
-
-# --- how a command speaks and ends ------------------------------------------------------------------------------------
-
-
-def progress_bar(what: str) -> Progress:
-    """Progress with ETA on stderr, once the work has taken two seconds; in a log, a line every ten seconds."""
-    interval = 0.1 if sys.stderr.isatty() else 10.0
-    bar = tqdm(desc=what, delay=PROGRESS_DELAY_SECONDS, leave=False, dynamic_ncols=True, mininterval=interval)
-
-    def report(done: int, total: int) -> None:
-        bar.total = total
-        bar.update(done - bar.n)
-        if done >= total:
-            bar.close()
-
-    return report
-
-
-def exit_code(program: str, work: Callable[[], None]) -> int:
-    """Do the work of a command: 0 done, 2 what the user gave is at fault, 5 out of memory; no tracebacks."""
-    try:
-        work()
-    except ConfigError as error:
-        print(f"{program}: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
-    except OSError as error:  # a full disk, a folder that went away: everything else was checked before
-        print(f"{program}: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        print(f"{program}: out of memory: {str(error).partition(chr(10))[0]}", file=sys.stderr)
-        print("Halve --micro-batch, or use --device cpu.", file=sys.stderr)
-        return EXIT_OUT_OF_MEMORY
-    return 0
-
-
-def held_out_batches(run: OpenRun, count: int, progress: Progress | None = None) -> Iterator[Tensor]:
+def held_out_batches(run: OpenRun, count: int, progress: OnProgress | None = None) -> Iterator[Tensor]:
     """The first `count` held-out images of the run's data, (b, C, S', S') each, on the host; 0: all of them.
 
     Raises ConfigError when the data cannot be opened, at once and not with the first batch.

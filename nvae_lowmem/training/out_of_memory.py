@@ -17,10 +17,6 @@ _PARTS = {"training_step": "step", "_evaluate": "evaluation", "_draw": "sample p
 _SIGNS = ("out of memory", "ALLOC_FAILED", "DefaultCPUAllocator", "can't allocate memory")
 
 
-class OutOfMemory(RuntimeError):
-    """Training ran out of memory; its text is the whole report."""
-
-
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether the error says that memory ran out: of torch's allocator, a CUDA library, page-locked or host memory."""
     if isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)):

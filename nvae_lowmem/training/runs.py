@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
 import socket
 import sys
 import time
@@ -47,6 +48,12 @@ def new_run(runs_dir: str | os.PathLike[str], name: str) -> Path:
 def folder_name(name: str) -> str:
     """The name with every character that a file system, a shell or a web page could take amiss turned into "-"."""
     return _UNSAFE.sub("-", name)[:_LONGEST_NAME].strip("-.") or "unnamed"
+
+
+def remove_unused(run_dir: Path) -> None:
+    """Remove the folder of a run that ended before its first line was logged: there is nothing in it to go on from."""
+    if not (run_dir / "log.txt").exists() and not (run_dir / "checkpoints").exists():
+        shutil.rmtree(run_dir, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from types import ModuleType
 import pytest
 from planner_cases import GIB, WIDE, profile_of, small_model
 
-from nvae_lowmem.commands.fit_memory import run_fit
+from nvae_lowmem.commands.fit_memory import main
 from nvae_lowmem.config.profile_file import load, save
 from nvae_lowmem.config.sections import MemoryPlan
 from nvae_lowmem.memory.plan.duration import format_speed
@@ -85,7 +85,7 @@ def test_nothing_fits_is_exit_status_three_with_the_nearest_miss(
 ) -> None:
     save(WIDE, here / "wide.toml")
     asked = "--profile wide.toml --gpu-mem 512M --os linux --groups 4 --json answer.json --picture step.png"
-    assert run_fit([*asked.split(), "--set", "plan.precision=fp32"]) == 3
+    assert main([*asked.split(), "--set", "plan.precision=fp32"]) == 3
     shown = capsys.readouterr().out
     assert "nearest miss" in shown and "<- the nearest" in shown
     answer = json.loads((here / "answer.json").read_text())
@@ -124,10 +124,10 @@ def test_bad_input_is_one_message_and_exit_status_two(
     asked: str, said: str, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (here / "own.toml").write_text('name = "mine"\n')
-    assert run_fit(["--profile", "small.toml", *asked.split()]) == 2
+    assert main(["--profile", "small.toml", *asked.split()]) == 2
     captured = capsys.readouterr()
     assert said in captured.err and captured.out == ""
-    assert captured.err.count("fit_memory:") == 1
+    assert captured.err.count("fit_memory.py:") == 1
     assert sorted(path.name for path in here.iterdir()) == ["own.toml", "small.toml"]
 
 
@@ -135,7 +135,7 @@ def test_a_file_that_may_not_be_written_is_said_so_before_the_work_begins(
     here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("os.access", lambda path, mode: False)  # permissions do not bind an administrator
-    assert run_fit("--profile small.toml --gpu-mem 4G --out plan.toml".split()) == 2
+    assert main("--profile small.toml --gpu-mem 4G --out plan.toml".split()) == 2
     captured = capsys.readouterr()
     assert "--out plan.toml cannot be written" in captured.err and "pricing" not in captured.err
 
@@ -143,8 +143,8 @@ def test_a_file_that_may_not_be_written_is_said_so_before_the_work_begins(
 def test_what_was_measured_on_the_card_takes_the_place_of_the_margin(here: Path) -> None:
     (here / "measured.toml").write_text("[cudnn-workspace]\nnbytes = 0\n[reductions]\nnbytes = 0\n")
     asked = "--profile small.toml --gpu-mem 4G --os linux --out"
-    assert run_fit([*asked.split(), "bounds.toml"]) == 0
-    assert run_fit([*asked.split(), "measured-plan.toml", "--calibration", "measured.toml"]) == 0
+    assert main([*asked.split(), "bounds.toml"]) == 0
+    assert main([*asked.split(), "measured-plan.toml", "--calibration", "measured.toml"]) == 0
     bounds, measured = (load(here / f"{name}.toml").provenance["margin_bytes"] for name in ("bounds", "measured-plan"))
     assert bounds > 0 and measured == 0
 
@@ -153,5 +153,5 @@ def test_a_card_that_is_not_there_is_said_so(
     here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert run_fit(["--profile", "small.toml", "--card", "auto"]) == 2
+    assert main(["--profile", "small.toml", "--card", "auto"]) == 2
     assert "cannot be read" in capsys.readouterr().err

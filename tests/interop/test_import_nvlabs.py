@@ -71,5 +71,5 @@ def test_the_command_tells_bad_input_in_one_message(command: Any, capsys: Any, t
     }.items():
         assert command.main(list(arguments)) == 2
         message = capsys.readouterr().err
-        assert message.startswith("import-nvlabs: ") and told in message
+        assert message.startswith("import_nvlabs.py: ") and told in message
         assert "Traceback" not in message

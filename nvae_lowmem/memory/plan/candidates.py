@@ -6,8 +6,8 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
+from nvae_lowmem.config.choices import Prefer
 from nvae_lowmem.config.recipes import with_groups
 from nvae_lowmem.config.sections import EngineName, Keep, MemoryPlan, Profile
 from nvae_lowmem.errors import ConfigError
@@ -20,7 +20,6 @@ from nvae_lowmem.memory.plan.roofline import StepSeconds, rates_of, step_seconds
 from nvae_lowmem.memory.plan.search import Assignment, Rows, fastest, least_peak
 from nvae_lowmem.memory.predict.untraced import engine_entries, engine_host_bytes
 
-Prefer = Literal["speed", "batch", "groups"]
 PLAIN_VAE: Groups = (1,)
 """No towers, so other blocks than those of the table."""
 ALIKE = 1.05

@@ -23,7 +23,6 @@ COLOURS = {
     "data": "#404040",
     "buffer": "#C9B79C",
 }
-PICTURE_SUFFIXES = (".png", ".html")
 _CAP_COLOUR = "#B00020"
 
 

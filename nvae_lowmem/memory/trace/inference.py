@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from nvae_lowmem.config.choices import BlendMode
 from nvae_lowmem.config.sections import Profile
 from nvae_lowmem.data.pipeline import MicroBatch
 from nvae_lowmem.evaluation.bounds import elbo_of_images, importance_weighted_bound, without_padding
 from nvae_lowmem.evaluation.distances import Comparison, RandomConvFeatures
-from nvae_lowmem.generation.blend import Mode, blend_images, path_weights
+from nvae_lowmem.generation.blend import blend_images, path_weights
 from nvae_lowmem.generation.grids import preview
 from nvae_lowmem.generation.recalibrate import recalibrate
 from nvae_lowmem.generation.reconstruct import parse_first_groups, reconstruct
@@ -70,7 +71,7 @@ def trace_generation(profile: Profile, work: Work, micro_batch: int, draws: int 
     plan = replace(profile.plan, micro_batch=micro_batch)
     profile = replace(profile, plan=plan, training=replace(profile.training, total_batch=micro_batch))
     images = images_per_pass(profile)
-    modes: tuple[Mode, ...] = ("linear", "simple")
+    modes: tuple[BlendMode, ...] = ("linear", "simple")
     # made before the tracer comes: these are numbers, which the work looks at
     weights = {mode: path_weights(profile.model, mode, "1", "", 2 * images + 2) for mode in modes}
     tracer = StorageTracer(StoragelessTensors() if fake else None)
@@ -136,7 +137,7 @@ class _Task:
     images: int
     """Images per pass of a command."""
     draws: int
-    weights: dict[Mode, Tensor]
+    weights: dict[BlendMode, Tensor]
     """Of blends, (P, groups)."""
 
     def on_host(self, count: int) -> Tensor:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from nvae_lowmem.commands.ship_profiles import run_ship
+from nvae_lowmem.commands.ship_profiles import main
 from nvae_lowmem.config.profile_file import PROFILES_DIR, load, save
 from nvae_lowmem.config.recipes import PUBLISHED_RECIPES, recipe, with_groups
 from nvae_lowmem.errors import ConfigError
@@ -166,5 +166,5 @@ def test_only_names_cards_and_recipes() -> None:
 def test_bad_input_is_one_message_and_exit_status_two(
     asked: str, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run_ship(asked.split()) == 2
+    assert main(asked.split()) == 2
     assert said in capsys.readouterr().err

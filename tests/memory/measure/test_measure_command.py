@@ -45,8 +45,8 @@ def test_several_configurations_make_one_report_and_files_that_replay(
         assert outcome.recording is not None
         return replace(outcome, job=job, recording=replace(outcome.recording, name=job.name))
 
-    monkeypatch.setattr(measure_command, "measure", pretend)
-    monkeypatch.setattr(measure_command, "_card", lambda _: find_card("gtx-970"))
+    monkeypatch.setattr("nvae_lowmem.memory.measure.job.measure", pretend)
+    monkeypatch.setattr(measure_command, "card_to_measure", lambda _: find_card("gtx-970"))
     file, out, report_file = tmp_path / "nano.toml", tmp_path / "out", tmp_path / "report.json"
     profiles.save(nano(), file)
     changes = ("--cap", "1G", "--set", "plan.keep=cheap", "--micro-batch", "1")
@@ -70,8 +70,8 @@ def test_several_configurations_make_one_report_and_files_that_replay(
 def test_what_was_measured_can_be_compared_later_without_a_card(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(measure_command, "measure", lambda job, folder: on_card())
-    monkeypatch.setattr(measure_command, "_card", lambda _: find_card("gtx-970"))
+    monkeypatch.setattr("nvae_lowmem.memory.measure.job.measure", lambda job, folder: on_card())
+    monkeypatch.setattr(measure_command, "card_to_measure", lambda _: find_card("gtx-970"))
     out = str(tmp_path / "out")
     assert command("--recipe", "tiny", "--no-compare", "--out", out) == 0
     assert "nano: measured" in capsys.readouterr().out
@@ -94,7 +94,7 @@ def test_a_folder_of_another_kind_is_one_message(tmp_path: Path, text: str, caps
 def test_the_command_measures_on_the_cpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(measure_command, "measure", lambda job, folder: on_cpu())
+    monkeypatch.setattr("nvae_lowmem.memory.measure.job.measure", lambda job, folder: on_cpu())
     assert command("--recipe", "tiny", "--device", "cpu", "--json", "-", "--out", str(tmp_path)) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed["runs"][0]["stream"]["same_order"]
@@ -135,22 +135,22 @@ def test_without_a_card_the_command_says_what_can_be_done(capsys: pytest.Capture
         (("--recipe", "tiny", "--micro-batch", "7"), "plan.micro_batch = 7"),
         (("--recipe", "tiny", "--set", "plan.kep=all"), "plan.keep"),
         (("--recipe", "tiny", "--out", __file__ + "/results"), "cannot be written"),
-        (("--recipe", "tiny", "--json", "/no/such/folder/r.json"), "there is no such folder"),
+        (("--recipe", "tiny", "--json", "/no/such/folder/r.json"), "there is no folder"),
     ],
 )
 def test_bad_input_is_one_message_before_anything_runs(
     arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(measure_command, "measure", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr("nvae_lowmem.memory.measure.job.measure", lambda *_: pytest.fail("measured"))
     assert command(*arguments, "--device", "cpu") == 2
     out, err = capsys.readouterr()
-    assert out == "" and message in err and err.startswith("measure_memory: ")
+    assert out == "" and message in err and err.startswith("measure_memory.py: ")
 
 
 def test_a_refused_configuration_is_bad_input_alone_and_a_failure_among_others() -> None:
     done = Assessment(outcome=on_cpu())
     refused = Assessment(outcome=replace(on_cpu(), status="refused"))
-    assert [measure_command._exit_status(runs) for runs in ([refused], [refused, done], [done])] == [2, 1, 0]
+    assert [measure_command.exit_status(runs) for runs in ([refused], [refused, done], [done])] == [2, 1, 0]
 
 
 def test_a_run_that_cannot_be_compared_is_a_row_and_the_others_go_on(
@@ -164,7 +164,7 @@ def test_a_run_that_cannot_be_compared_is_a_row_and_the_others_go_on(
         return tracing.trace_training(*arguments)
 
     monkeypatch.setattr(assessing, "trace_training", trace_training)
-    monkeypatch.setattr(measure_command, "measure", lambda job, folder: replace(on_cpu(), job=job))
+    monkeypatch.setattr("nvae_lowmem.memory.measure.job.measure", lambda job, folder: replace(on_cpu(), job=job))
     assert command("--recipe", "tiny", "--recipe", "tiny", "--device", "cpu", "--out", str(tmp_path)) == 1
     out, err = capsys.readouterr()
     assert "tiny-2" in out and "ZeroDivisionError: by nothing" in out and "Traceback" not in err

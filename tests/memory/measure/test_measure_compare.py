@@ -59,7 +59,7 @@ def test_a_run_that_takes_more_than_predicted_is_told() -> None:
     assert found.agrees is False and found.peaks is not None
     assert found.peaks.allocated.error_percent is not None and found.peaks.allocated.error_percent < -90
     assert "MORE THAN THE MARGIN" in as_text(found) and "EXCEEDED" in as_text(found)
-    assert measure_command._exit_status([found]) == 3
+    assert measure_command.exit_status([found]) == 3
 
 
 # --- a card played by the simulator -----------------------------------------------------------------------------------
