@@ -12,8 +12,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_model_functional import saved_storages
-from test_model_nvae import build, images, loss_of, tiny_rgb
+from models import (
+    build,
+    images,
+    loss_of,
+    saved_storages,
+    tiny_rgb,
+)
 from torch import Tensor, nn
 
 from nvae_lowmem.config.sections import KEEPS, Keep, MemoryPlan, Profile, TrainConfig

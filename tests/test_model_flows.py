@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_model_functional import (
+from models import (
     assert_gradcheck,
     assert_same_values_and_gradients,
     normals,

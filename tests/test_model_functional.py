@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
+from models import (
+    assert_gradcheck,
+    assert_same_values_and_gradients,
+    normals,
+    plain_regulariser,
+    plain_unit,
+    plain_weight,
+    saved_storages,
+    scrambled,
+    set_recompute,
+    with_both_keeps,
+)
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from nvae_lowmem.model.flows import causal_mask
 from nvae_lowmem.model.functional import recomputation, used_weight
 from nvae_lowmem.model.layers import ConvUnit, Normed, ResidualTail, run_units
 
 IN, OUT, SIZE = 4, 6, 5  # channels and pixels per side of most units here
-PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
-    "none": lambda x: x,
-    "swish": F.silu,
-    "elu": F.elu,
-    "elu_elu": lambda x: F.elu(F.elu(x)),
-}
 UNITS: dict[str, dict[str, Any]] = {
     "1x1": {"kernel": 1},
     "bare": {"kernel": 3, "bias": False, "weight_norm": False},
@@ -41,20 +44,6 @@ UNITS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 every_unit = pytest.mark.parametrize("name", UNITS)
 in_both_modes = pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
-with_both_keeps = pytest.mark.parametrize("recompute", [False, True], ids=["keep", "recompute"])
-
-
-def scrambled(module: nn.Module, seed: int = 0, dtype: torch.dtype = torch.float64) -> Any:
-    """The module in `dtype`, every value drawn from the seed: none is left at a 0 or 1 that would hide a mistake."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-        if name.endswith("running_variance"):
-            tensor.data.uniform_(0.5, 2.0, generator=generator)
-        elif not name.endswith(("mask", "sigma")):
-            tensor.data.normal_(0.0, 0.5, generator=generator)
-        if name.endswith((".u", ".v")) or name in ("u", "v"):
-            tensor.data.div_(tensor.data.norm())
-    return module.to(dtype)
 
 
 def new_unit(name: str, **changes: Any) -> Any:
@@ -65,68 +54,7 @@ def make_unit(name: str, seed: int = 0, **changes: Any) -> Any:
     return scrambled(new_unit(name, **changes), seed)
 
 
-def set_recompute(module: nn.Module, recompute: bool) -> None:
-    switches: list[Any] = [m for m in module.modules() if hasattr(m, "recompute")]
-    for m in switches:
-        m.recompute = recompute
-
-
-def normals(*shape: int, seed: int = 1, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
 # --- the same mathematics, written with torch.nn.functional -----------------------------------------------------------
-
-
-def plain_norm(layer: Any, x: Tensor) -> Tensor:
-    if layer.gamma is None:
-        return x
-    statistics = layer.running_mean.clone(), layer.running_variance.clone()
-    return F.batch_norm(x, *statistics, layer.gamma, layer.beta, layer.training, 0.05, 1e-5)
-
-
-def plain_weight(unit: Any) -> Tensor:
-    v = unit.weight if unit.mask is None else unit.weight * unit.mask
-    if unit.log_norm is None:
-        return v
-    return unit.log_norm.exp() * v / (v.flatten(1).norm(dim=1).view(-1, 1, 1, 1) + 1e-5)
-
-
-def plain_unit(unit: Any, x: Tensor) -> Tensor:
-    a = PLAIN[unit.activation](plain_norm(unit, x))
-    if unit.upsample:
-        a = F.interpolate(a, scale_factor=2, mode="nearest")
-    padding = unit.dilation * (unit.weight.shape[-1] // 2)
-    return F.conv2d(a, plain_weight(unit), unit.bias, unit.stride, padding, unit.dilation, unit.groups)
-
-
-def assert_same_values_and_gradients(
-    module: nn.Module, plain: Callable[..., Tensor], *inputs: Tensor, rtol: float = 1e-9, atol: float = 1e-11
-) -> None:
-    """The module and `plain` agree in value and in the gradient of every input and parameter."""
-    parameters = dict(module.named_parameters())
-    leaves = [x.requires_grad_() for x in inputs] + list(parameters.values())
-    expected = plain(*inputs)
-    g = normals(*expected.shape, seed=5)
-    wanted = torch.autograd.grad(expected, leaves, g)
-    actual = module(*inputs)
-    torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol)
-    got = torch.autograd.grad(actual, leaves, g)
-    for name, a, e in zip([*(f"input {i}" for i in range(len(inputs))), *parameters], got, wanted, strict=True):
-        torch.testing.assert_close(a, e, rtol=rtol, atol=atol, msg=f"gradient of {name}: {{}}".format)
-
-
-def assert_gradcheck(module: nn.Module, *inputs: Tensor, fast: bool = True) -> None:
-    """The backward pass agrees with finite differences in every input and parameter."""
-    names = [name for name, _ in module.named_parameters()]
-    values = [p.detach().clone().requires_grad_() for p in module.parameters()]
-    leaves = [x.requires_grad_() for x in inputs]
-
-    def run(*tensors: Tensor) -> Tensor:
-        given = dict(zip(names, tensors[len(inputs) :], strict=True))
-        return functional_call(module, given, tensors[: len(inputs)])
-
-    assert torch.autograd.gradcheck(run, (*leaves, *values), fast_mode=fast)
 
 
 # --- units ------------------------------------------------------------------------------------------------------------
@@ -234,14 +162,6 @@ def test_running_statistics_move_as_those_of_batchnorm2d(momentum: float) -> Non
 # --- regularisers: gradients that appear without a loss ---------------------------------------------------------------
 
 
-def plain_regulariser(module: nn.Module) -> Tensor:
-    """Sum of u^T W v over convolutions, with u and v fixed, + sum of max|gamma|."""
-    units: list[Any] = [m for m in module.modules() if isinstance(m, ConvUnit)]
-    gammas = [m.gamma for m in module.modules() if isinstance(m, Normed) and m.gamma is not None]
-    sigmas = [unit.u @ plain_weight(unit).flatten(1) @ unit.v for unit in units]
-    return torch.stack(sigmas + [gamma.abs().max() for gamma in gammas]).sum()
-
-
 def added_gradients(module: nn.Module, coefficient: float, *inputs: Tensor) -> list[Tensor]:
     """What the coefficient adds to the gradient of every parameter."""
     grads = []
@@ -322,20 +242,6 @@ def test_power_iteration_goes_on_from_where_the_last_step_left_it() -> None:
 
 
 # --- what stays in memory until the backward pass ---------------------------------------------------------------------
-
-
-def saved_storages(module: nn.Module, *inputs: Any) -> dict[int, Tensor]:
-    """Every storage that the graph of module(*inputs) holds, apart from parameters: address -> one tensor of it."""
-    saved: dict[int, Tensor] = {}
-
-    def pack(t: Tensor) -> Tensor:
-        saved[t.untyped_storage().data_ptr()] = t
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        module(*inputs)
-    own = {p.untyped_storage().data_ptr() for p in module.parameters()}
-    return {address: t for address, t in saved.items() if address not in own}
 
 
 @pytest.mark.parametrize("recompute", [True, False])

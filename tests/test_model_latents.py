@@ -8,8 +8,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_model_functional import normals, set_recompute
-from test_model_nvae import VARIANTS, build, images, loss_of, tiny_rgb
+from models import (
+    VARIANTS,
+    build,
+    images,
+    loss_of,
+    normals,
+    set_recompute,
+    tiny_rgb,
+)
 from torch import Tensor
 
 from nvae_lowmem.model.functional import recomputation

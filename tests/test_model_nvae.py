@@ -9,9 +9,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from test_model_functional import (
+from models import (
+    VARIANTS,
     assert_gradcheck,
     assert_same_values_and_gradients,
+    build,
+    images,
+    loss_of,
     normals,
     plain_norm,
     plain_regulariser,
@@ -20,6 +24,7 @@ from test_model_functional import (
     saved_storages,
     scrambled,
     set_recompute,
+    tiny_rgb,
     with_both_keeps,
 )
 from torch import Tensor, nn
@@ -30,35 +35,7 @@ from nvae_lowmem.config.sections import Architecture
 from nvae_lowmem.model.cells import CELLS, Cell, Resample, Side, make_cell
 from nvae_lowmem.model.latents import SeededNoise
 from nvae_lowmem.model.layers import ConvUnit, DownSkip, ResidualTail, UpSkip
-from nvae_lowmem.model.nvae import NVAE, ElboTerms
-
-
-def tiny_rgb(**changes: Any) -> ModelConfig:
-    """RGB, two scales of two groups, with flows: everything the network has, as small as it gets."""
-    base = ModelConfig(
-        image_channels=3, image_size=16, bits=8, mixtures=2, channels_encoder=8, channels_decoder=8, scales=2, groups=2,
-        adaptive=False, latents=3, cells_encoder=1, cells_decoder=1, preprocess_blocks=1, preprocess_cells=2,
-        postprocess_blocks=1, postprocess_cells=2, flows=1,
-    )  # fmt: skip
-    config = replace(base, **changes)
-    assert not config.problems()
-    return config
-
-
-def build(config: ModelConfig, seed: int = 0) -> NVAE:
-    torch.manual_seed(seed)
-    return NVAE(config)
-
-
-def images(config: ModelConfig, batch: int = 2, seed: int = 0) -> Tensor:
-    """(B, channels, S, S) in [0,1] on the grid of the configuration's bits."""
-    shape, top = (batch, config.image_channels, config.network_size, config.network_size), 2**config.bits - 1
-    return torch.randint(0, top + 1, shape, generator=torch.Generator().manual_seed(seed)) / top
-
-
-def loss_of(terms: ElboTerms) -> Tensor:
-    return (terms.nll + sum(kl.sum(1) for kl in terms.kl)).mean()
-
+from nvae_lowmem.model.nvae import NVAE
 
 # --- tails, skips, cells ----------------------------------------------------------------------------------------------
 
@@ -221,28 +198,6 @@ def test_exact_parameters_groups_and_latent_dimensions(name: str, monkeypatch: p
 
 
 # --- every kind of network --------------------------------------------------------------------------------------------
-
-VARIANTS: dict[str, dict[str, Any]] = {
-    **{name: {"architecture": name} for name in CELLS},
-    "2_channels": {"image_channels": 2},
-    "5_channels": {"image_channels": 5},
-    "1_bit_padded": {"bits": 1, "image_channels": 1, "image_size": 12, "padding": 2},
-    "5_bits": {"bits": 5},
-    "normal_likelihood": {"mixtures": 1},
-    "no_residual_posterior": {"residual_posterior": False},
-    "no_squeeze_excitation": {"squeeze_excitation": False},
-    "no_flows": {"flows": 0},
-    "three_scales": {"scales": 3, "groups_per_scale": (2, 1, 3)},
-    "other_widths": {"channels_encoder": 8, "channels_decoder": 16},
-    "vanilla": {"scales": 1, "groups": 1, "preprocess_blocks": 2, "postprocess_blocks": 2},
-    "vanilla_no_resampling": {
-        "scales": 1,
-        "groups": 1,
-        "preprocess_blocks": 0,
-        "postprocess_blocks": 0,
-        "image_size": 4,
-    },
-}
 
 
 @pytest.mark.parametrize("name", VARIANTS)

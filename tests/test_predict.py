@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from nvae_lowmem.config import profile_file as profiles
 from nvae_lowmem.config.sections import MemoryPlan, Profile
 from nvae_lowmem.errors import ConfigError
-from nvae_lowmem.hardware.budget import Budget, usable_bytes
+from nvae_lowmem.hardware.budget import usable_bytes
 from nvae_lowmem.hardware.find_card import find_card
 from nvae_lowmem.memory.allocator.allocator import AllocatorSettings, CachingAllocator
 from nvae_lowmem.memory.predict import predict as predicting
@@ -34,17 +34,13 @@ from nvae_lowmem.memory.predict.untraced import (
 from nvae_lowmem.memory.trace.events import Allocation, Trace
 from nvae_lowmem.memory.trace.training import trace_training
 from nvae_lowmem.units import GIB, MIB
-from profiles import NANO, profile_of
+from profiles import NANO, budget_of, profile_of
 
 NOTHING = {
     name: Entry(name=name, nbytes=0, when="always", source="test")
     for name in ("cublas-workspaces", "cudnn-workspace", "reductions")
 }
 OFFLOADED = {"keep": "input", "offload_optimizer": True, "precision": "fp16"}
-
-
-def budget_of(cap_bytes: int) -> Budget:
-    return Budget(cap_bytes=cap_bytes, total_bytes=4 * GIB, context_bytes=160 * MIB, reason="test")
 
 
 @pytest.mark.parametrize("plan", [{"keep": "all"}, OFFLOADED])

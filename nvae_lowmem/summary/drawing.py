@@ -17,7 +17,7 @@ from matplotlib.patches import Circle, FancyBboxPatch, Rectangle
 
 from nvae_lowmem.config.sections import KEEPS, Keep
 from nvae_lowmem.summary.layout import Band, Layout, lay_out
-from nvae_lowmem.summary.summary import Block, Description, Scale, Shape, shape_text
+from nvae_lowmem.summary.summary import BlockSummary, Description, Scale, Shape, shape_text
 
 # Okabe-Ito: told apart with any colour vision
 KEEP_COLOURS: dict[Keep, str] = {"all": "#56B4E9", "cheap": "#3DBE95", "input": "#F0B541", "host": "#D994BC"}
@@ -175,17 +175,17 @@ def _band(axes: Axes, band: Band, scale: Scale, channels: int, colour: str) -> N
         _text(axes, x, y + 0.17 + 0.14 * i, line, 6.8, color="#505050")
 
 
-def _colour(block: Block, planned: bool) -> str:
+def _colour(block: BlockSummary, planned: bool) -> str:
     if planned:
         return KEEP_COLOURS[block.keep] if block.keep is not None else _PLAIN
     return _ROLE_COLOURS[_role(block)]
 
 
-def _role(block: Block) -> str:
+def _role(block: BlockSummary) -> str:
     return "groups" if "group" in block.kind else "cell" if block.cells else "other"
 
 
-def _block_box(axes: Axes, block: Block, y: float, height: float) -> None:
+def _block_box(axes: Axes, block: BlockSummary, y: float, height: float) -> None:
     x = _ENCODER_X if block.tower == "encoder" else _DECODER_X
     _box(axes, x, y, _BOX_WIDTH, height, _colour(block, block.keep is not None), f"block-{block.name}")
     _text(axes, x - _BOX_WIDTH / 2 + 0.08, y, block.name, 7, zorder=4)
@@ -236,7 +236,7 @@ def _group_panel(axes: Axes, d: Description) -> float:
     return _END_Y
 
 
-def _group_spine(axes: Axes, group: Block) -> None:
+def _group_spine(axes: Axes, group: BlockSummary) -> None:
     """The decoder's state: through the cells, then merged with z."""
     half = _PART_HEIGHT / 2
     if group.input is not None:
@@ -253,7 +253,7 @@ def _group_spine(axes: Axes, group: Block) -> None:
     _text(axes, _RIGHT, _END_Y, f"state {_times(group.output)}", 7, ha="center")
 
 
-def _group_prior(axes: Axes, d: Description, group: Block) -> None:
+def _group_prior(axes: Axes, d: Description, group: BlockSummary) -> None:
     """What the state gives: the prior, and its share of what the posterior reads."""
     half = _PART_WIDTH / 2
     _node(axes, _LEFT, _SUM_Y, "+")
@@ -271,7 +271,7 @@ def _group_prior(axes: Axes, d: Description, group: Block) -> None:
     _text(axes, _MIDDLE + 0.06, (bottom + _LATENT_Y) / 2, "p(z|…)", 6.5, color="#505050")
 
 
-def _group_posterior(axes: Axes, d: Description, group: Block) -> None:
+def _group_posterior(axes: Axes, d: Description, group: BlockSummary) -> None:
     """From the encoder's map to z."""
     _text(axes, _LEFT, _STATE_Y, "encoder map", 7, ha="center")
     _part(axes, _LEFT, _POSTERIOR_Y, "posterior", f"3×3 → {_normal_shape(group)}", group.parts["posterior"])
@@ -287,7 +287,7 @@ def _group_posterior(axes: Axes, d: Description, group: Block) -> None:
     _arrow(axes, (_MIDDLE + _Z_RADIUS, _LATENT_Y), (_RIGHT - _PART_WIDTH / 2, _LATENT_Y))
 
 
-def _normal_shape(group: Block) -> str:
+def _normal_shape(group: BlockSummary) -> str:
     """mu and log sigma: twice the channels of z."""
     assert group.latent is not None
     channels, *size = group.latent

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from nvae_lowmem.summary.summary import Block
+from nvae_lowmem.summary.summary import BlockSummary
 
 _BAND_MIN = 0.74  # the label of a band has up to four lines
 _ROW_MIN, _ROW_MAX = 0.29, 0.46
@@ -34,7 +34,7 @@ class Layout:
     bottom: float = 0.0
 
 
-def lay_out(blocks: Sequence[Block], top: float, height: float) -> Layout:
+def lay_out(blocks: Sequence[BlockSummary], top: float, height: float) -> Layout:
     """A row for every block, from `top` downwards: the two halves of a group side by side, cells that change the
     resolution on the edge between two bands. Few rows are spread over about `height`."""
     sizes = sorted({b.size for b in blocks})
@@ -61,11 +61,11 @@ def lay_out(blocks: Sequence[Block], top: float, height: float) -> Layout:
     return layout
 
 
-def _sizes(block: Block) -> set[int]:
+def _sizes(block: BlockSummary) -> set[int]:
     return {shape[1] for shape in (block.input, block.output) if shape is not None}
 
 
-def _rungs(blocks: Sequence[Block], size: int) -> list[tuple[str, ...]]:
+def _rungs(blocks: Sequence[BlockSummary], size: int) -> list[tuple[str, ...]]:
     """The rows of a band that tie the towers together: (top, start), then (encoder group, decoder group) top-down."""
     here = [b.name for b in blocks if _sizes(b) == {size}]
     ends = tuple(name for name in ("top", "start") if name in here)
@@ -73,7 +73,7 @@ def _rungs(blocks: Sequence[Block], size: int) -> list[tuple[str, ...]]:
     return ([ends] if ends else []) + [tuple(n for n in pair if n in here) for pair in pairs]
 
 
-def _others(blocks: Sequence[Block], size: int) -> tuple[list[Block], list[Block]]:
+def _others(blocks: Sequence[BlockSummary], size: int) -> tuple[list[BlockSummary], list[BlockSummary]]:
     """What else keeps this resolution, of the encoder and of the decoder, each from the top down."""
     rungs = {name for rung in _rungs(blocks, size) for name in rung}
     rest = [b for b in blocks if _sizes(b) == {size} and b.name not in rungs]

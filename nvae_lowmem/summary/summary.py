@@ -40,7 +40,7 @@ _PREFIXES = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Block:
+class BlockSummary:
     """One block of the network, in the terms of a person who reads a table."""
 
     name: str
@@ -96,13 +96,13 @@ class Description:
     residual_posterior: bool
     latent_dims: int
     scales: tuple[Scale, ...]
-    blocks: tuple[Block, ...]
+    blocks: tuple[BlockSummary, ...]
 
 
 # ---- reading the modules ---------------------------------------------------------------------------------------------
 
 
-def without_weights(config: ModelConfig) -> tuple[NVAE, FakeTensorMode]:
+def model_on_fake_tensors(config: ModelConfig) -> tuple[NVAE, FakeTensorMode]:
     """The real modules on fake tensors, in evaluation mode, and the mode to run them under."""
     # Not the meta device: the passes state their autocast explicitly, and autocast knows no such device.
     mode = FakeTensorMode()
@@ -121,7 +121,7 @@ def describe(profile: Profile) -> Description:
     Raises ConfigError for a plan that names blocks which the model does not have.
     """
     c = profile.model
-    model, mode = without_weights(c)
+    model, mode = model_on_fake_tensors(c)
     plan = profile.plan if profile.plan != MemoryPlan() else None
     if plan is not None:
         apply_plan(model, plan)
@@ -187,11 +187,11 @@ def _block(
     shapes: dict[str, tuple[Shape | None, Shape]],
     latents: dict[str, Shape],
     plan: MemoryPlan | None,
-) -> Block:
+) -> BlockSummary:
     source, target = shapes[name]
     grouped = isinstance(module, (EncoderGroup, DecoderGroup))
     cells = [m for m in module.modules() if isinstance(m, Cell)]
-    return Block(
+    return BlockSummary(
         name=name,
         kind=_kind(name, grouped, source, target),
         tower=tower,
@@ -233,7 +233,7 @@ def _unit_text(unit: ConvUnit) -> str:
     return " ".join([*words, f"-> {out}"])
 
 
-def _scales(blocks: Sequence[Block]) -> tuple[Scale, ...]:
+def _scales(blocks: Sequence[BlockSummary]) -> tuple[Scale, ...]:
     out = []
     for size in sorted({b.size for b in blocks}, reverse=True):
         here = [b for b in blocks if b.size == size]
@@ -288,7 +288,7 @@ def _scale_table(scales: Sequence[Scale]) -> tuple[str, list[tuple[str, ...]]]:
     return "<>>>>>", rows
 
 
-def _block_table(blocks: Sequence[Block], every_row: bool) -> tuple[str, list[tuple[str, ...]]]:
+def _block_table(blocks: Sequence[BlockSummary], every_row: bool) -> tuple[str, list[tuple[str, ...]]]:
     planned = any(b.keep is not None for b in blocks)
     rows: list[tuple[str, ...]] = [
         ("block", "", "kind", "cells", "input", "", "output", "z", "parameters", "together", "keeps")
@@ -315,7 +315,7 @@ def _block_table(blocks: Sequence[Block], every_row: bool) -> tuple[str, list[tu
     return "".join("<><>><>>>><"[i] for i in chosen), [tuple(row[i] for i in chosen) for row in rows]
 
 
-def runs(blocks: Sequence[Block]) -> Iterator[list[Block]]:
+def runs(blocks: Sequence[BlockSummary]) -> Iterator[list[BlockSummary]]:
     """Neighbours that are alike in everything but their name."""
     return (list(run) for _, run in groupby(blocks, key=lambda b: {**asdict(b), "name": None}))
 

@@ -25,7 +25,7 @@ from nvae_lowmem.model.latents import FromPosterior, NoNoise
 from nvae_lowmem.model.nvae import NVAE
 from nvae_lowmem.summary.drawing import KEEP_COLOURS, draw
 from nvae_lowmem.summary.layout import lay_out
-from nvae_lowmem.summary.summary import Description, as_text, count_parameters, describe, runs, without_weights
+from nvae_lowmem.summary.summary import Description, as_text, count_parameters, describe, model_on_fake_tensors, runs
 
 slow = pytest.mark.slow
 SCRIPT = Path(__file__).resolve().parents[2] / "tools" / "describe.py"
@@ -89,7 +89,7 @@ def test_recipes_have_their_published_sizes(
 def test_variants_of_celeba64_have_their_published_sizes(assignments: list[str], parameters: int) -> None:
     config = override(recipe("celeba64"), assignments).model
     # small weights are made faster than fake ones
-    model = NVAE(config) if config.channels_encoder <= 32 else without_weights(config)[0]
+    model = NVAE(config) if config.channels_encoder <= 32 else model_on_fake_tensors(config)[0]
     assert count_parameters(model) == parameters
 
 
@@ -98,7 +98,7 @@ def test_every_recipe_is_in_the_table_of_sizes() -> None:
 
 
 def test_no_weight_is_allocated() -> None:
-    model, _ = without_weights(recipe("tiny").model)
+    model, _ = model_on_fake_tensors(recipe("tiny").model)
     assert {type(t.data) for t in [*model.parameters(), *model.buffers()]} == {FakeTensor}
 
 

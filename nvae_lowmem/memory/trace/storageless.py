@@ -26,7 +26,7 @@ _FLOAT_STATISTICS = ("aten::native_batch_norm", "aten::native_group_norm")
 _LIKE_THE_GRADIENT = ("aten::native_group_norm_backward",)
 """Their first result has the dtype of their first argument, in real kernels; the fake one has the weight's."""
 
-Layout = tuple[torch.Size, tuple[int, ...], torch.dtype]
+TensorLayout = tuple[torch.Size, tuple[int, ...], torch.dtype]
 
 
 class OperatorInfo(NamedTuple):
@@ -142,7 +142,7 @@ def _tensors(value: Any) -> list[Tensor]:
 
 
 class _OutputLayout(NamedTuple):
-    layout: Layout
+    layout: TensorLayout
 
 
 def _layout_of(value: Any) -> Any:

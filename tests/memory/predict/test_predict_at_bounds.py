@@ -7,14 +7,13 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from test_predict import budget_of
 
 from nvae_lowmem.hardware.budget import Budget, find_card
 from nvae_lowmem.memory.allocator.allocator import AllocatorSettings, CachingAllocator, Replay
 from nvae_lowmem.memory.predict import predict as predicting
 from nvae_lowmem.memory.predict.predict import predict, predictor_for
 from nvae_lowmem.units import GIB, MIB
-from profiles import profile_of
+from profiles import budget_of, profile_of
 
 
 @pytest.mark.parametrize("in_pieces", [True, False])
