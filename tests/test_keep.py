@@ -287,7 +287,7 @@ def test_in_evaluation_mode_gradients_are_the_same_and_no_statistic_moves(keep: 
 def test_blocks_that_the_model_does_not_have_are_named(unknown: str) -> None:
     with pytest.raises(ConfigError, match=r"plan\.keep_blocks") as caught:
         apply_plan(build(CONFIG), MemoryPlan(keep_blocks={"stem": "input", unknown: "input"}))
-    assert unknown in str(caught.value) and "stem" not in str(caught.value)
+    assert repr(unknown) in str(caught.value) and "'stem'" not in str(caught.value)
 
 
 def test_names_and_the_longest_prefix_decide_what_a_block_keeps() -> None:
