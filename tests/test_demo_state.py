@@ -15,14 +15,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from nvae_lowmem.config.choices import BlendMode
 from nvae_lowmem.config.model import ModelConfig
 from nvae_lowmem.demo.state import DemoState, enlarged, group_names, picture, scale_names
 from nvae_lowmem.errors import ConfigError
 from nvae_lowmem.generation import grids
-from nvae_lowmem.generation.blend import Mode
 from nvae_lowmem.generation.recalibrate import RECALIBRATION_SEED, default_passes, recalibrated, statistics_path
 from nvae_lowmem.generation.reconstruct import reconstruct
-from nvae_lowmem.generation.sample import Progress, sample_images
+from nvae_lowmem.generation.sample import sample_images
+from nvae_lowmem.progress import OnProgress
 from nvae_lowmem.training.open_run import held_out_batches, open_run
 
 
@@ -37,7 +38,7 @@ class Heard:
     def __init__(self) -> None:
         self.names: list[str] = []
 
-    def report(self, what: str) -> Progress:
+    def report(self, what: str) -> OnProgress:
         def progress(done: int, total: int) -> None:
             if done == total:
                 self.names.append(what)
@@ -45,7 +46,7 @@ class Heard:
         return progress
 
 
-def silent(what: str) -> Progress:
+def silent(what: str) -> OnProgress:
     return lambda done, total: None
 
 
@@ -57,7 +58,7 @@ def pair_of(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("mode", ["linear", "simple"])
-def test_sliders_at_0_and_1_show_the_reconstructions(tmp_path: Path, mode: Mode) -> None:
+def test_sliders_at_0_and_1_show_the_reconstructions(tmp_path: Path, mode: BlendMode) -> None:
     state, paths = state_of(tmp_path, with_data=False), pair_of(tmp_path)
     images = torch.cat([state.image(path) for path in paths])
     expected = [picture(image) for image in reconstruct(state.run.model, images, 0, DEMO_MICRO_BATCH).images.split(1)]

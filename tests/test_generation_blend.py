@@ -11,13 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from nvae_lowmem.config.choices import BlendMode
 from nvae_lowmem.config.model import ModelConfig
-from nvae_lowmem.generation.blend import Blend, Mode, blend_images, mix_normals, path_weights, spherical
+from nvae_lowmem.generation.blend import Blend, blend_images, mix_normals, path_weights, spherical
 from nvae_lowmem.generation.reconstruct import RowNoise, reconstruct
 from nvae_lowmem.model.latents import FromPosterior, Noise, NoNoise, Normal
 from nvae_lowmem.model.nvae import NVAE
 
-MODES: tuple[Mode, ...] = get_args(Mode)
+MODES: tuple[BlendMode, ...] = get_args(BlendMode)
 
 
 def latents_of(model: NVAE, maps: list[Tensor], source: Blend | FromPosterior) -> list[Tensor]:
@@ -110,7 +111,7 @@ def test_later_groups_know_what_earlier_ones_became() -> None:
 
 
 @pytest.mark.parametrize("mode", ["linear", "simple"])
-def test_a_blend_moves_from_a_to_b_without_turning_back(mode: Mode) -> None:
+def test_a_blend_moves_from_a_to_b_without_turning_back(mode: BlendMode) -> None:
     model, steps = responsive(DEEP), 9
     maps = encode(model, DEEP)
     own = latents_of(model, maps, FromPosterior(NoNoise()))
@@ -136,7 +137,7 @@ def test_a_blend_moves_from_a_to_b_without_turning_back(mode: Mode) -> None:
 @pytest.mark.parametrize("config", [GREY, RGB], ids=["grey", "rgb with flows"])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("posterior", ["sample", "mean"])
-def test_the_ends_of_every_path_are_the_reconstructions(config: ModelConfig, mode: Mode, posterior: str) -> None:
+def test_the_ends_of_every_path_are_the_reconstructions(config: ModelConfig, mode: BlendMode, posterior: str) -> None:
     model, pair = responsive(config), images_for(config, 2)
     for micro_batch in (1, 2, 6):
         expected = reconstruct(model, pair, 5, micro_batch, posterior).images
@@ -146,7 +147,7 @@ def test_the_ends_of_every_path_are_the_reconstructions(config: ModelConfig, mod
 
 
 @pytest.mark.parametrize("mode", ["linear", "simple"])
-def test_a_blend_near_its_end_is_near_the_reconstruction(mode: Mode) -> None:
+def test_a_blend_near_its_end_is_near_the_reconstruction(mode: BlendMode) -> None:
     """The ends come from the pass of the reconstructions, everything else from that of the blends: they must meet."""
     model, pair = responsive(RGB), images_for(RGB, 2)
     ends = blend_images(model, pair, torch.tensor([[0.0], [1.0]]).expand(-1, 3), mode)
@@ -156,7 +157,7 @@ def test_a_blend_near_its_end_is_near_the_reconstruction(mode: Mode) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_blends_do_not_depend_on_chunks(mode: Mode) -> None:
+def test_blends_do_not_depend_on_chunks(mode: BlendMode) -> None:
     model, pair = responsive(RGB), images_for(RGB, 2)
     weights = torch.rand(5, 3, generator=torch.Generator().manual_seed(0))
     seen: list[tuple[int, int]] = []
