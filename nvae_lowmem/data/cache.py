@@ -45,6 +45,11 @@ def one_process_at_a_time(path: Path) -> Iterator[None]:
     except ImportError:
         yield
         return
-    with open(path.with_name(path.name + ".lock"), "w") as lock:
+    # A link in the lock's place is not followed, and nothing is ever emptied: the file it leads to may be anybody's.
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    lock = os.open(path.with_name(path.name + ".lock"), flags, 0o644)
+    try:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+    finally:
+        os.close(lock)

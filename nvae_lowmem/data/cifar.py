@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from nvae_lowmem.data.pickles import BadPickle, check_tuples
 from nvae_lowmem.data.stores import ArrayStore
 from nvae_lowmem.errors import ConfigError
 
@@ -16,6 +18,7 @@ _TRAIN = tuple(f"data_batch_{n}" for n in range(1, 6))
 _TEST = "test_batch"
 _PIXELS = 3 * 32 * 32
 _LARGEST_BYTES = 64 << 20  # a batch has 30 MiB
+_MOST_ARRAYS = 16  # a batch has one
 
 
 def find_batches(folder: Path) -> Path | None:
@@ -43,9 +46,13 @@ def _read(path: Path) -> np.ndarray:
     try:
         if path.stat().st_size > _LARGEST_BYTES:
             raise ConfigError(f"CIFAR-10 batch {str(path)!r} is larger than {_LARGEST_BYTES >> 20} MiB: it is none")
-        content = _ArrayUnpickler(io.BytesIO(path.read_bytes()), encoding="bytes").load()
+        data = path.read_bytes()
+        check_tuples(io.BytesIO(data))
+        content = _ArrayUnpickler(io.BytesIO(data), encoding="bytes").load()
     except ConfigError:
         raise
+    except BadPickle as error:
+        raise ConfigError(f"CIFAR-10 batch {str(path)!r} cannot be read: {error}; download it again") from None
     except _Forbidden as error:
         raise ConfigError(
             f"CIFAR-10 batch {str(path)!r} wants to run {error}, which no batch of images needs: it was not run; "
@@ -53,47 +60,79 @@ def _read(path: Path) -> np.ndarray:
         ) from None
     except Exception as error:  # a damaged pickle raises nearly anything
         raise ConfigError(f"CIFAR-10 batch {str(path)!r} cannot be read: {error!r}; download it again") from error
-    data = content.get(b"data", content.get("data")) if isinstance(content, dict) else None
-    if not (isinstance(data, np.ndarray) and data.dtype == np.uint8 and data.ndim == 2 and data.shape[1] == _PIXELS):
+    pixels = content.get(b"data", content.get("data")) if isinstance(content, dict) else None
+    if not (
+        isinstance(pixels, np.ndarray)
+        and pixels.dtype == np.uint8
+        and pixels.ndim == 2
+        and pixels.shape[1] == _PIXELS
+        and len(pixels)
+    ):
         raise ConfigError(
             f"CIFAR-10 batch {str(path)!r} has no uint8 array 'data' of (images, {_PIXELS}) in it: "
             "download CIFAR-10 (python version) again"
         )
-    return data.reshape(-1, 3, 32, 32)
+    return pixels.reshape(-1, 3, 32, 32)
 
 
 class _Forbidden(Exception):
     """A pickle names something that is not needed to build arrays; the text is its name."""
 
 
-def _empty_array(kind: Any, shape: Any, code: Any) -> np.ndarray:
-    """What numpy's own reconstruction starts from; it must be empty, or a few bytes could fill the memory."""
-    if kind is not np.ndarray or shape != (0,) or code not in (b"b", "b"):
-        raise _Forbidden("an array construction that numpy does not write")
-    return np.ndarray((0,), dtype=np.int8)
-
-
-def _latin_1(text: str, encoding: str = "latin1") -> bytes:
-    """bytes in pickles of protocol 2 by Python 3: a call of _codecs.encode(text, "latin1")."""
-    if encoding != "latin1" or not isinstance(text, str):
-        raise _Forbidden(f"_codecs.encode with {encoding!r}")
-    return text.encode("latin1")
-
-
-_ALLOWED: dict[tuple[str, str], Any] = {
-    ("numpy.core.multiarray", "_reconstruct"): _empty_array,
-    ("numpy._core.multiarray", "_reconstruct"): _empty_array,
-    ("numpy", "ndarray"): np.ndarray,
-    ("numpy", "dtype"): np.dtype,
-    ("_codecs", "encode"): _latin_1,
-}
-
-
 class _ArrayUnpickler(pickle.Unpickler):
-    """Plain values (numbers, text, bytes, lists, dictionaries) and numpy arrays; everything else is refused."""
+    """Plain values (numbers, text, bytes, lists, dictionaries) and numpy arrays; everything else is refused.
+
+    All sizes follow from bytes in the file: an array starts empty and takes its shape together with its bytes, and what
+    a few bytes may ask for again and again (arrays, bytes made from text) is counted.
+    """
+
+    def __init__(self, file: io.BytesIO, encoding: str) -> None:
+        super().__init__(file, encoding=encoding)
+        self._arrays = self._converted = 0
+        self._allowed: dict[tuple[str, str], Any] = {
+            ("numpy.core.multiarray", "_reconstruct"): self._empty_array,
+            ("numpy._core.multiarray", "_reconstruct"): self._empty_array,
+            ("numpy", "ndarray"): _NDARRAY,
+            ("numpy", "dtype"): _dtype,
+            ("_codecs", "encode"): self._latin_1,
+        }
 
     def find_class(self, module: str, name: str) -> Any:
         try:
-            return _ALLOWED[module, name]
+            return self._allowed[module, name]
         except KeyError:
             raise _Forbidden(f"{module}.{name}") from None
+
+    def _empty_array(self, kind: Any, shape: Any, code: Any) -> np.ndarray:
+        """What numpy's own reconstruction starts from."""
+        self._arrays += 1
+        if kind is not _NDARRAY or shape != (0,) or code not in (b"b", "b") or self._arrays > _MOST_ARRAYS:
+            raise _Forbidden("an array construction that numpy does not write")
+        return np.ndarray((0,), dtype=np.int8)
+
+    def _latin_1(self, text: str, encoding: str = "latin1") -> bytes:
+        """bytes in pickles of protocol 2 by Python 3: a call of _codecs.encode(text, "latin1")."""
+        if encoding != "latin1" or not isinstance(text, str):
+            raise _Forbidden(f"_codecs.encode with {encoding!r}")
+        self._converted += len(text)
+        if self._converted > _LARGEST_BYTES:
+            raise _Forbidden("_codecs.encode on more text than a batch has")
+        return text.encode("latin1")
+
+
+class _Ndarray:
+    """Stands for numpy.ndarray where a pickle names it: called, that would make an array of any size."""
+
+
+_NDARRAY = _Ndarray()
+
+
+def _dtype(code: Any, *flags: Any) -> np.dtype:
+    text = code.decode("ascii") if isinstance(code, bytes) else code
+    if (
+        not isinstance(text, str)
+        or not re.fullmatch(r"[a-zA-Z][0-9]{1,2}", text)
+        or not all(f in (0, 1) for f in flags)
+    ):
+        raise _Forbidden(f"numpy.dtype with {code!r:.40}")
+    return np.dtype(text)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 from nvae_lowmem.config.tables import parse_json
 from nvae_lowmem.data.stores import Store
 from nvae_lowmem.errors import ConfigError
+from nvae_lowmem.files import write_atomically
 
 FILE_NAME = "data.json"
 
@@ -45,9 +45,7 @@ def record_or_compare(run_dir: Path, found: Fingerprint) -> str:
     path = run_dir / FILE_NAME
     change = _change(path, found) if path.exists() else ""
     if change or not path.exists():
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(json.dumps(asdict(found), indent=1) + "\n", encoding="utf-8")
-        os.replace(partial, path)
+        write_atomically(path, json.dumps(asdict(found), indent=1) + "\n")
     return change
 
 

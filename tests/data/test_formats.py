@@ -145,6 +145,38 @@ HOSTILE = {
 }
 
 
+def nested(opcode: bytes, depth: int) -> bytes:
+    """{b"data": 0, (((...))): 0}"""
+    return b"\x80\x04}(C\x04dataK\x00" + b")" + opcode * depth + b"K\x00u."
+
+
+def ndarray_called(images: int) -> bytes:
+    """{b"data": numpy.ndarray((images, 3072))}: memory that nobody has written to."""
+    return b"\x80\x02}U\x04datacnumpy\nndarray\nJ" + struct.pack("<i", images) + b"M\x00\x0c\x86\x85Rs."
+
+
+BOMBS = {
+    "nested tuples as a key": nested(b"\x85", 2_000_000),
+    "nested frozen sets as a key": b"\x80\x04}(" + b"(" * 500_000 + b")" + b"\x91" * 500_000 + b"K\x00u.",
+    "nested tuples by marks": b"\x80\x02}(" + b"(" * 500_000 + b")" + b"t" * 500_000 + b"K\x00u.",
+    "nested tuples by memo": b"\x80\x02}()" + b"q\x00h\x00\x86" * 300_000 + b"K\x00u.",
+    "42 bytes for a million images": ndarray_called(10**6),
+    "9 GB": ndarray_called(3 * 10**6),
+    "a text made bytes many times": b"\x80\x02](c_codecs\nencode\nq\x00X" + struct.pack("<I", 1 << 20) + bytes(1 << 20)
+    + b"q\x01X\x06\x00\x00\x00latin1q\x02\x86q\x03R" + b"h\x00h\x03R" * 100_000 + b"e.",
+    "an array without bytes": pickle.dumps({b"data": np.zeros((0, 3072), np.uint8)}, protocol=2),
+    "an odd dtype": pickle.dumps({b"data": np.zeros(1, np.dtype([("a", "V9")]))}, protocol=2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_bomb_in_a_batch_is_refused(tmp_path: Path, name: str) -> None:
+    write_cifar(tmp_path)
+    (tmp_path / "data_batch_2").write_bytes(BOMBS[name])
+    text = message(tmp_path, RGB32)
+    assert "data_batch_2" in text and "download" in text and len(text) < 500
+
+
 @pytest.mark.parametrize("named", HOSTILE)
 def test_a_hostile_pickle_runs_nothing_and_is_named(tmp_path: Path, named: str) -> None:
     write_cifar(tmp_path)

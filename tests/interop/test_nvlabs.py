@@ -28,6 +28,7 @@ from nvae_lowmem.config import profile_file as profiles
 from nvae_lowmem.config.model import ModelConfig
 from nvae_lowmem.errors import ConfigError
 from nvae_lowmem.interop import nvlabs
+from nvae_lowmem.interop.checkpoint_file import open_checkpoint
 from nvae_lowmem.interop.nvlabs_verify import ARRAYS, TOLERANCE, outputs, published_nll, read_expected, verify
 from nvae_lowmem.model.cells import CELLS
 from nvae_lowmem.model.flows import FlowCell
@@ -60,8 +61,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def tiny() -> dict[str, Any]:
     """The tiny fixture's checkpoint as a dict, to be written again with changes."""
-    with nvlabs._options_allowed():
-        return torch.load(FIXTURES / "tiny" / "checkpoint.pt", weights_only=True)
+    return open_checkpoint(FIXTURES / "tiny" / "checkpoint.pt")
 
 
 @pytest.fixture(scope="module")
