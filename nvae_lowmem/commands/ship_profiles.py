@@ -39,6 +39,8 @@ class ShipCommand:
     """Cards (gtx-970-windows, 4g, ...) and recipes; none: all."""
     check: Switch = False
     """Predict every file anew, change nothing; exit status 1: one is wrong."""
+    refresh: Switch = False
+    """Keep every plan that still fits and needs no retry, and make only its figures anew."""
     table: Switch = False
     """Only write the tables of the documents, and print it."""
     jobs: int = 1
@@ -52,8 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _ship(command: ShipCommand) -> ExitCode:
     at_least(1, jobs=command.jobs)
-    if command.check and command.table:
-        raise ConfigError("--check changes nothing and --table writes: leave one of them out")
+    if command.check + command.refresh + command.table > 1:
+        raise ConfigError("--check changes nothing, --refresh and --table write: give one of them")
     from nvae_lowmem.memory.catalogue.catalogue import cells
     from nvae_lowmem.memory.catalogue.table import documents, load_rows, overview
 
@@ -61,19 +63,19 @@ def _ship(command: ShipCommand) -> ExitCode:
     if command.check:
         return _check(wanted, command.jobs)
     if not command.table:
-        _make(wanted, command.jobs)
+        _make(wanted, command.jobs, command.refresh)
     for path, text in documents().items():
         path.write_text(text, encoding="utf-8")
     print(overview(load_rows()))
     return ExitCode.DONE
 
 
-def _make(wanted: Sequence[CardRecipe], jobs: int) -> None:
+def _make(wanted: Sequence[CardRecipe], jobs: int, refresh: bool) -> None:
     from nvae_lowmem.memory.catalogue.catalogue import make
     from nvae_lowmem.memory.catalogue.table import load_rows, save_rows
 
     rows = load_rows()
-    for cell, row in _each(make, [(cell,) for cell in wanted], jobs):
+    for cell, row in _each(make, [(cell, refresh) for cell in wanted], jobs):
         rows[cell.name] = row
         save_rows(rows)  # a run that is broken off leaves what it has made
 

@@ -96,6 +96,7 @@ def override(profile: Profile, assignments: Sequence[str] = (), values: Mapping[
     """The Profile with changes: `values` by section.key, taken as they are, then `section.key=value` texts as of --set.
 
     The value of a text is read as TOML, and as a plain string where it is none. Raises ConfigError with every problem.
+    What a plan was fitted to must not change unnoticed: then the predictions leave the provenance, which says why.
     """
     table = to_dict(profile)
     problems = []
@@ -108,7 +109,33 @@ def override(profile: Profile, assignments: Sequence[str] = (), values: Mapping[
         else:
             problems += _assign(table, assignment, key.strip(), _value(text.strip()))
     raise_problems(problems, "overrides")
-    return from_dict({key: _without_none(value) for key, value in table.items()}, "overrides")
+    return _without_stale_prediction(
+        profile, from_dict({key: _without_none(value) for key, value in table.items()}, "overrides")
+    )
+
+
+_FITTED_TO = ("total_batch", "clip_norm", "ema_decay", "ema_on_host")
+"""Training keys that a step's memory and time depend on, as they do on everything of the model and the plan."""
+
+
+def _without_stale_prediction(before: Profile, now: Profile) -> Profile:
+    """The changed profile without predictions that were made for the profile before."""
+    old, new = to_dict(before), to_dict(now)
+    changed = [
+        f"{section}.{key}"
+        for section, keys in (("model", new["model"]), ("training", _FITTED_TO), ("plan", new["plan"]))
+        for key in keys
+        if old[section][key] != new[section][key]
+    ]
+    stale = [key for key in now.provenance if key.startswith("predicted_") or key in ("margin_bytes", "speed")]
+    if not changed or not stale:
+        return now
+    made = {key: value for key, value in now.provenance.items() if key not in stale}
+    return dataclasses.replace(now, provenance={**made, CHANGED: ", ".join(changed)})
+
+
+CHANGED = "changed_since_fit"
+"""Key of the provenance: what was changed after the plan was fitted and predicted."""
 
 
 def _assign(table: dict[str, Any], given: str, key: str, value: Any) -> list[str]:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+from nvae_lowmem.config.profile_file import CHANGED
 from nvae_lowmem.config.sections import Profile, TrainConfig
 from nvae_lowmem.data.pipeline import steps_per_epoch
 from nvae_lowmem.hardware.precision import precision_here
@@ -64,6 +65,11 @@ def resolve_run(profile: Profile, images: int, device: torch.device, processes: 
         )
     steps = f"{total} steps = {total / epoch:.1f} epochs x {epoch} steps ({images} images)"
     reasons = (str(split), steps, f"warm-up {warmup} steps", why_rate, f"precision {precision}: {why}")
+    if CHANGED in profile.provenance:
+        reasons += (
+            f"WARNING: the memory plan was fitted before {profile.provenance[CHANGED]} changed, so it may not fit and "
+            "nothing is predicted: fit it anew (--auto-fit, or tools/fit_memory.py)",
+        )
     decided = profile.with_plan(precision=precision, micro_batch=split.micro)
     return ResolvedRun(profile=decided, split=split, schedule=Schedule(total, epoch, warmup, rate), reasons=reasons)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from nvae_lowmem.config.profile_file import PROFILES_DIR, load, save
-from nvae_lowmem.config.recipes import PUBLISHED_RECIPES, recipe, with_groups
+from nvae_lowmem.config.recipes import PUBLISHED_IMAGES, PUBLISHED_RECIPES, recipe, with_groups
 from nvae_lowmem.config.sections import KEEPS, Profile
 from nvae_lowmem.errors import ConfigError, unknown_name
 from nvae_lowmem.hardware.budget import Budget, usable_bytes
@@ -24,7 +24,8 @@ from nvae_lowmem.hardware.find_card import find_card
 from nvae_lowmem.hardware.precision import choose_precision
 from nvae_lowmem.memory.plan.block_costs import BlockTable, record_blocks
 from nvae_lowmem.memory.plan.candidates import Wishes
-from nvae_lowmem.memory.plan.explain import planned, reasons
+from nvae_lowmem.memory.plan.duration import StepTime, estimated
+from nvae_lowmem.memory.plan.explain import planned, predicted, reasons
 from nvae_lowmem.memory.plan.fit import Fit, fit
 from nvae_lowmem.memory.predict.predict import predictor_for
 
@@ -115,12 +116,20 @@ class CatalogueRow:
     """Without the margin."""
     margin_bytes: int
     host_bytes: int
+    retries: int = 0
+    """How often per step the allocator is expected to give back its cache."""
     seconds_per_step: float
+    """By the estimate that ranks plans; for people there is `time`."""
 
     @property
-    def images_per_second(self) -> float:
-        """Estimated."""
-        return self.micro_batch * self.accumulation / self.seconds_per_step
+    def time(self) -> StepTime:
+        """What the estimate means for a person."""
+        return estimated(self.seconds_per_step, self.micro_batch * self.accumulation)
+
+    @property
+    def training_seconds(self) -> tuple[float, float]:
+        """The least and the most for the recipe's epochs of its published data set."""
+        return self.time.training_seconds(recipe(self.recipe), PUBLISHED_IMAGES.get(self.recipe, 0))
 
     @property
     def share(self) -> float:
@@ -131,10 +140,13 @@ class CatalogueRow:
 # ---- making ----------------------------------------------------------------------------------------------------------
 
 
-def make(cell: CardRecipe) -> CatalogueRow:
-    """Fit the cell's recipe to its card and write the profile, or remove it where nothing fits; the table's row."""
+def make(cell: CardRecipe, refresh: bool = False) -> CatalogueRow:
+    """Fit the cell's recipe to its card and write the profile, or remove it where nothing fits; the table's row.
+
+    refresh: keep the plan that is there, if it still fits and needs no retry, and make only its figures anew.
+    """
     card, profile = cell.target.card(), recipe(cell.recipe)
-    found = fitted(profile, card, cell.target.budget())
+    found = fitted(profile, card, cell.target.budget(), first=_earlier(cell) if refresh else None)
     if found.fits:
         command = f"tools/ship_profiles.py --only {cell.target.name} {cell.recipe}"
         shipped = replace(planned(found, cell.target.os, command), name=cell.name)
@@ -144,10 +156,21 @@ def make(cell: CardRecipe) -> CatalogueRow:
     return _row(cell, found)
 
 
+def _earlier(cell: CardRecipe) -> Profile | None:
+    """The committed profile, if its plan is one for today's recipe and budget."""
+    try:
+        profile = load(cell.path)
+    except ConfigError:
+        return None
+    origin = _with_groups_of(recipe(cell.recipe), profile)
+    same = (profile.model, profile.data, profile.training) == (origin.model, origin.data, origin.training)
+    return profile if same and profile.plan.cap_bytes == cell.target.budget().cap_bytes else None
+
+
 _tables: dict[str, BlockTable] = {}
 
 
-def fitted(profile: Profile, card: Card, budget: Budget, wishes: Wishes = WISHES) -> Fit:
+def fitted(profile: Profile, card: Card, budget: Budget, wishes: Wishes = WISHES, first: Profile | None = None) -> Fit:
     """`fit` without a limit of time, which would let the answer depend on the machine; tables of blocks are shared."""
     decided = profile.with_plan(precision=choose_precision(profile.plan.precision, card)[0])
     # the bytes and the work of a block depend on nothing else: the recipes of one model share a table, as cards do
@@ -155,7 +178,8 @@ def fitted(profile: Profile, card: Card, budget: Budget, wishes: Wishes = WISHES
     if key not in _tables:
         _tables[key] = record_blocks(decided)
     predictor = predictor_for(card, budget)
-    return fit(profile, card, budget, wishes, predictor, table=_tables[key], time_limit_seconds=math.inf)
+    table = _tables[key]
+    return fit(profile, card, budget, wishes, predictor, table=table, first=first, time_limit_seconds=math.inf)
 
 
 def _row(cell: CardRecipe, found: Fit) -> CatalogueRow:
@@ -177,6 +201,7 @@ def _row(cell: CardRecipe, found: Fit) -> CatalogueRow:
         reserved_bytes=p.reserved_peak_bytes if p else found.reserved_bytes,
         margin_bytes=p.margin_bytes if p else 0,
         host_bytes=p.host_bytes if p else c.host_bytes,
+        retries=p.retries if p else 0,
         seconds_per_step=round(c.seconds.total, 3),
     )
 
@@ -217,6 +242,7 @@ def _differences(cell: CardRecipe, profile: Profile, row: CatalogueRow) -> list[
         "reserved peak in the table": (row.reserved_bytes, made.get("predicted_reserved_bytes")),
         "margin in the table": (row.margin_bytes, made.get("margin_bytes")),
         "host memory in the table": (row.host_bytes, made.get("predicted_host_bytes")),
+        "retries in the table": (row.retries, made.get("predicted_retries")),
         "seconds per step in the table": (row.seconds_per_step, made.get("predicted_seconds_per_step")),
     }
     return [f"{what} is {found!r}, not {wanted!r}" for what, (found, wanted) in expected.items() if found != wanted]
@@ -235,10 +261,5 @@ def _prediction(cell: CardRecipe, profile: Profile) -> list[str]:
     accumulation = profile.training.total_batch // plan.micro_batch
     p = predictor_for(cell.target.card(), budget)(profile, plan.micro_batch, accumulation)
     out = [] if p.fits(budget.cap_bytes) else [f"does not fit {budget.cap_bytes} bytes: {p.oom or 'more than the cap'}"]
-    now = {
-        "predicted_allocated_bytes": p.allocated_peak_bytes,
-        "predicted_reserved_bytes": p.reserved_peak_bytes,
-        "margin_bytes": p.margin_bytes,
-        "predicted_host_bytes": p.host_bytes,
-    }
-    return out + [f"{key} = {made.get(key)}, predicted now: {n}" for key, n in now.items() if made.get(key) != n]
+    now = predicted(p).items()
+    return out + [f"{key} = {made.get(key)}, predicted now: {n}" for key, n in now if made.get(key) != n]

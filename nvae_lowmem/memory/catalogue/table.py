@@ -11,6 +11,7 @@ from nvae_lowmem.config.profile_file import PROFILES_DIR
 from nvae_lowmem.config.recipes import PUBLISHED_RECIPES
 from nvae_lowmem.errors import ConfigError
 from nvae_lowmem.memory.catalogue.catalogue import TARGETS, CardRecipe, CatalogueRow, cells
+from nvae_lowmem.memory.plan.duration import between, format_days
 from nvae_lowmem.units import format_bytes
 
 Rows = Mapping[str, CatalogueRow]
@@ -40,7 +41,7 @@ def save_rows(rows: Rows, path: Path = TABLE_FILE) -> None:
 
 
 def overview(rows: Rows) -> str:
-    """Cards down, recipes across: micro-batch and estimated images per second."""
+    """Cards down, recipes across: micro-batch, and days for the recipe's epochs."""
     found = [["card (memory for torch)", *PUBLISHED_RECIPES]]
     for target in TARGETS:
         own = [rows.get(CardRecipe(target, name).name) for name in PUBLISHED_RECIPES]
@@ -55,7 +56,7 @@ def _short(row: CatalogueRow | None) -> str:
         return "does not fit"
     batch = str(row.micro_batch) if row.accumulation == 1 else f"{row.micro_batch} x {row.accumulation}"
     fewer = "" if row.groups == row.own_groups else f", {' + '.join(map(str, row.groups))} groups"
-    return f"{batch}, {_speed(row.images_per_second)}/s{fewer}"
+    return f"{batch}: {format_days(*row.training_seconds)}{fewer}"
 
 
 def details(rows: Rows) -> str:
@@ -70,7 +71,7 @@ def details(rows: Rows) -> str:
 
 _TITLES = (
     "profile|precision|groups|micro-batch|blocks keep|optimiser|allocated|reserved + margin|of the cap|host memory|"
-    "seconds per step|images/s"
+    "cache given back per step|seconds per step|images/s|the recipe's epochs take"
 ).split("|")
 
 
@@ -87,14 +88,11 @@ def _long(row: CatalogueRow) -> list[str]:
         f"{size(row.reserved_bytes)} + {size(row.margin_bytes)}",
         f"{int(100 * row.share)}%",
         size(row.host_bytes),
-        f"{row.seconds_per_step:.3g}",
-        _speed(row.images_per_second),
+        str(row.retries),
+        between(row.time.least_seconds, row.time.most_seconds),
+        between(*row.time.images_per_second),
+        format_days(*row.training_seconds),
     ]
-
-
-def _speed(images_per_second: float) -> str:
-    """Two digits, which is more than the estimate is worth."""
-    return f"{images_per_second:.{0 if images_per_second >= 9.95 else 1 if images_per_second >= 0.95 else 2}f}"
 
 
 def _markdown(rows: list[list[str]]) -> str:

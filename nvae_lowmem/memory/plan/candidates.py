@@ -165,6 +165,18 @@ class Planner:
         assert found is not None
         return found
 
+    def priced(self, plan: MemoryPlan, groups: Groups) -> Candidate:
+        """A plan that is there already, by the table."""
+        names = [block.name for block in self.table.blocks(groups) if block.name != "start"]
+
+        def as_planned(rows: Rows, _: int) -> Assignment:
+            chosen = zip(names, rows, strict=True)
+            return Assignment(tuple(next(c for c in row if c.keep == plan.keep_of(name)) for name, row in chosen))
+
+        found = self._candidate(Size(groups, plan.micro_batch), plan, as_planned)
+        assert found is not None
+        return found
+
     def _plans(self) -> Iterator[MemoryPlan]:
         plan = self.profile.plan
         wanted = plan.engine if self.wishes.engine == "auto" else self.wishes.engine

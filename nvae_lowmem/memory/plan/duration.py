@@ -14,6 +14,7 @@ from nvae_lowmem.config.sections import Profile
 from nvae_lowmem.training.resolve import total_steps
 from nvae_lowmem.units import format_seconds
 
+_HOUR, _DAY, _YEAR = 3600.0, 86400.0, 365.25 * 86400.0
 PUBLISHED_RATIO = 4.2
 """The roofline's images per second over the published code's, geometric mean of six recipes."""
 
@@ -37,7 +38,7 @@ class StepTime:
     def speed(self) -> str:
         """For people: "1.4 to 6.0 images/s, estimated"."""
         how = f"measured on {self.measured_on}" if self.measured_on else "estimated, measured on no card"
-        return f"{_between(*map(format_speed, self.images_per_second))} images/s ({how})"
+        return f"{between(*self.images_per_second)} images/s ({how})"
 
     def training_seconds(self, profile: Profile, images: int) -> tuple[float, float]:
         """The least and the most for the profile's schedule over a set of so many training images."""
@@ -95,11 +96,16 @@ def described(time: StepTime, profile: Profile, images: int = 0) -> str:
 
 def format_days(least_seconds: float, most_seconds: float) -> str:
     """A range of durations in one unit: "39 to 163 days", "7.0 to 29 hours", "12 to 50 minutes"."""
-    units = ((86400.0, "days"), (3600.0, "hours"), (60.0, "minutes"))
-    factor, unit = next(((f, u) for f, u in units if most_seconds >= 2 * f), (0.0, ""))
+    units = (
+        (_YEAR, 1000 * _DAY, "years"),
+        (_DAY, 2 * _DAY, "days"),
+        (_HOUR, 2 * _HOUR, "hours"),
+        (60.0, 120.0, "minutes"),
+    )
+    factor, unit = next(((factor, unit) for factor, from_, unit in units if most_seconds >= from_), (0.0, ""))
     if not factor:
-        return _between(format_seconds(least_seconds), format_seconds(most_seconds))
-    return f"{_between(*(format_speed(s / factor) for s in (least_seconds, most_seconds)))} {unit}"
+        return f"{format_seconds(least_seconds)} to {format_seconds(most_seconds)}"
+    return f"{between(least_seconds / factor, most_seconds / factor)} {unit}"
 
 
 def format_speed(number: float) -> str:
@@ -109,5 +115,7 @@ def format_speed(number: float) -> str:
     return f"{number:.{0 if number >= 9.95 else 1 if number >= 0.95 else 2}f}"
 
 
-def _between(least: str, most: str) -> str:
-    return least if least == most else f"{least} to {most}"
+def between(least: float, most: float) -> str:
+    """A range as text, or one number where both ends read alike."""
+    ends = format_speed(least), format_speed(most)
+    return ends[0] if ends[0] == ends[1] else " to ".join(ends)

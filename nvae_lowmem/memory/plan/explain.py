@@ -10,10 +10,11 @@ from typing import Any
 import torch
 
 from nvae_lowmem import __version__
+from nvae_lowmem.config.profile_file import CHANGED
 from nvae_lowmem.config.sections import KEEPS, Profile
 from nvae_lowmem.hardware.card import OsName
 from nvae_lowmem.memory.plan.candidates import Candidate
-from nvae_lowmem.memory.plan.duration import described, format_speed, published_images
+from nvae_lowmem.memory.plan.duration import between, described, published_images
 from nvae_lowmem.memory.plan.fit import Fit
 from nvae_lowmem.memory.plan.frontier import frontier
 from nvae_lowmem.memory.plan.overhead import Groups, Size
@@ -157,7 +158,7 @@ def frontier_table(found: Fit) -> tuple[str, list[tuple[str, ...]]]:
     """(alignment, rows) of the table over groups and micro-batches; the answer's row is marked."""
     rows: list[tuple[str, ...]] = [("groups", "micro-batch", "peak", "images/s", "")]
     for row in frontier(found):
-        speed = " to ".join(map(format_speed, row.images_per_second)) if row.images_per_second else "does not fit"
+        speed = between(*row.images_per_second) if row.images_per_second else "does not fit"
         mark = ("<- this plan" if found.fits else "<- the nearest") if row.is_answer else ""
         rows.append((_join(row.groups), str(row.micro_batch), format_bytes(row.peak_bytes), speed, mark))
     return "<>>><", rows
@@ -209,7 +210,8 @@ def planned(found: Fit, on: OsName, command: str) -> Profile:
         "predicted_seconds_per_step": round(c.seconds.total, 3),
         "speed": described(c.time, c.profile),
     }
-    return replace(c.profile, provenance={**c.profile.provenance, **made})
+    before = {key: value for key, value in c.profile.provenance.items() if key != CHANGED}
+    return replace(c.profile, provenance={**before, **made})
 
 
 def predicted(prediction: Prediction) -> dict[str, int]:

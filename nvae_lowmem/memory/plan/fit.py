@@ -71,13 +71,15 @@ def fit(
     predictor: Predictor,
     *,
     table: BlockTable | None = None,
+    first: Profile | None = None,
     time_limit_seconds: float = 45.0,
     say: Say = lambda line: None,
 ) -> Fit:
     """The best plan of the profile's model for the card, under the budget's cap.
 
-    table: of the same model and precision, where it is known already. time_limit_seconds: after it a plan that fits is
-    not improved any more. say: told what is being done.
+    table: of the same model and precision, where it is known already. first: an earlier answer, which is kept if it
+    still fits and needs no retry. time_limit_seconds: after it a plan that fits is not improved any more. say: told
+    what is being done.
     Raises ConfigError for wishes that no plan can fulfil.
     """
     start = time.monotonic()
@@ -90,7 +92,11 @@ def fit(
         table = record_blocks(profile)
     planner = Planner(profile=profile, card=card, budget=budget, wishes=wishes, table=table)
     overhead = OverheadModel(budget.cap_bytes)
-    found = _verified(planner, overhead, predictor, start + time_limit_seconds, say)
+    found = None
+    if first is not None:
+        found = _kept(planner, overhead, predictor, first)
+    if found is None:
+        found = _verified(planner, overhead, predictor, start + time_limit_seconds, say)
     chosen, prediction = found or (planner.smallest_of_all(), None)
     return Fit(
         chosen=chosen,
@@ -99,6 +105,18 @@ def fit(
         overhead=overhead,
         why_precision=f"precision {precision}: {why}",
     )
+
+
+def _kept(
+    planner: Planner, overhead: OverheadModel, predictor: Predictor, first: Profile
+) -> tuple[Candidate, Prediction] | None:
+    """The earlier plan with today's prediction, where it is still good."""
+    candidate = planner.priced(first.plan, first.model.scale_groups)
+    prediction = predictor(candidate.profile, candidate.micro_batch, candidate.accumulation)
+    if prediction.retries or not prediction.fits(planner.budget.cap_bytes):
+        return None
+    overhead.observe(candidate.size, candidate.taken, prediction)
+    return candidate, prediction
 
 
 def _verified(

@@ -11,10 +11,15 @@ import pytest
 from nvae_lowmem.commands.ship_profiles import main
 from nvae_lowmem.config.profile_file import PROFILES_DIR, load, save
 from nvae_lowmem.config.recipes import PUBLISHED_RECIPES, recipe, with_groups
+from nvae_lowmem.config.sections import Profile
 from nvae_lowmem.errors import ConfigError
+from nvae_lowmem.hardware.budget import Budget
+from nvae_lowmem.hardware.card import Card
 from nvae_lowmem.memory.catalogue import catalogue as shipped
 from nvae_lowmem.memory.catalogue.catalogue import TARGETS, CardRecipe, cells, check, make
 from nvae_lowmem.memory.catalogue.table import documents, load_rows, overview, save_rows
+from nvae_lowmem.memory.plan.fit import Predictor
+from nvae_lowmem.memory.predict.predict import Prediction
 from nvae_lowmem.units import GIB
 
 ROWS = load_rows()
@@ -117,6 +122,33 @@ def test_what_is_made_is_the_same_each_time_and_passes_the_check_until_somebody_
     assert any("not valid TOML" in line for line in check(TINY, row))
     TINY.path.unlink()
     assert any("no such file" in line for line in check(TINY, row))
+
+
+def test_a_refresh_keeps_a_plan_that_fits_and_needs_no_retry_and_looks_for_another_where_it_does(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(TINY)
+    own = load(TINY.path).with_plan(keep="input", keep_blocks={})  # not what a search would find
+    save(replace(own, provenance={**own.provenance, "margin_bytes": 1}), TINY.path)
+    row = make(TINY, refresh=True)
+    kept = load(TINY.path)
+    assert (kept.plan.keep, kept.plan.keep_blocks) == ("input", {}) and row.keeps == {"input": sum(row.keeps.values())}
+    assert kept.provenance["margin_bytes"] > 1 and check(TINY, row) == []
+
+    honest = shipped.predictor_for
+
+    def with_retries(card: Card, budget: Budget) -> Predictor:
+        predictor = honest(card, budget)
+
+        def predicted(profile: Profile, micro_batch: int, accumulation: int) -> Prediction:
+            found = predictor(profile, micro_batch, accumulation)
+            return replace(found, retries=2) if profile.plan.keep == "input" else found
+
+        return predicted
+
+    monkeypatch.setattr(shipped, "predictor_for", with_retries)
+    row = make(TINY, refresh=True)
+    assert load(TINY.path).plan.keep != "input" and row.retries == 0
 
 
 def test_a_profile_of_a_recipe_that_no_longer_fits_is_removed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

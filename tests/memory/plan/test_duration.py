@@ -73,6 +73,7 @@ def test_a_range_has_its_ends_in_order_and_the_ratio_between_them(seconds: float
     ("seconds", "text"),
     [
         ((40 * 86400, 163 * 86400), "40 to 163 days"),
+        ((891 * 86400, 3740 * 86400), "2.4 to 10 years"),
         ((7 * 3600, 29 * 3600), "7.0 to 29 hours"),
         ((12 * 60, 50 * 60), "12 to 50 minutes"),
         ((5, 21), "5.0 s to 21.0 s"),
