@@ -21,6 +21,7 @@ from nvae_lowmem.errors import ConfigError, OutOfMemory, command_line
 from nvae_lowmem.generation.grids import training_pictures
 from nvae_lowmem.hardware import cuda_memory
 from nvae_lowmem.hardware.cpu import keep_freed_memory
+from nvae_lowmem.memory.plan.duration import expected
 from nvae_lowmem.model.keep import check_block_names
 from nvae_lowmem.model.nvae import NVAE
 from nvae_lowmem.training import checkpoint, runs
@@ -107,6 +108,7 @@ def train(
         data.description,
         why_engine,
         *run.reasons,
+        expected(run.profile, len(data.train)) if dry_run or where.type == "cuda" else "",
         cuda_memory.apply_memory_cap(profile.plan, where),
         _policies(profile.plan),
     )

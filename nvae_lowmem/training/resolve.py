@@ -10,6 +10,7 @@ import torch
 from nvae_lowmem.config.profile_file import CHANGED
 from nvae_lowmem.config.sections import Profile, TrainConfig
 from nvae_lowmem.data.pipeline import steps_per_epoch
+from nvae_lowmem.errors import command_line
 from nvae_lowmem.hardware.precision import precision_here
 from nvae_lowmem.training.batch_split import BatchSplit, split_batch
 from nvae_lowmem.training.learning_rate import learning_rate, suggest_learning_rate
@@ -64,14 +65,16 @@ def resolve_run(profile: Profile, images: int, device: torch.device, processes: 
             training.total_batch, training.published_total_batch, training.published_learning_rate
         )
     steps = f"{total} steps = {total / epoch:.1f} epochs x {epoch} steps ({images} images)"
-    reasons = (str(split), steps, f"warm-up {warmup} steps", why_rate, f"precision {precision}: {why}")
+    reasons = [str(split), steps, f"warm-up {warmup} steps", why_rate, f"precision {precision}: {why}"]
     if CHANGED in profile.provenance:
-        reasons += (
+        reasons.append(
             f"WARNING: the memory plan was fitted before {profile.provenance[CHANGED]} changed, so it may not fit and "
-            "nothing is predicted: fit it anew (--auto-fit, or tools/fit_memory.py)",
+            f"nothing is predicted: fit it anew (--auto-fit, or {command_line('fit_memory')})"
         )
     decided = profile.with_plan(precision=precision, micro_batch=split.micro)
-    return ResolvedRun(profile=decided, split=split, schedule=Schedule(total, epoch, warmup, rate), reasons=reasons)
+    return ResolvedRun(
+        profile=decided, split=split, schedule=Schedule(total, epoch, warmup, rate), reasons=tuple(reasons)
+    )
 
 
 def run_without_data(

@@ -242,7 +242,7 @@ def _differences(cell: CardRecipe, profile: Profile, row: CatalogueRow) -> list[
         "reserved peak in the table": (row.reserved_bytes, made.get("predicted_reserved_bytes")),
         "margin in the table": (row.margin_bytes, made.get("margin_bytes")),
         "host memory in the table": (row.host_bytes, made.get("predicted_host_bytes")),
-        "retries in the table": (row.retries, made.get("predicted_retries")),
+        "retries in the table": (row.retries, made.get("predicted_retries", 0)),
         "seconds per step in the table": (row.seconds_per_step, made.get("predicted_seconds_per_step")),
     }
     return [f"{what} is {found!r}, not {wanted!r}" for what, (found, wanted) in expected.items() if found != wanted]

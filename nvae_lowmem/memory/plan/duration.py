@@ -83,7 +83,7 @@ def expected(profile: Profile, images: int = 0) -> str:
     images: of the training set at hand; 0: of the recipe's published one.
     """
     time = step_time(profile)
-    return described(time, profile, images) if time is not None else ""
+    return f"on a {profile.provenance.get('card', 'card')}: {described(time, profile, images)}" if time else ""
 
 
 def described(time: StepTime, profile: Profile, images: int = 0) -> str:

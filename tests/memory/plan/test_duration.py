@@ -21,12 +21,14 @@ from nvae_lowmem.memory.plan.duration import (
 )
 from nvae_lowmem.training.resolve import resolve_run
 
-CIFAR10 = replace(recipe("cifar10"), provenance={"recipe": "cifar10", "predicted_seconds_per_step": 5.318})
+MADE = {"recipe": "cifar10", "card": "gtx-970", "predicted_seconds_per_step": 5.318}
+CIFAR10 = replace(recipe("cifar10"), provenance=MADE)
 
 
 def test_an_estimate_is_a_range_with_days_for_the_published_data_set() -> None:
     assert expected(CIFAR10) == (
-        "1.4 to 6.0 images/s (estimated, measured on no card); 38 to 162 days for 400 epochs of 50,000 images"
+        "on a gtx-970: 1.4 to 6.0 images/s (estimated, measured on no card); "
+        "38 to 162 days for 400 epochs of 50,000 images"
     )
     few = replace(CIFAR10, training=replace(CIFAR10.training, epochs=2))
     assert "for 2 epochs of 4,500 images" in expected(few, images=4500)
@@ -36,7 +38,7 @@ def test_what_a_card_has_measured_stands_instead_with_the_cards_name() -> None:
     made = {**CIFAR10.provenance, "measured_seconds_per_step": 16.0, "measured_on": "NVIDIA GeForce GTX 970"}
     measured = replace(CIFAR10, provenance=made)
     assert expected(measured) == (
-        "2.0 images/s (measured on NVIDIA GeForce GTX 970); 116 days for 400 epochs of 50,000 images"
+        "on a gtx-970: 2.0 images/s (measured on NVIDIA GeForce GTX 970); 116 days for 400 epochs of 50,000 images"
     )
 
 
