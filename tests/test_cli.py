@@ -34,7 +34,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, list[str]]]:
 def test_help_lists_every_command_in_its_group_with_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
     assert console.main([]) == 0
     printed = capsys.readouterr().out.splitlines()
-    assert [line for line in printed if line.endswith(":")] == ["train:", "look:", "plan:", "check:"]
+    assert [line for line in printed if line.endswith(":")] == ["train:", "look:", "plan:", "share:", "check:"]
     listed = dict(line.split(maxsplit=1) for line in printed if line.startswith("  "))
     assert listed.keys() == {name for names in console.COMMANDS.values() for name in names}
     assert all(len(sentence) > 20 for sentence in listed.values())

@@ -17,6 +17,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "train": ("train",),
     "look": ("sample", "reconstruct", "blend", "traverse", "evaluate", "demo"),
     "plan": ("fit-memory", "predict-memory", "describe", "ship-profiles"),
+    "share": ("export", "encode", "decode"),
     "check": ("doctor", "check", "measure-memory", "import-nvlabs"),
 }
 """The commands by what they are for, in the order in which a person meets them."""

@@ -66,6 +66,16 @@ def open_source(config: DataConfig, model: ModelConfig, *, log: Log = print) -> 
         return _prepared(found, config, prepare, log)
 
 
+def open_store(source: str, config: DataConfig, model: ModelConfig, *, log: Log = print) -> Store:
+    """All images that a user names, in order and as they are; of a source with two parts those for training.
+
+    Raises ConfigError as `open_source` does.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        return _find(source, "--data", config, model, log).whole
+
+
 def _prepared(found: _Found, config: DataConfig, prepare: Preparation, log: Log) -> Datasets:
     check_colours(found.whole, prepare.channels, "data.source")
     if found.test is None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import platform
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -28,6 +27,7 @@ from nvae_lowmem import __version__
 from nvae_lowmem.config.profile_file import from_dict, to_dict
 from nvae_lowmem.config.sections import Profile
 from nvae_lowmem.errors import ConfigError
+from nvae_lowmem.files import partial_file
 from nvae_lowmem.generation import grids
 from nvae_lowmem.generation.recalibrate import RECALIBRATION_SEED, default_passes, recalibrate_once
 from nvae_lowmem.generation.sample import reconstruct_images, sample_images
@@ -97,11 +97,9 @@ def is_export(folder: Path) -> bool:
 def pack(folder: Path) -> Path:
     """The export as one ZIP beside it, uncompressed, since weights do not get smaller; returns the file."""
     path = folder.with_name(f"{folder.name}.zip")
-    partial = path.with_name(f"{path.name}.partial")
-    with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
+    with partial_file(path) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
         for file in sorted(folder.iterdir()):
             archive.write(file, f"{folder.name}/{file.name}")
-    os.replace(partial, path)
     return path
 
 

@@ -10,6 +10,7 @@ plan's micro-batch) does not matter. Legend: B images, C channels, S pixels per 
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 import zipfile
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
@@ -28,6 +30,7 @@ from nvae_lowmem.config.model import ModelConfig
 from nvae_lowmem.config.sections import Profile
 from nvae_lowmem.errors import ConfigError
 from nvae_lowmem.evaluation.bounds import elbo_of_images, importance_weighted_bound
+from nvae_lowmem.files import write_atomically
 from nvae_lowmem.generation.blend import blend_images, parse_weights
 from nvae_lowmem.generation.recalibrate import (
     RECALIBRATION_SEED,
@@ -70,10 +73,25 @@ class Latents:
     def __getitem__(self, rows: slice) -> Latents:
         return Latents(tuple(z[rows] for z in self.z), self.kl[rows])
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write them as one safetensors file: `group_000`, `group_001`, ... and `kl`."""
+    def rows(self, indices: Sequence[int]) -> Latents:
+        """Those of some images."""
+        return Latents(tuple(z[list(indices)] for z in self.z), self.kl[list(indices)])
+
+    def save(self, path: str | os.PathLike[str], names: Sequence[str] = ()) -> None:
+        """Write them as one safetensors file, whole or not at all: `group_000`, `group_001`, ..., `kl`, and names."""
         tensors = {f"group_{i:03d}": z.contiguous() for i, z in enumerate(self.z)} | {"kl": self.kl.contiguous()}
-        safetensors.torch.save_file(tensors, path, metadata={"format": _FORMAT})
+        about = json.dumps(
+            {"format": _FORMAT, "names": list(names)}
+        )  # one entry: several have no fixed order in the file
+        write_atomically(path, safetensors.torch.save(tensors, {"about": about}))
+
+    @staticmethod
+    def names(path: str | os.PathLike[str]) -> list[str]:
+        """The images' names in a file that `save` wrote; empty where it was given none."""
+        with safetensors.safe_open(path, framework="pt") as file:
+            about = json.loads((file.metadata() or {}).get("about", "{}"))
+        names = about.get("names") if isinstance(about, dict) else None
+        return [str(name) for name in names] if isinstance(names, list) else []
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Latents:
@@ -148,12 +166,20 @@ class Model:
 
     # -- through the posterior --
 
-    @torch.no_grad()
     def encode(self, images: Images, *, posterior: Posterior = "sample", seed: int = 0) -> Latents:
         """The latents of images (see `as_batch` for what those may be): draws from q(z|x), or each group's mean."""
+        return self.encode_batch(as_batch(images, self.profile), posterior=posterior, seed=seed)
+
+    @torch.no_grad()
+    def encode_batch(
+        self, batch: Tensor, *, posterior: Posterior = "sample", seed: int = 0, slots: Sequence[int] | None = None
+    ) -> Latents:
+        """`encode` of a batch (B, C, S', S') as the network takes it; slots: the images' numbers, else from 0 up."""
+        numbers = range(len(batch)) if slots is None else slots
         parts = []
-        for first, x in self._chunks(images):
-            source = FromPosterior(posterior_noise(posterior, seed, range(first, first + len(x))))
+        for first in range(0, len(batch), self.micro_batch):
+            x = batch[first : first + self.micro_batch].to(self.device)
+            source = FromPosterior(posterior_noise(posterior, seed, numbers[first : first + len(x)]))
             _, latents = self.network.top_down(source, self.network.encode(x), keep_z=True)
             z = tuple(latent.z.float().cpu() for latent in latents if latent.z is not None)
             kl = torch.stack([latent.kl.sum(1) for latent in latents if latent.kl is not None], dim=1)
