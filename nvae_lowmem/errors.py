@@ -23,8 +23,14 @@ class ExitCode(IntEnum):
     """No plan fits the card, or a run took more memory than was predicted."""
     DIVERGED = 4
     OUT_OF_MEMORY = 5
+    LOST_PROCESS = 6
+    """Another process of the same run has died."""
+    HUNG_UP = 129
+    """Training was asked to stop by SIGHUP (its terminal or its launcher is gone), and has saved a checkpoint."""
     INTERRUPTED = 130
-    """Ctrl-C, as shells have it: 128 + SIGINT."""
+    """Ctrl-C, as shells have it: 128 + SIGINT. Training has saved a checkpoint, unless it was the second one."""
+    TERMINATED = 143
+    """Training was asked to stop by SIGTERM, and has saved a checkpoint."""
 
 
 class ConfigError(ValueError):
@@ -36,7 +42,22 @@ class NothingFits(RuntimeError):
 
 
 class Diverged(RuntimeError):
-    """Training cannot go on: the loss or the gradients are no numbers any more. Its text says where and what to do."""
+    """Training cannot go on: the loss or the gradients blew up. Its text says where and what to do.
+
+    step: where it was noticed, from 1; good_until: the last step whose state is not suspect; curable: whether going
+    back and doing otherwise may help.
+    """
+
+    def __init__(self, text: str, step: int = 0, good_until: int = 0, curable: bool = True) -> None:
+        super().__init__(text, step, good_until, curable)  # all of them, so that it can be pickled
+        self.step, self.good_until, self.curable = step, good_until, curable
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class LostProcess(RuntimeError):
+    """Another process of this run has died, so that none of them can go on."""
 
 
 class OutOfMemory(RuntimeError):

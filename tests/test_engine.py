@@ -18,7 +18,7 @@ from nvae_lowmem.model.layers import BN_MOMENTUM
 from nvae_lowmem.model.nvae import NVAE
 from nvae_lowmem.model.regularizers import begin_micro_batch, end_step
 from nvae_lowmem.training.engines.host_adamax import HostAdamax
-from nvae_lowmem.training.engines.torch_engine import TorchEngine
+from nvae_lowmem.training.engines.torch_engine import GOOD_STEPS, TorchEngine
 from nvae_lowmem.training.step import StepResult
 
 ON_HOST = {"offload_optimizer": True}
@@ -264,7 +264,7 @@ def test_the_state_names_everything_that_moves() -> None:
     untrained = engine.state()
     names = [name for name, _ in engine.model.named_parameters()]
     buffers = {f"buffer.{name}" for name in engine.model.state_dict()} - {f"buffer.{name}" for name in names}
-    assert untrained.keys() == {f"weight.{name}" for name in names} | buffers | {"loss_scale"}
+    assert untrained.keys() == {f"weight.{name}" for name in names} | buffers | {"loss_scale", GOOD_STEPS}
     assert any(name.endswith(".u") for name in buffers) and any(name.endswith("_variance") for name in buffers)
     with_scale(engine, FITTING_SCALE)
     train(engine, run, range(1))

@@ -25,4 +25,4 @@ def test_figures_of_steps_that_are_made_anew_are_dropped(tmp_path: Path, first_s
         assert steps(tmp_path) == kept
         monitor.scalars(first_step + 1, {"train/loss": 7.0})
     assert steps(tmp_path) == [*kept, first_step + 1]
-    assert sorted(p.name for p in tmp_path.iterdir() if "events" not in p.name) == ["log.txt", "stats.jsonl"]
+    assert sorted(p.name for p in tmp_path.iterdir() if "events" not in p.name) == ["stats.jsonl"]

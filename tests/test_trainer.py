@@ -73,7 +73,10 @@ def test_the_run_folder_holds_configuration_log_figures_pictures_and_checkpoints
         for name in ("model.safetensors", "training.safetensors", "state.json")
     }
     assert len(events) == 1
-    assert set(files) - set(events) == {".lock", "config.toml", "log.txt", "stats.jsonl"} | pictures | checkpoints
+    assert (
+        set(files) - set(events)
+        == {".lock", "config.toml", "data.json", "log.txt", "stats.jsonl"} | pictures | checkpoints
+    )
     for name in pictures:
         with Image.open(trained.folder / name) as picture:
             assert picture.mode == "RGB" and min(picture.size) > 50
@@ -215,12 +218,11 @@ def test_a_finished_run_is_left_as_it_is(trained: Trained, tmp_path: Path) -> No
 def test_a_changed_configuration_is_refused_by_its_keys(trained: Trained, tmp_path: Path) -> None:
     folder = interrupted(trained, tmp_path, 2)
     before = tree(folder)
-    changes = ("model.latents=3", "training.total_batch=16", "data.dynamic_binarisation=false")
+    changes = ("model.latents=3", "model.flows=1", "training.total_batch=16")
     result = run(trained.profile, "--run-dir", str(folder), *(a for c in changes for a in ("--set", c)))
     assert result.code == 2 and result.complained.startswith(f"train.py: --run-dir {folder}")
-    for difference in ("model.latents (2 -> 3)", "training.total_batch (8 -> 16)", "(True -> False)"):
-        assert difference in result.complained
-    assert "training.seed" not in result.complained and tree(folder) == before
+    assert "model.latents (2 -> 3)" in result.complained and "model.flows" in result.complained
+    assert "training." not in result.complained and tree(folder) == before
 
 
 def test_how_memory_is_used_and_what_is_reported_may_change(trained: Trained, tmp_path: Path) -> None:
@@ -271,7 +273,7 @@ def test_ctrl_c_saves_and_stops_after_the_step_under_way(tmp_path: Path) -> None
     finally:
         child.kill()
         child.wait()
-    assert (child.returncode, complained) == (0, "")
+    assert child.returncode == 130 and complained.count("\n") == 1 and "stopping after this step" in complained
     step = records(folder)[-1]["step"]
     assert f"stopped after step {step}" in said and [p.name for p in checkpoint.all_checkpoints(folder)] == [
         f"step-{step:08d}"

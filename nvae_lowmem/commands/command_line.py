@@ -13,7 +13,7 @@ from typing import TypeVar
 
 import tyro
 
-from nvae_lowmem.errors import ConfigError, Diverged, ExitCode, NothingFits, OutOfMemory, command_line
+from nvae_lowmem.errors import ConfigError, Diverged, ExitCode, LostProcess, NothingFits, OutOfMemory, command_line
 from nvae_lowmem.hardware.cpu import wait_politely
 
 Flags = TypeVar("Flags")
@@ -43,6 +43,8 @@ def exit_code(program: str, work: Callable[[], ExitCode | None]) -> int:
         return _ended(program, error, ExitCode.DIVERGED)
     except OutOfMemory as error:
         return _ended(program, error, ExitCode.OUT_OF_MEMORY)
+    except LostProcess as error:
+        return _ended(program, error, ExitCode.LOST_PROCESS)
     except BrokenPipeError:  # whoever read the output wants no more of it, as in `nvae-lowmem settings | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return ExitCode.DONE
@@ -60,7 +62,8 @@ def exit_code(program: str, work: Callable[[], ExitCode | None]) -> int:
 
 
 def _ended(program: str, message: object, code: ExitCode) -> ExitCode:
-    print(f"{program}: {message}", file=sys.stderr)
+    if not getattr(message, "told_by_first", False):  # of several processes, the first tells what all of them met
+        print(f"{program}: {message}", file=sys.stderr)
     return code
 
 

@@ -13,7 +13,7 @@ from nvae_lowmem.commands.flags import Overrides, at_least, overridden
 from nvae_lowmem.config import profile_file as profiles
 from nvae_lowmem.config.choices import DeviceChoice
 from nvae_lowmem.config.sections import EngineName, Precision, Profile
-from nvae_lowmem.errors import ConfigError
+from nvae_lowmem.errors import ConfigError, ExitCode
 from nvae_lowmem.hardware.budget import parse_gpu_mem
 
 
@@ -21,7 +21,8 @@ from nvae_lowmem.hardware.budget import parse_gpu_mem
 class TrainCommand:
     """Train an NVAE on your images.
 
-    Exit status: 0 done; 2 bad input; 3 with --auto-fit: nothing fits; 4 the loss is no number; 5 out of memory.
+    Exit status: 0 done; 2 bad input, or nothing can be written; 3 with --auto-fit: nothing fits; 4 training blew up;
+    5 out of memory; 6 another process of the run died; 129, 130, 143 stopped by a signal, with a checkpoint.
 
     Examples:
       nvae-lowmem train --profile demo-mnist
@@ -43,6 +44,10 @@ class TrainCommand:
     """Use exactly this run folder; if it holds a checkpoint, training goes on from there."""
     resume: Literal["auto", "never"] = "auto"
     """auto: go on from the newest checkpoint of --run-dir; never: refuse a folder that has one."""
+    resume_from: int | None = None
+    """Go on from the checkpoint of this step of --run-dir; later ones are set aside."""
+    no_rewind: bool = False
+    """End with exit code 4 when training blows up, instead of going back with half the learning rate."""
     total_batch: int = 0
     """Images per optimiser step over everything; 0: the profile's."""
     micro_batch: int = 0
@@ -87,18 +92,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_command(TrainCommand, _train, argv)
 
 
-def _train(command: TrainCommand) -> None:
+def _train(command: TrainCommand) -> ExitCode:
     at_least(0, total_batch=command.total_batch, micro_batch=command.micro_batch, steps=command.steps)
     profile = command.asked()
     if command.gpu_mem:
         parse_gpu_mem(command.gpu_mem)
     if command.gpu_mem and not command.auto_fit:
         raise ConfigError(f"--gpu-mem {command.gpu_mem} only means something together with --auto-fit")
+    if command.resume_from is not None and not command.run_dir:
+        raise ConfigError(f"--resume-from {command.resume_from} needs --run-dir: name the run that has this checkpoint")
     from nvae_lowmem.commands.training_run import Folder, train
 
-    train(
+    return train(
         profile,
-        Folder(run_dir=command.run_dir, runs_dir=command.runs_dir, resume=command.resume),
+        Folder(
+            run_dir=command.run_dir,
+            runs_dir=command.runs_dir,
+            resume=command.resume,
+            resume_from=command.resume_from,
+            rewind=not command.no_rewind,
+        ),
         device=command.device,
         auto_fit=command.auto_fit,
         gpu_mem=command.gpu_mem,

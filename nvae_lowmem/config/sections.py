@@ -99,6 +99,10 @@ class TrainConfig:
     """Epsilon of Adamax."""
     clip_norm: Annotated[float, Between(0, 10**12)] = 0.0
     """Clip the true (unscaled) gradient to this norm; 0: off."""
+    skip_gradient_norm: Annotated[float, Between(0, 10**12)] = 0.0
+    """Skip the update of a step whose true gradient norm is larger; 0: off."""
+    skip_gradient_quantile: Annotated[float, Between(0, 1, below_most=True)] = 0.0
+    """Skip the update of a step whose norm is above this quantile of the last 1,000, for example 0.999; 0: off."""
     kl_warmup_fraction: Annotated[float, Between(0, 1)] = 0.3
     """Share of all steps over which beta rises to 1."""
     kl_constant_fraction: Annotated[float, Between(0, 1)] = 1e-4
@@ -130,7 +134,9 @@ class TrainConfig:
     save_every: Annotated[int, Between(0, LARGEST_STEPS)] = 0
     """Steps between checkpoints; 0: ten times per run."""
     keep_last: Annotated[int, Between(1, 10**6)] = 2
-    """Checkpoints kept."""
+    """Newest checkpoints kept, beside the best one and the last one before an alarm."""
+    rewinds: Annotated[int, Between(0, 1000)] = 3
+    """How often training may go back after a blow-up, each time with half the learning rate; 0: it ends instead."""
 
     def problems(self) -> list[str]:
         """Every reason why this training section cannot be used."""

@@ -302,6 +302,15 @@ def check_checkpoint(path: Path) -> str:
     return "sizes, checksums and numbers" if all(f.sha256 for f in state.files.values()) else "sizes and numbers"
 
 
+def is_undamaged(path: Path) -> bool:
+    """Whether `check_checkpoint` has nothing to complain of."""
+    try:
+        check_checkpoint(path)
+    except ConfigError:
+        return False
+    return True
+
+
 def _first_usable(candidates: list[Path], load: Callable[[Path], T]) -> tuple[tuple[Path, T], tuple[str, ...]]:
     """(newest checkpoint that loads, what it gave), and why the newer ones do not. Raises ConfigError if none does."""
     problems: list[str] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 
 from nvae_lowmem.config.sections import Precision
 from nvae_lowmem.errors import Diverged
@@ -12,6 +13,10 @@ from nvae_lowmem.training.engines.engine import Update
 
 STUCK_AFTER = 50
 """Skipped steps in a row. From the largest loss scale, 2^24, down to 1 there are 24 halvings."""
+
+
+MOST_REFUSALS, REFUSALS_AMONG = 50, 100
+"""More refused steps than this among the last so many, and skipping is no exception any more."""
 
 
 def check_loss_is_finite(terms: LossTerms, step: int) -> None:
@@ -36,11 +41,15 @@ def check_loss_is_finite(terms: LossTerms, step: int) -> None:
 
 
 class DivergenceGuard:
-    """Looks at every step's update; the same for every engine. overflows: steps skipped so far, in any precision."""
+    """Looks at every step's update; the same for every engine.
+
+    overflows: steps skipped so far because a gradient was not finite; refused: because its norm was too large.
+    """
 
     def __init__(self, precision: Precision) -> None:
         self._precision = precision
-        self.overflows = self._in_a_row = 0
+        self.overflows = self.refused = self._in_a_row = 0
+        self._recently_refused: deque[bool] = deque(maxlen=REFUSALS_AMONG)
 
     def check(self, update: Update, step: int) -> None:
         """Step `step` (from 1) is done. Raises Diverged with advice where more steps would be for nothing."""
@@ -48,6 +57,15 @@ class DivergenceGuard:
         self._in_a_row = self._in_a_row + 1 if update.overflow else 0
         if self._in_a_row >= STUCK_AFTER:
             raise Diverged(self._stuck(step))
+        self.refused += update.refused
+        self._recently_refused.append(update.refused)
+        if sum(self._recently_refused) > MOST_REFUSALS:
+            raise Diverged(
+                f"step {step}: {sum(self._recently_refused)} of the last {len(self._recently_refused)} steps were "
+                "skipped because their gradient norm was too large, so training no longer gets on. Set a larger "
+                "training.skip_gradient_norm or skip_gradient_quantile, or a lower training.learning_rate.",
+                curable=False,
+            )
 
     def _stuck(self, step: int) -> str:
         precision = "--precision bf16 or fp32, " if self._precision == "fp16" else ""

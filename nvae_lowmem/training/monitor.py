@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +18,23 @@ from nvae_lowmem.units import format_seconds
 
 
 class Monitor:
-    """Writes one run's story; on every rank but 0 it is silent. Close it, or use it in a with statement."""
+    """Writes one run's story; on every rank but 0 it is silent. Close it, or use it in a with statement.
+
+    A story that cannot be written (a full disk, a folder that is gone) never ends a training: it is said once, and what
+    is told later is written as soon as that works again.
+    """
 
     def __init__(self, run_dir: Path | None, total_steps: int, first_step: int = 0) -> None:
         self.run_dir, self.total_steps = run_dir, total_steps
         self._began, self._first_step = time.monotonic(), first_step
         self._bar: Any = None
+        self._failing = False
         if run_dir is None:
             return
-        from torch.utils.tensorboard import SummaryWriter  # slow to import, and only rank 0 needs it
-
-        again = _forget_after(first_step, run_dir / "stats.jsonl")
-        self._events = SummaryWriter(str(run_dir), purge_step=first_step + 1 if again else None)
-        self._stats = (run_dir / "stats.jsonl").open("a", encoding="utf-8")
-        self._log = (run_dir / "log.txt").open("a", encoding="utf-8")
+        self._purge_step: int | None = None
+        self._events: Any = None
+        with self._never_fatal():
+            self._purge_step = first_step + 1 if _forget_after(first_step, run_dir / "stats.jsonl") else None
         if sys.stderr.isatty():
             from tqdm import tqdm
 
@@ -49,24 +54,36 @@ class Monitor:
             self._bar.write(text)
         else:
             print(text, flush=True)
-        self._log.write(text + "\n")
-        self._log.flush()
+        self._append("log.txt", text)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Figures of optimiser step `step` (counted from 1) to TensorBoard and stats.jsonl."""
         if self.run_dir is None:
             return
-        for name, value in values.items():
-            self._events.add_scalar(name, value, step)
-        record = {"step": step, "time_seconds": round(time.monotonic() - self._began, 3)}
-        self._stats.write(json.dumps(record | {k: float(v) for k, v in values.items()}) + "\n")
-        self._stats.flush()
-        self._events.flush()
+        self.record(step, {name: float(value) for name, value in values.items()})
+        with self._tensorboard() as events:
+            for name, value in values.items():
+                events.add_scalar(name, value, step)
+
+    def record(self, step: int, values: Mapping[str, Any]) -> None:
+        """A line of stats.jsonl: figures, or what happened at step `step`."""
+        if self.run_dir is not None:
+            record = {"step": step, "time_seconds": round(time.monotonic() - self._began, 3)}
+            self._append("stats.jsonl", json.dumps(record | dict(values)))
+
+    def event(self, step: int, kind: str, text: str) -> None:
+        """Something people should know of: said, a record {"event": kind}, and a text in TensorBoard."""
+        self.say(text)
+        self.record(step, {"event": kind, "text": text})
+        if self.run_dir is not None:
+            with self._tensorboard() as events:
+                events.add_text(f"events/{kind}", text, step)
 
     def picture(self, step: int, name: str, image: np.ndarray) -> None:
         """A picture (H, W, 3) uint8 to TensorBoard."""
         if self.run_dir is not None:
-            self._events.add_image(name, image, step, dataformats="HWC")
+            with self._tensorboard() as events:
+                events.add_image(name, image, step, dataformats="HWC")
 
     def progress(self, step: int, line: str, show: bool) -> None:
         """Step `step` is done. A bar on a terminal; plain lines with ETA where `show`, in a log."""
@@ -79,35 +96,79 @@ class Monitor:
             done = max(1, step - self._first_step)
             left = (time.monotonic() - self._began) / done * (self.total_steps - step)
             text = f"step {step}/{self.total_steps}  {line}  ETA {format_seconds(left)}"
-            self._log.write(text + "\n")
-            self._log.flush()
+            self._append("log.txt", text)
             if self._bar is None:
                 print(text, flush=True)
 
     def close(self) -> None:
         """Flush and close everything; safe to call twice."""
-        if self.run_dir is None or self._stats.closed:
+        if self.run_dir is None:
             return
         if self._bar is not None:
             self._bar.close()
-        self._events.close()
-        self._stats.close()
-        self._log.close()
+        self._close_tensorboard()
+
+    def _append(self, name: str, line: str) -> None:
+        """One line to a file of the run, opened anew each time: the folder may have been moved, the disk full."""
+        assert self.run_dir is not None
+        with self._never_fatal():
+            append_line(self.run_dir / name, line)
+
+    @contextlib.contextmanager
+    def _tensorboard(self) -> Iterator[Any]:
+        with self._never_fatal():
+            try:
+                if self._events is None:
+                    from torch.utils.tensorboard import SummaryWriter  # slow to import, and only rank 0 needs it
+
+                    self._events = SummaryWriter(str(self.run_dir), purge_step=self._purge_step)
+                    self._purge_step = None
+                yield self._events
+                self._events.flush()
+            except OSError:
+                self._close_tensorboard()  # its thread is dead: the next figures go to a new file
+                raise
+
+    def _close_tensorboard(self) -> None:
+        events, self._events = self._events, None
+        if events is not None:
+            with contextlib.suppress(OSError):
+                events.close()
+
+    @contextlib.contextmanager
+    def _never_fatal(self) -> Iterator[None]:
+        try:
+            yield
+            self._failing = False
+        except OSError as error:
+            if not self._failing:
+                print(f"{self.run_dir}: figures and log lines are lost: {error}; training goes on", file=sys.stderr)
+            self._failing = True
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append a line; a last line that was cut off in the middle is ended first. Raises OSError."""
+    with path.open("ab+") as file:
+        if file.tell() > 0:
+            file.seek(-1, os.SEEK_END)
+            line = line if file.read(1) == b"\n" else f"\n{line}"
+        file.write(f"{line}\n".encode())
 
 
 def _forget_after(step: int, stats: Path) -> bool:
-    """Drop the records of later steps, which a run that goes on from `step` makes anew; whether there was a file.
+    """Drop the figures of later steps, which a run that goes on from `step` makes anew; whether there was a file.
 
-    A last line that was cut off in the middle goes, too.
+    What happened stays: alarms, rewinds, changed settings. A last line that was cut off in the middle goes, too.
     """
     if not stats.exists():
         return False
     kept = []
     for line in stats.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            if json.loads(line)["step"] <= step:
+            record = json.loads(line)
+            if record["step"] <= step or "event" in record:
                 kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             continue
     write_atomically(stats, "".join(kept))
     return True

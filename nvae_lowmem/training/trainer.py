@@ -1,13 +1,13 @@
-"""The loop: steps, log lines, evaluations, pictures, checkpoints, and a clean end on Ctrl-C."""
+"""The loop: steps, alarms, log lines, evaluations, pictures, checkpoints, and a clean end when asked to stop."""
 
 from __future__ import annotations
 
 import contextlib
+import math
 import signal
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
-from types import FrameType
 
 import numpy as np
 import torch
@@ -15,23 +15,36 @@ from torch import Tensor
 
 from nvae_lowmem.data.pipeline import Batches, MicroBatch, evaluation_batches, prefetched
 from nvae_lowmem.data.sources import Datasets
+from nvae_lowmem.errors import Diverged
 from nvae_lowmem.hardware import cuda_memory
 from nvae_lowmem.model.nvae import NVAE
 from nvae_lowmem.model.regularizers import regularisation_values
 from nvae_lowmem.training import checkpoint
+from nvae_lowmem.training.alarms import BLOWN_UP_AFTER, Alarms
+from nvae_lowmem.training.checkpoint_files import NotFinite
 from nvae_lowmem.training.divergence import DivergenceGuard
-from nvae_lowmem.training.engines.distributed import average_statistics
+from nvae_lowmem.training.engines import distributed
+from nvae_lowmem.training.engines.torch_engine import persistent_buffers
+from nvae_lowmem.training.first_bad import first_bad
 from nvae_lowmem.training.monitor import Monitor, is_early
 from nvae_lowmem.training.step import StepResult, Training, training_step
+from nvae_lowmem.training.stopping import StopWish
 from nvae_lowmem.training.validation import Validation, validate
 from nvae_lowmem.units import GIB
+
+MOST_FAILED_SAVES = 10
+"""Saves in a row that may fail before training ends; they are tried again ten times as often as usual."""
 
 Pictures = Callable[[NVAE, Tensor, Path, int], dict[str, np.ndarray]]
 """(model in evaluation mode, held-out images, samples folder, step) -> pictures by TensorBoard name."""
 
 
+class SaveFailed(OSError):
+    """Checkpoints cannot be written any more."""
+
+
 class Trainer:
-    """Trains from `first_step` (finished steps) to the end of the run, or until asked to stop."""
+    """Trains from what was resumed, or from the beginning, to the end of the run, or until asked to stop."""
 
     def __init__(
         self,
@@ -39,12 +52,16 @@ class Trainer:
         data: Datasets,
         run_dir: Path | None,
         pictures: Pictures | None = None,
-        first_step: int = 0,
+        resumed: checkpoint.Resumed | None = None,
+        evaluation_seed: int | None = None,
     ) -> None:
-        self.training, self.data, self.run_dir = training, data, run_dir
+        """resumed: what engine and average hold already. evaluation_seed: of noise on held-out images; None: the
+        run's, which is another one after a rewind."""
+        self.training, self.data, self.run_dir, self.pictures = training, data, run_dir, pictures
         self.run, self.engine, self.ema = training.run, training.engine, training.ema
-        self.pictures, self.first_step = pictures, first_step
         self.profile, self.schedule = self.run.profile, self.run.schedule
+        self.first_step = resumed.step if resumed is not None else 0
+        self._evaluation_seed = self.profile.training.seed if evaluation_seed is None else evaluation_seed
         self._batches = Batches(
             data.train,
             self.profile.model,
@@ -52,14 +69,23 @@ class Trainer:
             self.profile.training.total_batch,
             self.profile.training.seed,
         )
-        self._stop_requested = False
         self._guard = DivergenceGuard(self.profile.plan.precision)
-        self._saved_step = first_step if first_step else -1  # what training went on from is saved already
+        self._alarms = Alarms(self.engine.model.config.total_groups)
+        if resumed is not None:
+            self._alarms.load_state(resumed.training)
+        self.stopped_by = 0
+        """The signal that training was asked to stop by, when it was."""
+        self._wish = StopWish()
+        self._saved_step = self.first_step if resumed is not None else -1
+        self._failed_saves = 0
         self.last_validation: Validation | None = None
         self._evaluated_step = -1
 
-    def train(self) -> int:
-        """Train; returns the number of finished steps. Raises Diverged where more steps would be for nothing."""
+    def train(self, said: Sequence[tuple[str, str]] = ()) -> int:
+        """Train; returns the number of finished steps. said: (kind, sentence) of what is told and written down first.
+
+        Raises Diverged where more steps would be for nothing, and SaveFailed.
+        """
         training, total = self.profile.training, self.schedule.total_steps
         evaluate_every, sample_every, save_every = (
             every or max(1, total // 10)
@@ -69,25 +95,81 @@ class Trainer:
         with (
             contextlib.closing(self._micro_batches(step, total)) as micro_batches,
             Monitor(self.run_dir if self.engine.rank == 0 else None, total, self.first_step) as monitor,
-            self._signals(monitor),
+            self._wish.listening(),
         ):
-            while step < total and not self._stop_requested:
+            for kind, sentence in said:
+                monitor.event(step, kind, sentence)
+            self._agree(monitor, step)
+            while step < total and not self.stopped_by:
                 began = time.monotonic()
-                result = training_step(self.training, micro_batches, step)
+                try:
+                    result = training_step(self.training, micro_batches, step)
+                except Diverged as error:
+                    raise self._diverged(monitor, f"{error} {self._first_bad(step)}", step + 1) from None
                 step += 1
-                self._guard.check(result.update, step)
+                self._look(monitor, result, step)
                 self._report(monitor, result, step, time.monotonic() - began)
                 last = step == total
                 if last or step % evaluate_every == 0:
                     self._evaluate(monitor, step)
                 if last or step % sample_every == 0:
                     self._draw(monitor, step)
-                if last or step % save_every == 0:
-                    self._save(monitor, step)
-            if self._stop_requested and step < total:
-                self._save(monitor, step)
-                monitor.say(f"stopped after step {step}; the same command with --run-dir {self.run_dir} goes on")
+                if last or step % save_every == 0 or self._retry_save(step, save_every):
+                    self._save(monitor, step, last)
+                self._wish.alive()
+            if self.stopped_by and step < total:
+                self._save(monitor, step, last=True)
+                name = signal.Signals(self.stopped_by).name
+                monitor.say(
+                    f"stopped after step {step} by {name}; the same command with --run-dir {self.run_dir} goes on"
+                )
         return step
+
+    # -- whether to go on --
+
+    def _agree(self, monitor: Monitor, step: int) -> None:
+        """All processes learn whether one was asked to stop, and whether the loss of one has blown up."""
+        own = (self._wish.number, int(self._alarms.blown_up))
+        self.stopped_by, blown_up = distributed.largest(own, self.engine.device)
+        if blown_up:
+            began = self._alarms.episode_began or step
+            raise self._diverged(
+                monitor,
+                f"step {step}: the loss has blown up: it has been in alarm for {BLOWN_UP_AFTER} steps in a row, since "
+                f"step {began}. Try a lower --set training.learning_rate, or clipped gradients (--set "
+                "training.clip_norm=200).",
+                step,
+            )
+
+    def _look(self, monitor: Monitor, r: StepResult, step: int) -> None:
+        """Alarms and divergence of a step that is done."""
+        try:
+            self._guard.check(r.update, step)
+        except Diverged as error:
+            raise self._diverged(monitor, str(error), step, error.curable) from None
+        norm = r.update.gradient_norm
+        kl = r.kl.tolist()
+        before = self._alarms.episode_began
+        for alarm in self._alarms.look(step, float(r.loss), kl, None if norm is None else float(norm)):
+            most = max(range(len(kl)), key=kl.__getitem__)
+            text = f"{alarm} (reconstruction {float(r.nll):.4g}, most KL in group {most}: {kl[most]:.4g} nats)"
+            monitor.event(step, "alarm", text)
+            if before is None and self.run_dir is not None and self.engine.rank == 0:
+                with contextlib.suppress(OSError):
+                    checkpoint.mark_before_alarm(self.run_dir, step - 1, text)
+        self._agree(monitor, step)
+
+    def _diverged(self, monitor: Monitor, text: str, step: int, curable: bool = True) -> Diverged:
+        """The error to raise, written down; states up to the first alarm are good."""
+        monitor.event(step, "diverged", text)
+        return Diverged(text, step, (self._alarms.episode_began or step) - 1, curable)
+
+    def _first_bad(self, step: int) -> str:
+        """Where in the network the first number of step `step` (from 0) arose that is none; all processes take part."""
+        with self.engine.gathered():
+            slots = self.run.split.slots(self.engine.rank)
+            images = ((s.start, self._batches.batch(step, s).to(self.engine.device)) for s in slots)
+            return first_bad(self.engine.model, images, self.run, step)
 
     # -- pieces of a step --
 
@@ -100,8 +182,8 @@ class Trainer:
                 yield MicroBatch(slot, x.to(device, non_blocking=True))
 
     def _report(self, monitor: Monitor, r: StepResult, step: int, seconds: float) -> None:
-        early = is_early(step, self.profile.training.log_every)
-        batch = self.profile.training.total_batch
+        config = self.profile.training
+        early, batch = is_early(step, config.log_every), config.total_batch
         line = (
             f"nelbo {float(r.nll + r.kl.sum()):.1f}  recon {float(r.nll):.1f}  kl {float(r.kl.sum()):.1f}  "
             f"{batch / seconds:.1f} images/s"
@@ -111,6 +193,8 @@ class Trainer:
             line += f"  peak {memory['memory/peak_allocated_gib']:.2f} GiB"
         if self._guard.overflows:
             line += f"  overflows {self._guard.overflows}"
+        if self._guard.refused:
+            line += f"  skipped {self._guard.refused}"
         monitor.progress(step, line, early)
         predicted = int(self.profile.provenance.get("predicted_allocated_bytes", 0))
         if step - self.first_step == 3:  # the optimiser's states exist, the caches are warm
@@ -140,6 +224,11 @@ class Trainer:
         groups = zip(r.kl.tolist(), r.active.tolist(), r.coefficients.tolist(), strict=True)
         for i, (kl, active, coefficient) in enumerate(groups):
             values |= {f"kl_vals/layer_{i}": kl, f"kl/active_{i}": active, f"kl_coeff/layer_{i}": coefficient}
+        norm = r.update.gradient_norm
+        if norm is not None and math.isfinite(norm):
+            values["train/gradient_norm"] = float(norm)
+        if config.skip_gradient_norm or config.skip_gradient_quantile:
+            values["train/skipped_steps"] = float(self._guard.refused)
         if predicted:
             values["memory/predicted_gib"] = predicted / GIB
         monitor.scalars(step, values | memory | cuda_memory.nvml_memory(self.engine.device))
@@ -147,7 +236,7 @@ class Trainer:
     def _held_out(self, count: int, batch: int) -> Iterator[Tensor]:
         profile = self.profile
         seen = 0
-        for x in evaluation_batches(self.data.test, profile.model, profile.data, batch, profile.training.seed):
+        for x in evaluation_batches(self.data.test, profile.model, profile.data, batch, self._evaluation_seed):
             if count and seen >= count:
                 return
             yield (x[: count - seen] if count else x).to(self.engine.device)
@@ -158,7 +247,7 @@ class Trainer:
         """Inside, the model is whole, has its averaged weights, and the BatchNorm statistics of all processes."""
         with self.engine.gathered():
             if self.engine.world_size > 1:
-                average_statistics(self.engine.model)
+                distributed.average_statistics(self.engine.model)
             with self.ema.applied_to(self.engine.model) if self.ema is not None else contextlib.nullcontext():
                 yield
 
@@ -168,7 +257,7 @@ class Trainer:
             v = validate(
                 self.engine.model,
                 self._held_out(training.evaluate_images, self.run.split.micro),
-                training.seed,
+                self._evaluation_seed,
                 self.profile.plan.precision,
             )
         self.last_validation, self._evaluated_step = v, step
@@ -191,45 +280,49 @@ class Trainer:
                 if self.engine.rank == 0:
                     for name, picture in self.pictures(model, images, self.run_dir / "samples", step).items():
                         monitor.picture(step, name, picture)
+            except OSError as error:  # a full disk
+                monitor.event(step, "pictures-failed", f"step {step}: no pictures: {error}; training goes on")
             finally:
                 model.train()
 
-    def _save(self, monitor: Monitor, step: int) -> None:
+    def _save(self, monitor: Monitor, step: int, last: bool) -> None:
+        """Save, unless it is saved. A disk that is full now may have room later: training goes on, but not for ever."""
         if step == self._saved_step:
             return
-        self._saved_step = step
         state = self.engine.state()  # every process takes part
-        if self.run_dir is None or self.engine.rank:
+        state |= distributed.gather_statistics(self.engine.model)
+        problem: OSError | NotFinite | None = distributed.from_first(lambda: self._write(monitor, step, state))
+        if problem is None:
+            self._saved_step, self._failed_saves = step, 0
             return
+        if isinstance(problem, NotFinite):
+            raise self._diverged(monitor, f"step {step}: {problem}; nothing is saved.", step)
+        self._failed_saves += 1
+        saved = f"the newest checkpoint is of step {self._saved_step}" if self._saved_step >= 0 else "none is saved yet"
+        text = f"step {step}: the checkpoint cannot be written: {problem}; {saved}"
+        if last or self._failed_saves >= MOST_FAILED_SAVES:
+            raise SaveFailed(f"{text}. Make room, and start the same command with --run-dir {self.run_dir} again")
+        monitor.event(step, "save-failed", f"{text}; training goes on and tries again")
+
+    def _retry_save(self, step: int, save_every: int) -> bool:
+        return self._failed_saves > 0 and step % max(1, save_every // MOST_FAILED_SAVES) == 0
+
+    def _write(self, monitor: Monitor, step: int, state: dict[str, Tensor]) -> OSError | NotFinite | None:
+        """Write a checkpoint; what went wrong, if anything did."""
+        if self.run_dir is None:
+            return None
+        with distributed.mean_statistics(self.engine.model, state):
+            buffers = {name: b.detach().clone() for name, b in persistent_buffers(self.engine.model).items()}
         weights = {k[len("weight.") :]: v for k, v in state.items() if k.startswith("weight.")}
-        buffers = {k[len("buffer.") :]: v for k, v in state.items() if k.startswith("buffer.")}
         if self.ema is not None:
             weights |= {name: p.detach() for name, p in self.ema.module.named_parameters()}
         held_out = self.last_validation if step == self._evaluated_step else None
         figures = {checkpoint.HELD_OUT_FIGURE: held_out.nelbo} if held_out is not None else {}
-        path = checkpoint.save(self.run_dir, step, weights | buffers, state, self.profile.training.keep_last, figures)
+        keep_last = self.profile.training.keep_last
+        try:
+            training = state | self._alarms.state()
+            path = checkpoint.save(self.run_dir, step, weights | buffers, training, keep_last, figures)
+        except (OSError, NotFinite) as error:
+            return error
         monitor.say(f"step {step}: saved {path}")
-
-    # -- stopping --
-
-    @contextlib.contextmanager
-    def _signals(self, monitor: Monitor) -> Iterator[None]:
-        """The first Ctrl-C (or SIGTERM) saves and stops after the step under way, the second one kills."""
-
-        def ask(number: int, frame: FrameType | None) -> None:
-            if self._stop_requested and number == signal.SIGINT:
-                raise KeyboardInterrupt
-            if not self._stop_requested:
-                monitor.say("stopping after this step, with a checkpoint; press Ctrl-C again to stop at once")
-            self._stop_requested = True
-
-        try:
-            before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
-        except ValueError:  # not in the main thread: whoever owns the signals decides
-            yield
-            return
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        return None

@@ -27,7 +27,9 @@ from nvae_lowmem.model.objective import LossTerms, Objective
 from nvae_lowmem.training.engines.deepspeed_state import load_portable_state, portable_state
 from nvae_lowmem.training.engines.distributed import initialise
 from nvae_lowmem.training.engines.engine import Update
+from nvae_lowmem.training.engines.gradient_gate import GradientGate
 from nvae_lowmem.training.engines.host_adamax import HostAdamax
+from nvae_lowmem.training.engines.torch_engine import GOOD_STEPS
 
 
 class LossScale:
@@ -39,17 +41,17 @@ class LossScale:
     def __init__(self, dynamic: bool) -> None:
         self.dynamic = dynamic
         self.value = self.INITIAL if dynamic else 1.0
-        self._good_in_a_row = 0
+        self.good_in_a_row = 0
 
     def update(self, overflow: bool) -> None:
         """Takes in whether a step overflowed."""
         if overflow:
-            self._good_in_a_row = 0
+            self.good_in_a_row = 0
             if self.dynamic:
                 self.value = max(self.value / 2, self.SMALLEST)
         else:
-            self._good_in_a_row += 1
-            if self.dynamic and self._good_in_a_row % self.GROWTH_STEPS == 0:
+            self.good_in_a_row += 1
+            if self.dynamic and self.good_in_a_row % self.GROWTH_STEPS == 0:
                 self.value = min(self.value * 2, self.LARGEST)
 
 
@@ -81,6 +83,8 @@ class ZeroEngine:
         self.scale = LossScale(dynamic=fp16)
         # at stage 0 gradients are ordinary ones and are clipped here: DeepSpeed would not tell their norm
         self._clip_norm = training.clip_norm if self.stage == 0 else 0.0
+        self._gate = GradientGate(training)
+        self._refused_norm: float | None = None
         self._optimizer = HostAdamax(
             objective.parameters(), eps=training.adamax_eps, weight_decay=training.weight_decay
         )
@@ -94,6 +98,8 @@ class ZeroEngine:
             config=deepspeed_config(profile, accumulation),
             dist_init_required=False,
         )[0]
+        if self.stage > 0 and self._gate.active:
+            self._watch_norm("scaled_global_norm" if self.stage < 3 else "_get_norm_groups")
 
     @property
     def model(self) -> NVAE:
@@ -129,28 +135,54 @@ class ZeroEngine:
         clipping.
         """
         norm: Tensor | float | None = None
-        if self._clip_norm:
-            norm = nn.utils.clip_grad_norm_(self.objective.parameters(), self._clip_norm, foreach=False)
+        self._refused_norm = None
+        if self.stage == 0 and (self._clip_norm or self._gate.active):
+            norm = nn.utils.clip_grad_norm_(self.objective.parameters(), self._clip_norm or math.inf, foreach=False)
+            if self._gate.refuses(float(norm)):
+                self._refused_norm = float(norm)
+                self._engine.zero_grad()  # Adamax passes over parameters without a gradient
         self._engine.step()
-        overflow = self.stage > 0 and bool(self._engine.optimizer.overflow)
+        refused = self._refused_norm is not None
+        overflow = self.stage > 0 and bool(self._engine.optimizer.overflow) and not refused
         if self.stage > 0:
-            norm = math.inf if overflow else self._engine.get_global_grad_norm()
+            norm = math.inf if overflow else self._refused_norm or self._engine.get_global_grad_norm()
         self.scale.update(overflow)
-        return Update(overflow, norm)
+        return Update(overflow, norm, refused)
+
+    def _watch_norm(self, method: str) -> None:
+        """Let ZeRO take a norm that is too large for an overflow: then it skips the step itself."""
+        zero = self._engine.optimizer
+        compute = getattr(zero, method)
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            found = compute(*args, **kwargs)
+            several = isinstance(found, list)
+            norm = math.sqrt(sum(float(n) ** 2 for n in found)) if several else float(found)
+            if not self._gate.refuses(norm / self.loss_scale):
+                return found
+            self._refused_norm = norm / self.loss_scale
+            infinite = torch.tensor(math.inf, device=self.device)
+            return [infinite] if several else infinite
+
+        setattr(zero, method, watched)
 
     def state(self) -> dict[str, Tensor]:
         """What TorchEngine.state gives, in the process of rank 0; nothing in the others, which have to call it too."""
         out = portable_state(self.model, self._optimizer, self._engine.optimizer, self.stage, keep=self.rank == 0)
         if self.rank == 0:
             out["loss_scale"] = torch.tensor(self.loss_scale)
+            if self.scale.dynamic:
+                out[GOOD_STEPS] = torch.tensor(self.scale.good_in_a_row)
+            out |= self._gate.state()
         return out
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """The inverse of `state`, with the same state in every process."""
         load_portable_state(state, self.model, self._optimizer, self._engine.optimizer, self.stage)
+        self._gate.load_state(state)
         saved = float(state.get("loss_scale", 1.0))
         if self.scale.dynamic and saved > 1.0:  # 1 comes from a run in another precision
-            self.scale.value = saved
+            self.scale.value, self.scale.good_in_a_row = saved, int(state.get(GOOD_STEPS, 0))
 
     @contextmanager
     def gathered(self) -> Iterator[None]:

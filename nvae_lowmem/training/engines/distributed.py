@@ -12,10 +12,13 @@ import logging
 import os
 import sys
 import warnings
-from typing import TypeVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from nvae_lowmem.config.sections import EngineName, MemoryPlan
 from nvae_lowmem.errors import ConfigError
@@ -224,20 +227,109 @@ def any_process(flag: bool, device: torch.device) -> bool:
     return bool(found.item())
 
 
+def is_lost_process(error: BaseException) -> bool:
+    """Whether an error says that another process of this run has died or no longer answers."""
+    if not dist.is_available() or not isinstance(error, RuntimeError):
+        return False
+    words = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out", "Socket closed")
+    kinds = (dist.DistNetworkError, dist.DistBackendError)
+    return isinstance(error, kinds) or ("gloo" in str(error) and any(word in str(error) for word in words))
+
+
+def from_first(decide: Callable[[], T]) -> T:
+    """What `decide` gives in the process of rank 0, in every process; an error of a user's or of the disk, too."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return decide()
+    outcome: tuple[Any, Exception | None] = (None, None)
+    if dist.get_rank() == 0:
+        try:
+            outcome = decide(), None
+        except (ConfigError, OSError, RuntimeError) as error:
+            outcome = None, error
+    value, raised = broadcast_object(outcome)
+    if raised is not None:
+        raised.told_by_first = dist.get_rank() > 0  # type: ignore[attr-defined]
+        raise raised
+    return value
+
+
+def largest(values: Sequence[int], device: torch.device) -> list[int]:
+    """The largest of each value over all processes, every one of which has to call it."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [*values]
+    found = torch.tensor(values, device=device)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return found.tolist()
+
+
+# --- BatchNorm's running statistics, which differ between processes ---------------------------------------------------
+
+
+def _running_statistics(model: NVAE) -> list[Tensor]:
+    statistics = [layer.running() for layer in model.layers()]
+    return [t for used in statistics if used is not None for t in (used.mean, used.variance)]
+
+
+def _set_statistics(running: list[Tensor], flat: Tensor) -> None:
+    for held, value in zip(running, flat.split([t.numel() for t in running]), strict=True):
+        held.copy_(value)
+
+
 @torch.no_grad()
 def average_statistics(model: NVAE) -> None:
     """BatchNorm's running means and variances become their means over the processes, whose batches all differ.
 
-    For evaluation and checkpoints; every process has to call it. Training itself reads no running statistics.
+    For evaluation; every process has to call it. Training itself reads no running statistics.
     """
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return
-    statistics = [layer.running() for layer in model.layers()]
-    running = [t for used in statistics if used is not None for t in (used.mean, used.variance)]
-    if not running:
+    running = _running_statistics(model)
+    if not running or not dist.is_initialized() or dist.get_world_size() == 1:
         return
     flat = torch.cat(running)  # one exchange in place of two per layer
     dist.all_reduce(flat)
     flat /= dist.get_world_size()
-    for held, mean in zip(running, flat.split([t.numel() for t in running]), strict=True):
-        held.copy_(mean)
+    _set_statistics(running, flat)
+
+
+STATISTICS = "rank_statistics"
+
+
+@torch.no_grad()
+def gather_statistics(model: NVAE) -> dict[str, Tensor]:
+    """The running statistics of every process, for a checkpoint: {STATISTICS: (processes, values)}, on the host.
+
+    Every process has to call it, and all get them; empty for one process, whose statistics are the model's.
+    """
+    running = _running_statistics(model)
+    if not running or not dist.is_initialized() or dist.get_world_size() == 1:
+        return {}
+    flat = torch.cat(running)
+    rows = [torch.empty_like(flat) for _ in range(dist.get_world_size())]
+    dist.all_gather(rows, flat)
+    return {STATISTICS: torch.stack(rows).cpu()}
+
+
+@torch.no_grad()
+def load_statistics(model: NVAE, state: Mapping[str, Tensor]) -> None:
+    """This process' running statistics out of a checkpoint; their mean where the number of processes is another."""
+    rows, running = state.get(STATISTICS), _running_statistics(model)
+    if rows is None or not running:
+        return
+    several = dist.is_initialized() and dist.get_world_size() == len(rows)
+    _set_statistics(running, (rows[dist.get_rank()] if several else rows.mean(0)).to(running[0].device))
+
+
+@contextmanager
+def mean_statistics(model: NVAE, state: Mapping[str, Tensor]) -> Iterator[None]:
+    """Inside, the model has the mean of gathered statistics, and after it its own again."""
+    running = _running_statistics(model)
+    if STATISTICS not in state:
+        yield
+        return
+    own = torch.cat(running)
+    with torch.no_grad():
+        _set_statistics(running, state[STATISTICS].mean(0).to(own.device))
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            _set_statistics(running, own)

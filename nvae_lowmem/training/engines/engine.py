@@ -18,6 +18,7 @@ class Update(NamedTuple):
 
     overflow: bool
     gradient_norm: Tensor | float | None  # None where nobody asked for it
+    refused: bool = False  # skipped, because the norm was larger than training.skip_gradient_norm and its like allow
 
 
 class Engine(Protocol):

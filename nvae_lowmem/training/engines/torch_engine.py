@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -14,10 +15,13 @@ from nvae_lowmem.model.latents import Noise
 from nvae_lowmem.model.nvae import NVAE
 from nvae_lowmem.model.objective import LossTerms, Objective
 from nvae_lowmem.training.engines.engine import Update
+from nvae_lowmem.training.engines.gradient_gate import GradientGate
 from nvae_lowmem.training.engines.host_adamax import HostAdamax
 from nvae_lowmem.training.engines.host_offload import HostMasters
 
 INITIAL_LOSS_SCALE = 2.0**16
+GOOD_STEPS = "loss_scale_good_steps"
+"""In a checkpoint: steps without an overflow since the loss scale last changed."""
 
 
 class TorchEngine:
@@ -44,6 +48,7 @@ class TorchEngine:
         self.objective = objective if there else objective.to(device)
         self._accumulation = accumulation
         self._clip_norm = profile.training.clip_norm
+        self._gate = GradientGate(profile.training)
         parameters = [p for p in objective.parameters() if p.requires_grad]
         self._scaler: torch.amp.GradScaler | None = None
         self._masters: HostMasters | None = None
@@ -59,7 +64,11 @@ class TorchEngine:
             updated, eps=profile.training.adamax_eps, weight_decay=profile.training.weight_decay
         )
         if self._masters is not None:
-            self._masters.attach(self.optimizer, early=self._scaler is None and not self._clip_norm)
+            self._masters.attach(self.optimizer, early=self._scaler is None and not self._needs_norm)
+
+    @property
+    def _needs_norm(self) -> bool:
+        return self._clip_norm > 0 or self._gate.active
 
     @property
     def model(self) -> NVAE:
@@ -87,25 +96,35 @@ class TorchEngine:
         (loss * (self.loss_scale / self._accumulation)).backward()
 
     def update(self) -> Update:
-        """Unscale, clip (the true gradients), one Adamax step unless the gradients overflowed; gradients are freed."""
+        """Unscale, clip (the true gradients), one Adamax step unless they overflowed or are too large; frees them.
+
+        The norm is that of the true gradient before clipping, None where nothing depends on it.
+        """
         if self._masters is not None:
             self._masters.collect()
-        norm: Tensor | None = None
+        # 1. the true gradient and its norm
         scale = self.loss_scale
         if self._scaler is not None:
             self._scaler.unscale_(self.optimizer)
-        if self._clip_norm:
-            norm = nn.utils.clip_grad_norm_(self._updated, self._clip_norm, foreach=False)
+        norm, refused, broken = None, False, False
+        if self._needs_norm:
+            norm = nn.utils.clip_grad_norm_(self._updated, self._clip_norm or math.inf, foreach=False)
+            refused = self._gate.refuses(float(norm))
+            broken = self._scaler is None and not math.isfinite(float(norm))
+        # 2. the step, unless something speaks against it
         if self._scaler is not None:
-            self._scaler.step(self.optimizer)
+            if not refused:
+                self._scaler.step(self.optimizer)
             self._scaler.update()
-        elif self._masters is None or not self._masters.early:
+        elif not refused and not broken and (self._masters is None or not self._masters.early):
             self.optimizer.step()
+        # 3. gradients gone
         if self._masters is not None:
             self._masters.publish()
         else:
             self.optimizer.zero_grad(set_to_none=True)
-        return Update(self._scaler is not None and self.loss_scale < scale, norm)
+        overflow = broken or (self._scaler is not None and self.loss_scale < scale)
+        return Update(overflow, norm, refused)
 
     @contextlib.contextmanager
     def gathered(self) -> Iterator[None]:
@@ -121,6 +140,9 @@ class TorchEngine:
                 if key in self.optimizer.state[held]:
                     out[f"{key}.{name}"] = self.optimizer.state[held][key]
         out["loss_scale"] = torch.tensor(self.loss_scale)
+        if self._scaler is not None:
+            out[GOOD_STEPS] = torch.tensor(self._scaler.state_dict()["_growth_tracker"])
+        out |= self._gate.state()
         return {name: value.detach().cpu() for name, value in out.items()}
 
     @torch.no_grad()
@@ -136,8 +158,10 @@ class TorchEngine:
                 own["step"] = state[f"step.{name}"].clone()
                 for key in ("exp_avg", "exp_inf"):
                     own[key] = state[f"{key}.{name}"].to(held.device, copy=True)
+        self._gate.load_state(state)
         if self._scaler is not None and float(state.get("loss_scale", 1.0)) != 1.0:  # 1: saved by a run without fp16
-            self._scaler.update(float(state["loss_scale"]))
+            saved = {"scale": float(state["loss_scale"]), "_growth_tracker": int(state.get(GOOD_STEPS, 0))}
+            self._scaler.load_state_dict(self._scaler.state_dict() | saved)
 
 
 def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:

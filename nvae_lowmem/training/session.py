@@ -1,0 +1,168 @@
+"""One training of a run in its folder, from what is there to the end: resume, changed settings, rewinds.
+
+Rank 0 decides and writes; the other processes are told, so that all of them go on from the same step or raise the same
+error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nvae_lowmem.config import profile_file as profiles
+from nvae_lowmem.config.sections import EngineName
+from nvae_lowmem.data.fingerprint import record_or_compare
+from nvae_lowmem.data.pipeline import Batches
+from nvae_lowmem.data.sources import Datasets
+from nvae_lowmem.errors import ConfigError, Diverged, OutOfMemory
+from nvae_lowmem.model.nvae import NVAE
+from nvae_lowmem.training import changes, checkpoint, rewind, runs
+from nvae_lowmem.training.build import build_model, build_training, engine_factory
+from nvae_lowmem.training.engines import distributed
+from nvae_lowmem.training.out_of_memory import is_out_of_memory, report
+from nvae_lowmem.training.resolve import ResolvedRun
+from nvae_lowmem.training.step import Training
+from nvae_lowmem.training.trainer import Pictures, Trainer
+
+Said = list[tuple[str, str]]
+"""(kind, sentence) of what is told and written down as training begins."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Session:
+    """What is trained, where, and how; the same in every process but for the rank."""
+
+    run: ResolvedRun
+    data: Datasets
+    engine: EngineName
+    device: torch.device
+    rank: int
+    run_dir: Path
+    pictures: Pictures | None = None
+    resume_from: int | None = None
+    """Go on from the checkpoint of this step, not from the newest."""
+    most_rewinds: int = 3
+
+    def train(self) -> int:
+        """Train to the end, or until asked to stop; returns the number of the signal that asked, 0 at the end.
+
+        Raises ConfigError when the folder holds another run, is in use, or has no checkpoint that can be used, Diverged
+        when training blew up once more than it may go back, OutOfMemory, and OSError when nothing can be written.
+        """
+        with runs.locked(self.run_dir) if self.rank == 0 else contextlib.nullcontext():
+            model = build_model(self.run.profile)
+            resumed = self._resume(model, self.resume_from)
+            total = self.run.schedule.total_steps
+            if resumed is not None and resumed.step >= total:
+                if self.rank == 0:
+                    print(f"{self.run_dir} is already done: {resumed.step} steps of {total}")
+                return 0
+            said: Said = distributed.from_first(lambda: self._record_configuration(resumed))
+            while True:
+                made: list[rewind.Rewind] = distributed.from_first(lambda: rewind.rewinds(self.run_dir))
+                run = rewind.after_rewinds(self.run, made)
+                try:
+                    return self._train_from(run, model, resumed, said)
+                except Diverged as error:
+                    raised = error.with_traceback(None)  # it holds the engine, and so the card's memory
+                except Exception as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    raise OutOfMemory(report(error, run.profile, model.blocks, self.device)) from None
+                last = self._go_back(raised)
+                run = rewind.after_rewinds(self.run, [*made, last])
+                said = [("rewind", rewind.describe(last, run))]
+                gc.collect()  # engines hold themselves in circles
+                if self.device.type == "cuda":
+                    torch.cuda.empty_cache()
+                model = build_model(self.run.profile)
+                resumed = self._resume(model, last.back_to or None) if last.back_to else None
+
+    def _go_back(self, error: Diverged) -> rewind.Rewind:
+        return distributed.from_first(lambda: rewind.go_back(self.run_dir, self.run, error, self.most_rewinds))
+
+    def _train_from(self, run: ResolvedRun, model: NVAE, resumed: checkpoint.Resumed | None, said: Said) -> int:
+        """Build everything around the model and train it from the checkpoint."""
+        training = build_training(
+            run, model, self.device, engine_factory(self.engine), None if resumed else self._first_images
+        )
+        try:
+            if resumed is not None:
+                _load(training, resumed)
+            trainer = Trainer(training, self.data, self.run_dir, self.pictures, resumed, self.run.profile.training.seed)
+            trainer.train(said)
+            return trainer.stopped_by
+        finally:
+            close = getattr(training.engine, "close", None)
+            if close is not None:
+                close()
+
+    def _first_images(self) -> Tensor:
+        """The first micro-batch, from which a model may be initialised."""
+        profile = self.run.profile
+        config = profile.training
+        batches = Batches(self.data.train, profile.model, profile.data, config.total_batch, config.seed)
+        return batches.batch(0, slice(0, profile.plan.micro_batch))
+
+    def _resume(self, model: NVAE, step: int | None) -> checkpoint.Resumed | None:
+        """What training goes on from, in every process the same."""
+        found: checkpoint.Resumed | None = None
+
+        def decide() -> int | None:
+            nonlocal found
+            for sentence in checkpoint.tidy(self.run_dir):
+                print(sentence, flush=True)
+            found = checkpoint.resume(self.run_dir, model, step)
+            if found is None:
+                return None
+            for sentence in found.passed_over:
+                print(f"passed over: {sentence}", flush=True)
+            if step is not None:
+                for aside in checkpoint.replace_after(self.run_dir, step):
+                    print(f"set aside: {aside}, until training has got that far again", flush=True)
+            print(f"resuming {self.run_dir} after step {found.step}", flush=True)
+            return found.step
+
+        agreed: int | None = distributed.from_first(decide)
+        return checkpoint.resume(self.run_dir, model, agreed) if self.rank and agreed is not None else found
+
+    def _record_configuration(self, resumed: checkpoint.Resumed | None) -> Said:
+        """Write config.toml, or what has changed in it; (kind, sentence) of what is to be said of it."""
+        path, now = self.run_dir / changes.CONFIG, self.run.profile.with_absolute_paths()
+        header = f"nvae-lowmem run {self.run_dir.name}"
+        other_data = record_or_compare(self.run_dir, self.data.fingerprint)
+        said = [("data", other_data)] if other_data else []
+        if resumed is None:
+            profiles.save(now, path, header=header)
+            return said
+        before = profiles.load(path)
+        found = changes.changes(before, now)
+        if changes.differ(before, now):
+            changes.keep_history(self.run_dir, resumed.step)
+            profiles.save(now, path, header=header)
+        said += [("settings", f"from step {resumed.step + 1} on, {change}") for change in found]
+        if found:
+            said.append(("settings", changes.next_step(self.run, resumed.step)))
+        return said
+
+
+def _load(training: Training, resumed: checkpoint.Resumed) -> None:
+    """The checkpoint into engine and average."""
+    training.engine.load_state(resumed.training)
+    distributed.load_statistics(training.engine.model, resumed.training)
+    if training.ema is not None:
+        training.ema.module.load_state_dict(resumed.weights)
+
+
+def check_changes(run_dir: Path, run: ResolvedRun) -> None:
+    """Raises ConfigError when the folder holds a run that this one cannot go on from."""
+    if checkpoint.newest(run_dir) is not None:
+        try:
+            changes.changes(profiles.load(run_dir / changes.CONFIG), run.profile)
+        except ConfigError as error:
+            raise ConfigError(f"--run-dir {run_dir}: {error}") from None
