@@ -43,11 +43,11 @@ def test_a_run_goes_on_from_any_folder_however_its_data_are_named(
 def test_a_run_says_when_its_data_are_others(tmp_path: Path) -> None:
     profile = write_profile(tmp_path)
     write_images(tmp_path / "img", 20)
-    arguments = (profile, "--run-dir", str(tmp_path / "run"), "--data", str(tmp_path / "img"), "--steps", "2")
-    assert "warning" not in run(*arguments).said
+    arguments = (profile, "--run-dir", str(tmp_path / "run"), "--data", str(tmp_path / "img"))
+    assert "warning" not in run(*arguments, "--steps", "2").said
     before = json.loads((tmp_path / "run" / FILE_NAME).read_text())
     Image.new("L", (16, 16), 9).save(tmp_path / "img" / "more.png")
-    said = run(*arguments).said
+    said = run(*arguments, "--steps", "3").said
     assert (
         "warning: the data are not those that the run began with (" in said and f" {before['train_images']} -> " in said
     )
