@@ -174,8 +174,8 @@ def test_a_document_without_a_place_for_the_table_is_told_the_two_lines(tmp_path
     shutil.copytree(PROFILES_DIR, tmp_path / "profiles")
     (tmp_path / "docs").mkdir()
     for name in ("README.md", "docs/cards.md"):
-        (tmp_path / name).write_text((PROFILES_DIR.parent / name).read_text().replace("| 200, ", "| 1, "))
-    assert all("| 200, " in text for path, text in documents(tmp_path).items() if path.name == "README.md")
+        (tmp_path / name).write_text((PROFILES_DIR.parent / name).read_text().replace("| 200: ", "| 1: "))
+    assert all("| 200: " in text for path, text in documents(tmp_path).items() if path.name == "README.md")
     (tmp_path / "README.md").write_text("nothing")
     with pytest.raises(ConfigError, match=r"README.md has no place for the table(.|\n)*<!-- made by"):
         documents(tmp_path)
