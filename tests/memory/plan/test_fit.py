@@ -63,7 +63,7 @@ def test_what_the_predictor_adds_to_the_table_is_learnt() -> None:
     found = run(WIDE, 3 * GIB, greedy)
     assert found.fits and found.reserved_bytes <= 3 * GIB
     assert 1 < len(calls) <= 5
-    assert found.reserved_bytes > 0.8 * 3 * GIB  # and not more than that is set aside
+    assert found.reserved_bytes > 0.8 * 3 * GIB  # and not more than that is left free
 
 
 def test_room_that_one_micro_batch_cannot_use_is_not_lost_to_the_others() -> None:
