@@ -12,7 +12,7 @@ from typing import Annotated
 
 import tyro
 
-from nvae_lowmem.errors import ConfigError
+from nvae_lowmem.errors import ConfigError, ExitCode
 from nvae_lowmem.memory.allocator.recording import load_recordings
 
 Folder = Annotated[Path, tyro.conf.arg(metavar="DIR", help="a folder that holds traces.npz and expected.json")]
@@ -29,12 +29,12 @@ def _replay(folder: tyro.conf.Positional[Folder]) -> int:
         found = [(recording.name, difference) for recording in recordings for difference in recording.differences()]
     except ConfigError as error:
         print(error, file=sys.stderr)
-        return 2
+        return ExitCode.BAD_INPUT
     for name, difference in found:
         print(f"{name}, {difference}")
     checkpoints = sum(len(recording.checkpoints) + (recording.oom_index is not None) for recording in recordings)
     print(f"{len(recordings)} traces, {checkpoints} checkpoints, mismatches: {len(found)}")
-    return 1 if found else 0
+    return ExitCode.CHECK_FAILED if found else ExitCode.DONE
 
 
 if __name__ == "__main__":

@@ -313,6 +313,6 @@ class CachingAllocator:
 
 
 def _growable_size(block: MemoryBlock) -> int:
-    """What a free block of an expandable segment has with the unmapped space behind it."""
+    """Bytes of a free block of an expandable segment, with the unmapped space behind it."""
     after = block.next
     return block.size + after.size if after is not None and after.state == UNMAPPED else block.size

@@ -1,6 +1,6 @@
-"""What an allocator was really asked for: from PyTorch's snapshot to two small files, and replayed by the simulator.
+"""Recordings of a real allocator: made of PyTorch's snapshot, kept in two small files, replayed by the simulator.
 
-    recording = from_snapshot("mnist", torch.cuda.memory._snapshot()["device_traces"][0], moments, place)
+    recording = from_snapshot("mnist", torch.cuda.memory._snapshot()["device_traces"][0], moments, card)
     save_recordings(folder, [recording])     # then: python -m nvae_lowmem.memory.allocator FOLDER
     recording.differences()                  # simulated against recorded figures; empty: equal to the byte
 
@@ -94,7 +94,7 @@ class Difference(NamedTuple):
 
 @dataclass(frozen=True)
 class Recording:
-    """A stream of requests, who made them, and what the allocator said on the way."""
+    """The requests that an allocator served, by phase, and the figures that it reported at checkpoints."""
 
     name: str
     card: RecordedCard
@@ -249,7 +249,7 @@ class _Builder:
         self.counted += 1
 
     def fail(self, nbytes: Any) -> None:
-        """A request that could not be served; PyTorch says its rounded size, which is refused just so."""
+        """A request that could not be served. The history has its rounded size, which the simulator refuses as well."""
         self._events.append((self._size(nbytes), len(self._numbers) + len(self._unused)))
         self.failed = True
 
@@ -347,6 +347,7 @@ class _RecordedTrace(pydantic.BaseModel):
         return tuple(out)
 
     def oom_index(self) -> int | None:
+        """Index of the event that ran out of memory, if one did."""
         return next((int(row[1]) for row in self.checkpoints if row[0] == "OOM"), None)
 
 

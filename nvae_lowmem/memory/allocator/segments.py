@@ -35,6 +35,7 @@ class MemoryBlock:
 
     @property
     def is_whole_segment(self) -> bool:
+        """Whether the segment has no other block."""
         return self.prev is None and self.next is None
 
     def chain(self) -> Iterator[MemoryBlock]:
@@ -84,6 +85,7 @@ class FreePool:
         return SMALL_SEGMENT_BYTES if self.is_small else LARGE_SEGMENT_BYTES
 
     def insert(self, block: MemoryBlock) -> None:
+        """List a free block."""
         key = block.key = (block.size << ADDRESS_BITS) + block.address
         block.idle_since = self.searches
         index = bisect_left(self.keys, key)
@@ -91,10 +93,12 @@ class FreePool:
         self.blocks.insert(index, block)
 
     def remove(self, block: MemoryBlock) -> None:
+        """Take a free block from the list."""
         index = bisect_left(self.keys, block.key)
         del self.keys[index], self.blocks[index]
 
     def insert_unmapped(self, block: MemoryBlock) -> None:
+        """List an unmapped block."""
         insort(self.unmapped, block, key=_address)
 
 
@@ -115,6 +119,7 @@ class DeviceMemory:
         self.peak_reserved = 0
 
     def under_cap(self, nbytes: int) -> bool:
+        """Whether `nbytes` more stay within the cap."""
         return self.cap is None or self.reserved + nbytes <= self.cap
 
     def take(self, nbytes: int) -> bool:
@@ -126,6 +131,7 @@ class DeviceMemory:
         return True
 
     def give_back(self, nbytes: int) -> None:
+        """Return reserved bytes."""
         self.reserved -= nbytes
 
 

@@ -83,7 +83,7 @@ class PeaksComparison(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Assessment:
-    """An outcome, and what it says of the prediction as far as they could be compared."""
+    """An outcome compared with its prediction, as far as the run went."""
 
     outcome: Outcome
     prediction: Prediction | None = None
@@ -97,7 +97,7 @@ class Assessment:
 
     @property
     def agrees(self) -> bool | None:
-        """Whether the run did what was predicted: within the margin, or out of memory where that was foreseen.
+        """Whether the run is as predicted: within the margin, or out of memory where that was predicted.
 
         None where nothing was compared.
         """
@@ -185,7 +185,7 @@ def assess(outcome: Outcome, card: Card | None = None) -> Assessment:
 
 
 def assess_or_fail(outcome: Outcome, card: Card | None = None) -> Assessment:
-    """`assess`; where that ends in an error, an assessment of a failed run that tells it: others can go on."""
+    """`assess`, but where that ends in any error a failed run whose detail tells it, so that others can go on."""
     try:
         return assess(outcome, card)
     except ConfigError as error:

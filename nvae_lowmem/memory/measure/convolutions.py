@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 aten = torch.ops.aten
 Extra = Callable[[Callable[[], Any]], "int | None"]
-"""Runs a function and says how many bytes it took beside what it returned (CudaMonitor.extra_bytes)."""
+"""Runs a function and returns the most bytes that it took beyond its result (CudaMonitor.extra_bytes)."""
 
 
 class Convolution(NamedTuple):
@@ -64,7 +64,7 @@ class Workspaces(NamedTuple):
 
     @property
     def sizes(self) -> list[int]:
-        """Those that are known and not 0."""
+        """Bytes of each that is known and not 0."""
         return [nbytes for nbytes in self[1:] if nbytes]
 
 

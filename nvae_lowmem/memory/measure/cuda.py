@@ -1,4 +1,4 @@
-"""What is asked of a real card while a step runs on it. All that only CUDA can exercise is in this file.
+"""Records what a step asks of a real card. All that only CUDA can exercise is in this file.
 
 Recording has to begin before the first allocation: `CudaMonitor` does so as it is made. Moments are counted in
 allocations and completed frees, which the allocator itself counts, so that they fall exactly between two events.
@@ -26,7 +26,7 @@ _PEAKS = ("allocated", "requested", "active", "reserved", "inactive_split")
 
 
 class CudaMonitor:
-    """Watches one device from before its context exists; `close` when done.
+    """Records one device from before its context exists; `close` when done.
 
     cuda: torch.cuda, or what acts like it.
     """
@@ -55,7 +55,7 @@ class CudaMonitor:
     # -- moments --
 
     def phase(self, name: str) -> None:
-        """All from now on belongs to this phase."""
+        """A phase begins: requests from now on belong to it."""
         self._moments.append(Moment(self._counted(), "phase", name))
 
     def checkpoint(self, name: str) -> None:
@@ -69,7 +69,7 @@ class CudaMonitor:
         self._look(name)
 
     def now(self) -> float:
-        """Seconds on a clock that runs once the card has done what it was given."""
+        """Seconds, read when the card has finished all work that it was given."""
         self._cuda.synchronize(self._device)
         return time.perf_counter()
 
@@ -91,7 +91,7 @@ class CudaMonitor:
     # -- what there is to tell --
 
     def recording(self, name: str, plan: MemoryPlan, settings: str) -> Recording:
-        """The stream so far; end it with a checkpoint. Raises ConfigError where the history has gaps."""
+        """The requests so far; end them with a checkpoint. Raises ConfigError where the history has gaps."""
         history = self._cuda.memory._snapshot()["device_traces"][self._device.index or 0]
         capped = 0 < plan.cap_bytes < self.total_bytes
         fraction = allocator_fraction(plan.cap_bytes, self.total_bytes) if capped else 0.0
@@ -99,7 +99,7 @@ class CudaMonitor:
         return from_snapshot(name, history, self._moments, RecordedCard(settings, self.total_bytes, outside, fraction))
 
     def statistics(self) -> CardStatistics:
-        """The figures of the run until now."""
+        """What the allocator and the driver say of the run until now."""
         stats = self._cuda.memory_stats(self._device)
         self.note_free("end")
         reserved = int(stats.get("reserved_bytes.all.current", 0))
@@ -116,7 +116,7 @@ class CudaMonitor:
         )
 
     def extra_bytes(self, run: Callable[[], Any]) -> int | None:
-        """What `run` asks for at most beside what it returns; None where there is not enough."""
+        """The most bytes that `run` asks for beyond its result; None where there is not enough memory."""
         cuda, device = self._cuda, self._device
         cuda.synchronize(device)
         cuda.reset_peak_memory_stats(device)

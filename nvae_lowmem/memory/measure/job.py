@@ -1,4 +1,4 @@
-"""Measures configurations, each in a process of its own, and says how far the prediction was off.
+"""Measures configurations, each in a process of its own.
 
 outcome = measure(Job(name="mnist", profile=recipe("mnist"), device="cuda"), folder)
 assess(outcome, detect_card()).to_json()
@@ -54,7 +54,7 @@ class Ended(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What came of a job."""
+    """How a job ended, and what it measured."""
 
     job: Job
     status: RunStatus
@@ -92,7 +92,7 @@ def measure(job: Job, folder: Path) -> Outcome:
 
 
 def child_command(folder: Path) -> list[str]:
-    """What measures the job in that folder."""
+    """The command line that measures the job in that folder."""
     return [sys.executable, "-m", "nvae_lowmem.memory.measure.worker", str(folder)]
 
 
@@ -141,7 +141,7 @@ def _why(ended: Ended, timeout_seconds: float) -> str:
 
 
 def with_cap(profile: Profile, cap_bytes: int) -> Profile:
-    """The profile under that cap; 0: its own."""
+    """The profile with that cap; 0: with its own."""
     return profile.with_plan(cap_bytes=cap_bytes) if cap_bytes else profile
 
 

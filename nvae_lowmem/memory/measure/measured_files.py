@@ -48,7 +48,7 @@ def load_measured(folder: Path) -> tuple[list[Outcome], Card | None, dict[str, A
 
 
 def card_as_table(card: Card | None) -> dict[str, Any] | None:
-    """What `load_measured` makes the card from."""
+    """The card as a JSON object, as `load_measured` reads it."""
     return asdict(card) if card is not None else None
 
 

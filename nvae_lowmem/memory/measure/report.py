@@ -1,4 +1,4 @@
-"""Measured runs for people: a table of many, or all that there is to say of one."""
+"""Measured runs as text: a table of many, or one in full."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _cells(assessment: Assessment) -> tuple[str, ...]:
 
 
 def as_text(assessment: Assessment) -> str:
-    """Everything of one run that is worth a line."""
+    """One run: device, speed, peaks, replay, and sizes that the trace does not explain."""
     outcome, peaks, stream = assessment.outcome, assessment.peaks, assessment.stream
     measured, profile = outcome.measured, outcome.decided
     if measured is None or profile is None:

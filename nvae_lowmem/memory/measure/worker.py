@@ -64,7 +64,7 @@ class MemoryMonitor(Protocol):
     """What the steps tell whoever records the allocator."""
 
     def phase(self, name: str) -> None:
-        """All from now on belongs to this phase."""
+        """A phase begins: requests from now on belong to it."""
         ...
 
     def checkpoint(self, name: str) -> None:
@@ -76,7 +76,7 @@ class MemoryMonitor(Protocol):
         ...
 
     def now(self) -> float:
-        """Seconds on a clock that runs once the device has done what it was given."""
+        """Seconds, read when the device has finished all work that it was given."""
         ...
 
 
@@ -84,7 +84,7 @@ class ClockOnly:
     """The monitor where there is no CUDA allocator."""
 
     def phase(self, name: str) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     checkpoint = note_free = phase
 
@@ -100,17 +100,17 @@ class PhasedEngine:
         self._engine, self._monitor = engine, monitor
 
     def forward(self, *args: Any) -> Any:
-        """The engine's, as phase forward."""
+        """The engine's own, in phase forward."""
         self._monitor.phase("forward")
         return self._engine.forward(*args)
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        """The engine's, as phase backward."""
+        """The engine's own, in phase backward."""
         self._monitor.phase("backward")
         self._engine.backward(loss, last)
 
     def update(self) -> Any:
-        """The engine's, as phase update."""
+        """The engine's own, in phase update."""
         self._monitor.phase("update")
         return self._engine.update()
 
@@ -230,7 +230,7 @@ def _steps(
 
 
 def _convolutions(training: Training, step: int) -> list[Convolution]:
-    """Every distinct convolution of one more step."""
+    """The distinct convolutions of a step, which is run for them."""
     _say("the convolutions of one more step, and their workspaces")
     with ConvolutionRecorder() as recorder:
         training_step(training, _synthetic(training.run, training.engine.device, step), step)
@@ -238,7 +238,7 @@ def _convolutions(training: Training, step: int) -> list[Convolution]:
 
 
 def _set_up(run: ResolvedRun, engine_name: EngineName, device: torch.device) -> Training:
-    """What training makes, in its order."""
+    """Build what training builds, in its order."""
     model = build_model(run.profile)
     images = functools.partial(synthetic_images, run.profile.model, 0, 0, run.split.micro, device)
     return build_training(run, model, device, engine_factory(engine_name), images)

@@ -1,7 +1,9 @@
-"""Traces of all batch sizes from two: every allocation's bytes are affine in the batch, and the order does not change.
+"""The trace of any batch size from two: events keep their order, and every allocation's bytes are affine in the batch.
 
-The likelihood goes through the batch in chunks of a fixed number of images, so a larger batch has more of them: the
-events of one chunk then happen so many times more (`Trace.chunks` says where they are).
+    bytes(b) = bytes(b1) + slope (b - b1)
+
+The likelihood works in chunks of a fixed number of images, so a larger batch has more chunks: the events of one chunk
+(`Trace.chunks` says where they are) are repeated.
 """
 
 from __future__ import annotations
@@ -13,16 +15,16 @@ from nvae_lowmem.memory.trace.events import NotRepeatable, Trace, Window, repeat
 
 
 class NotAffine(ValueError):
-    """These two traces do not say what happens at that batch size: trace it itself. The text says why."""
+    """Two traces do not determine that of a third batch size, which then must be traced. The text says why."""
 
 
 def affine(first: Trace, second: Trace) -> Callable[[int], Trace]:
-    """The function micro-batch -> Trace through the traces of two micro-batches of one profile, plan and accumulation.
+    """A function micro-batch -> trace, from traces of two micro-batches of one profile, plan and accumulation.
 
-    It holds for micro-batches in one chunk of the likelihood where both traces are so; and for whole chunks from the
-    smaller trace's number up where both have whole chunks, two or more.
+    Two cases are known. Both traces have one chunk of the likelihood: micro-batches that fit into one chunk. Both have
+    two or more whole chunks: whole chunks, as many as the smaller trace has or more.
 
-    Raises NotAffine, here and from the function, where that does not hold, events differ or bytes are not affine.
+    Raises NotAffine, as does the function, for other micro-batches, where events differ, or bytes are not affine.
     """
     small, large = sorted((first, second), key=lambda trace: trace.micro_batch)
     step = large.micro_batch - small.micro_batch

@@ -69,7 +69,7 @@ class Peak:
 
 @dataclass
 class Trace:
-    """What happened in a step, in order.
+    """The allocations and frees of a step, in order.
 
     An event is the number of an allocation, an index into `allocations`, or for its free the number's complement (~n):
     `walk()` and `requests()` read them, `allocate()` and `free()` append them, and nothing else needs to know.

@@ -29,7 +29,7 @@ class AbsentAdamax(torch.optim.Adamax):
     """In place of the update that the host makes of its own weights, which takes nothing of the card."""
 
     def step(self, closure: Any = None) -> Any:
-        """Nothing."""
+        """Do nothing."""
 
 
 class TracedEngine(TorchEngine):
@@ -39,7 +39,7 @@ class TracedEngine(TorchEngine):
     offloaded = False
 
     def forward(self, *args: Any) -> Any:
-        """One micro-batch. One power iteration stands for all: each frees what it allocates before the next begins."""
+        """One micro-batch, with one power iteration in place of all: each frees its memory before the next begins."""
         self.tracer.phase = "forward"
         self.tracer.pass_number += 1
         regularisation = self.model.regularisation
@@ -51,7 +51,7 @@ class TracedEngine(TorchEngine):
         super().backward(loss, last)
 
     def update(self) -> Any:
-        """What an offloaded optimiser's loss scale and norms need is the host's, like the weights it works on."""
+        """The update; of an offloaded optimiser everything is host memory, as the weights are that it works on."""
         self.tracer.phase, self.tracer.block = "update", "optimizer"
         self.tracer.category = "host" if self.offloaded else "optimizer state"
         try:
