@@ -1,7 +1,7 @@
 """The architecture as a picture, drawn from a Description: the ladder of both towers, and one decoder group inside.
 
-Lowest resolution at the top, as the model's own words have it: the encoder runs bottom-up on the left, the decoder
-top-down on the right, and every latent group is a rung between them. All coordinates are inches, y grows downwards.
+Lowest resolution at the top: the encoder runs bottom-up on the left, the decoder top-down on the right, and every
+latent group is a rung between them. All coordinates are inches, y grows downwards.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ _ROW_MIN, _ROW_MAX = 0.29, 0.46
 
 @dataclass(frozen=True)
 class Band:
-    """The strip of one resolution."""
+    """The horizontal strip of one resolution, from `top` down to `bottom`."""
 
     size: int
     top: float
@@ -25,7 +25,7 @@ class Band:
 
 @dataclass
 class Layout:
-    """Where everything is: the centre line of every block, the strips, and the ladder's lower end."""
+    """The positions in the picture: centre lines of blocks by name, strips of resolutions, and the lower end."""
 
     row: float
     """Height of one row."""

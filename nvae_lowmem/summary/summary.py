@@ -1,4 +1,4 @@
-"""What a model is made of, read off the real modules without one byte of weights: the logic of tools/describe.py.
+"""What a model is made of, read off the real modules without allocating its weights.
 
 The network is built, and run once on one image, on fake tensors: they have shapes and dtypes but no storage.
 """
@@ -41,7 +41,7 @@ _PREFIXES = {
 
 @dataclass(frozen=True, kw_only=True)
 class BlockSummary:
-    """One block of the network, in the terms of a person who reads a table."""
+    """One block of the network."""
 
     name: str
     kind: str
@@ -81,7 +81,7 @@ class Scale:
 
 @dataclass(frozen=True, kw_only=True)
 class Description:
-    """A model as people and programs read it. Blocks in the order of a pass, scales by falling resolution."""
+    """A model: blocks in the order of a pass, scales from the highest resolution down."""
 
     name: str
     architecture: str
@@ -103,7 +103,7 @@ class Description:
 
 
 def model_on_fake_tensors(config: ModelConfig) -> tuple[NVAE, FakeTensorMode]:
-    """The real modules on fake tensors, in evaluation mode, and the mode to run them under."""
+    """The model on fake tensors, in evaluation mode, and the mode to run it under."""
     # Not the meta device: the passes state their autocast explicitly, and autocast knows no such device.
     mode = FakeTensorMode()
     with mode:
@@ -316,7 +316,7 @@ def _block_table(blocks: Sequence[BlockSummary], every_row: bool) -> tuple[str, 
 
 
 def runs(blocks: Sequence[BlockSummary]) -> Iterator[list[BlockSummary]]:
-    """Neighbours that are alike in everything but their name."""
+    """Groups of neighbouring blocks that differ in nothing but their name."""
     return (list(run) for _, run in groupby(blocks, key=lambda b: {**asdict(b), "name": None}))
 
 
