@@ -1,4 +1,4 @@
-"""Shows what a model is made of, block by block, as a table and as a picture; needs no GPU and no weights."""
+"""Show what a model is made of, block by block, as a table and as a figure."""
 
 from __future__ import annotations
 

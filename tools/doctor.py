@@ -1,4 +1,4 @@
-"""Says what will work on this machine, what will not, and what to do about it."""
+"""Say what will work on this machine, what will not, and what to do about it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Measures what training takes of the card in this machine, and how far the prediction is off."""
+"""Measure what training takes of the card in this machine, and how far the prediction is off."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fits every published recipe to small cards: writes profiles/CARD-RECIPE.toml and the table of what trains on what."""
+"""Fit every published recipe to small cards, for the files of profiles/."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Verifies the files of a run: its configuration, every checkpoint against its checksums, its figures."""
+"""Verify the files of a run: its configuration, every checkpoint, its figures."""
 
 from __future__ import annotations
 

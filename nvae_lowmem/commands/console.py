@@ -15,10 +15,10 @@ from nvae_lowmem.errors import ExitCode
 
 COMMANDS: dict[str, tuple[str, ...]] = {
     "train": ("train",),
-    "look": ("sample", "reconstruct", "blend", "traverse", "evaluate", "demo"),
-    "plan": ("fit-memory", "predict-memory", "describe", "ship-profiles"),
+    "look at what was trained": ("sample", "reconstruct", "blend", "traverse", "evaluate", "demo"),
+    "plan before training": ("profiles", "settings", "fit-memory", "predict-memory", "describe", "ship-profiles"),
     "share": ("export", "encode", "decode"),
-    "check": ("doctor", "check", "measure-memory", "import-nvlabs"),
+    "check machine, files and predictions": ("doctor", "check", "measure-memory", "import-nvlabs"),
 }
 """The commands by what they are for, in the order in which a person meets them."""
 

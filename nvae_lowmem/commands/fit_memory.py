@@ -1,4 +1,4 @@
-"""Finds the best memory plan of a model for a card, says why, and writes the profile to train with; needs no GPU."""
+"""Find the best memory plan of a model for a card, and write the profile to train with."""
 
 from __future__ import annotations
 

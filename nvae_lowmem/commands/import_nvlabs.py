@@ -1,4 +1,4 @@
-"""Loads a published NVAE checkpoint, checks it against saved arrays, and makes a run folder of it."""
+"""Load a published NVAE checkpoint, check it against saved arrays, and make a run of it."""
 
 from __future__ import annotations
 

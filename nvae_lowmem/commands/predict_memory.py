@@ -1,4 +1,4 @@
-"""Predicts what training takes of a card's memory and of the host's, and what owns the peak; needs no GPU."""
+"""Predict what training takes of a card's memory and of the host's, and what owns the peak."""
 
 from __future__ import annotations
 

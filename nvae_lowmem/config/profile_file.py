@@ -7,6 +7,7 @@ import difflib
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pydantic
@@ -15,7 +16,7 @@ from nvae_lowmem.config.limits import shown
 from nvae_lowmem.config.paths import from_uri, storable
 from nvae_lowmem.config.sections import Profile
 from nvae_lowmem.config.tables import parse_toml, read_table, to_toml
-from nvae_lowmem.errors import ConfigError, raise_problems
+from nvae_lowmem.errors import ConfigError, command_line, raise_problems
 from nvae_lowmem.files import write_atomically
 
 _PACKAGE = Path(__file__).resolve().parent.parent
@@ -37,17 +38,23 @@ def load(path: str | os.PathLike[str]) -> Profile:
     return from_dict(read_table(find(path), f"profile {str(path)!r}"), str(path))
 
 
+def shipped_profiles() -> list[str]:
+    """The names of the shipped profiles, sorted."""
+    return sorted(p.stem for p in PROFILES_DIR.rglob("*.toml"))
+
+
 def find(path: str | os.PathLike[str]) -> Path:
     """The file of a profile given by path or by shipped name. Raises ConfigError with suggestions."""
-    given = Path(path)
-    shipped = sorted(p.stem for p in PROFILES_DIR.rglob("*.toml"))
+    given, shipped = Path(path), shipped_profiles()
     if "\0" not in str(path):  # the system takes no such name
         for candidate in (given, PROFILES_DIR / given.name, PROFILES_DIR / f"{given.name}.toml"):
             if candidate.is_file():
                 return candidate
-    near = difflib.get_close_matches(given.stem, shipped, n=3, cutoff=0.3)
-    hint = f"; near: {', '.join(near)}" if near else ""
-    raise ConfigError(f"--profile {path}: no such file, and no shipped profile of that name{hint}")
+    near = [name for name in shipped if given.stem and given.stem in name][:3]  # "celeba64" is a part of several
+    near = near or difflib.get_close_matches(given.stem, shipped, n=3, cutoff=0.6)
+    hint = f"near: {', '.join(near)}" if near else "the first to try is demo-mnist"
+    every = f"{command_line('profiles')} lists them all"
+    raise ConfigError(f"--profile {path}: no such file, and no shipped profile of that name; {hint}; {every}")
 
 
 def dumps(profile: Profile) -> str:
@@ -186,7 +193,7 @@ def _section(kind: type, values: Mapping[str, Any], section: str) -> tuple[Any, 
                 # strict: 1 is not true and "3" is not 3; integers are still good floats, lists good tuples
                 good[name] = _strict(hints[name], values[name])
             except pydantic.ValidationError:
-                problems.append(f"{section}.{name} = {shown(values[name])} must be {_describe(hints[name])}")
+                problems.append(f"{section}.{name} = {shown(values[name])} must be {describe_kind(hints[name])}")
             if section == "data" and name in _DATA_PATHS and isinstance(good.get(name), str):
                 good[name] = from_uri(good[name])
     return (None if problems else kind(**good)), problems
@@ -197,11 +204,19 @@ def _strict(hint: Any, value: Any) -> Any:
     return pydantic.TypeAdapter(hint).validate_python(value, strict=True)
 
 
-def _describe(hint: Any) -> str:
+def describe_kind(hint: Any) -> str:
+    """What a value of a type has to be, in words: "a whole number", "one of 'all', 'cheap'"."""
     if get_origin(hint) is Literal:
         return "one of " + ", ".join(map(repr, get_args(hint)))
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
-    return names.get(hint, str(hint).replace("typing.", ""))
+    if hint in names:
+        return names[hint]
+    parts = [part for part in get_args(hint) if part not in (NoneType, ...)]
+    if get_origin(hint) is tuple:
+        return f"a list, each of it {describe_kind(parts[0])}"
+    if get_origin(hint) is Mapping:
+        return f"a table, each value of it {describe_kind(parts[1])}"
+    return " or ".join(map(describe_kind, parts)) or str(hint).replace("typing.", "")
 
 
 def _unknown(given: Any, known: list[str], prefix: str) -> list[str]:

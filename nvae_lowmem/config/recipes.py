@@ -29,6 +29,18 @@ PUBLISHED_IMAGES: dict[str, int] = {
 }  # fmt: skip
 """Training images of the published data sets: what the recipes' epochs are epochs of."""
 _SOURCES = {"mnist": "mnist5k", "tiny": "mnist5k"}
+WHERE_FROM: dict[str, str] = {
+    "cifar10": "CIFAR-10, python version (www.cs.toronto.edu/~kriz/cifar.html), unpacked: --data cifar-10-batches-py",
+    "celeba64": "CelebA, aligned and cropped (mmlab.ie.cuhk.edu.hk/projects/CelebA.html): --data img_align_celeba.zip "
+    "--set data.crop=celeba",
+    "imagenet32": "ImageNet as 32 x 32 images (image-net.org, after logging in), unpacked: --data train_32x32 "
+    "--set data.test_source=valid_32x32",
+    "celebahq256": "CelebA-HQ (github.com/tkarras/progressive_growing_of_gans says how it is made), as a folder or ZIP "
+    "of images, which are resized: --data FOLDER",
+    "ffhq256": "FFHQ (github.com/NVlabs/ffhq-dataset), as a folder or ZIP of images, which are resized: "
+    "--data images1024x1024",
+}
+"""The published recipes' data that cannot be shipped -> where they come from, and how to name them."""
 
 
 def recipe(name: str) -> Profile:

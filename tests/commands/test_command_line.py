@@ -83,6 +83,8 @@ FAST_MISTAKES = {
     "predict-memory": ["--recipe nosuch", "--profile bad.toml", "--recipe tiny --gpu-mem 4X",
                        "--recipe tiny --micro-batch 0"],
     "describe": ["--recipe nosuch", "--profile bad.toml", "--run nosuch", "--recipe tiny --picture a.gif", ""],
+    "profiles": ["nosuch"],
+    "settings": ["nosuch"],
     "ship-profiles": ["--jobs 0", "--check --table"],
     "doctor": ["--card gtx-971", "--json no/such/folder/x.json"],
     "check": ["nosuch"],

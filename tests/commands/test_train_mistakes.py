@@ -68,6 +68,9 @@ def bad_inputs(tmp_path: Path) -> dict[str, tuple[list[str], list[str]]]:
         "not square": (["--data", wide, "--set", "data.crop='none'"], ["20 x 12", "data.crop = 'centre'"]),
         "too small": (["--data", wide, "--set", "data.crop_pixels=16"], ["20 x 12", "set at most 12"]),
         "unknown profile": (["--profile", "demo-mnits"], ["--profile demo-mnits", "near: demo-mnist"]),
+        "nothing like it": (["--profile", "nosuch"], ["first to try is demo-mnist", "tools/profiles.py lists them"]),
+        "part of a name": (["--profile", "celeba64"], ["near: 2g-celeba64, 3g-celeba64"]),
+        "data to bring": (["--profile", "gtx-970-celeba64"], ["'celeba64' is data that you bring", "--data img_align"]),
         "broken profile": (["--profile", str(tmp_path / "broken.toml")], ["broken.toml", "not valid TOML"]),
         "unknown key": (["--profile", str(tmp_path / "typo.toml")], ["did you mean training.total_batch?"]),
         "unknown --set": (["--set", "model.latent=3"], ["did you mean model.latents?"]),
@@ -90,6 +93,7 @@ def bad_inputs(tmp_path: Path) -> dict[str, tuple[list[str], list[str]]]:
 
 BAD_INPUTS = (
     "missing data", "misspelt set", "empty folder", "grey for RGB", "RGB for grey", "not square", "too small",
+    "nothing like it", "part of a name", "data to bring",
     "unknown profile", "broken profile", "unknown key", "unknown --set", "shapeless --set", "wrong type",
     "impossible model", "several at once", "not divisible", "no place", "no place for one", "no data", "emoji",
     "no such block", "no such block, dry run", "size bomb", "batch bomb", "infinite",

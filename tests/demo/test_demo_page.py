@@ -25,7 +25,7 @@ from launch.demo import main
 from nvae_lowmem.demo import page as demo_page
 from nvae_lowmem.errors import ConfigError
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+REPOSITORY = Path(__file__).resolve().parents[2]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 CHROMEDRIVER = shutil.which("chromedriver")
 MISSING = [name for name in ("gradio", "selenium") if importlib.util.find_spec(name) is None]

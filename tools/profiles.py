@@ -1,0 +1,13 @@
+"""List the shipped profiles: what each trains, on which card, and on which data."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a checkout that is not installed, too
+
+from nvae_lowmem.commands.profiles import main
+
+if __name__ == "__main__":
+    sys.exit(main())
