@@ -1,4 +1,4 @@
-"""Writes the latents of images to files, going on where an interrupted run stopped."""
+"""Write the latents of images to files, going on where an interrupted run stopped."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Writes a trained model as a folder or ZIP to give to others, with a model card."""
+"""Write a trained model as a folder or ZIP to give to others, with a model card."""
 
 from __future__ import annotations
 
