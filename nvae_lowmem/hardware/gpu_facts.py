@@ -24,7 +24,8 @@ from nvae_lowmem.units import GIB, format_bytes
 
 Status = Literal["OK", "WARN", "FAIL"]
 _DRIVER_FOR_CUDA = {12: 525, 13: 580}  # CUDA major version -> first driver branch that runs it
-_BUSY_CARD_BYTES = GIB // 2
+BUSY_CARD_BYTES = GIB // 2
+"""As much memory of other programs is worth a word."""
 
 
 @dataclass(frozen=True)
@@ -211,7 +212,7 @@ def check_memory(facts: GpuFacts, planned: Card | None) -> Check | None:
     except ConfigError as error:
         return Check("memory", "FAIL", finding, str(error))
     finding += f"; training may take {budget.reason}"
-    if outside - facts.card.context_bytes > _BUSY_CARD_BYTES:
+    if outside - facts.card.context_bytes > BUSY_CARD_BYTES:
         advice = "close other programs that use the card (browsers, games, desktop effects) to get more"
         return Check("memory", "WARN", finding, advice)
     return Check("memory", "OK", finding)

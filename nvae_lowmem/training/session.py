@@ -73,7 +73,9 @@ class Session:
                 except Exception as error:
                     if not is_out_of_memory(error):
                         raise
-                    raise OutOfMemory(report(error, run.profile, model.blocks, self.device)) from None
+                    raise OutOfMemory(
+                        report(error, run.profile.with_plan(engine=self.engine), model.blocks, self.device)
+                    ) from None
                 last = self._go_back(raised)
                 run = rewind.after_rewinds(self.run, [*made, last])
                 said = [("rewind", rewind.describe(last, run))]

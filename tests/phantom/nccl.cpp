@@ -17,7 +17,7 @@ using namespace phantom;
 
 constexpr int MOST_RANKS = 8;
 constexpr size_t SLOT_BYTES = 65536;  // the largest message that is exchanged
-constexpr int PATIENCE_SECONDS = 300;
+constexpr int PATIENCE_SECONDS = 120;
 
 struct UniqueId {
   char bytes[128];
@@ -104,7 +104,7 @@ PHANTOM int ncclCommGetAsyncError(void*, int* error) {
 
 // --- collectives -----------------------------------------------------------------------------------------------------
 
-enum { INT32 = 2, INT64 = 4, FLOAT32 = 7, FLOAT64 = 8 };
+enum { INT8 = 0, UINT8 = 1, INT32 = 2, INT64 = 4, FLOAT32 = 7, FLOAT64 = 8 };
 enum { SUM = 0, PRODUCT = 1, MAXIMUM = 2, MINIMUM = 3, AVERAGE = 4 };
 static const size_t ELEMENT_BYTES[] = {1, 1, 4, 4, 8, 8, 2, 4, 8, 2, 1, 1};
 
@@ -143,6 +143,8 @@ PHANTOM int ncclAllReduce(
   if (c->ranks == 1) return keep_own(from, to, nbytes);
   if (exchange(c, from, nbytes)) {
     switch (kind) {
+      case INT8: reduce(c, (int8_t*)to, count, operation); break;
+      case UINT8: reduce(c, (uint8_t*)to, count, operation); break;
       case INT32: reduce(c, (int32_t*)to, count, operation); break;
       case INT64: reduce(c, (int64_t*)to, count, operation); break;
       case FLOAT32: reduce(c, (float*)to, count, operation); break;
@@ -163,6 +165,9 @@ PHANTOM int ncclBroadcast(const void* from, void* to, size_t count, int kind, in
   if (exchange(c, from, nbytes)) copy(to, c->meeting->slots[root], nbytes);
   leave(c);
   return 0;
+}
+PHANTOM int ncclBcast(void* buffer, size_t count, int kind, int root, Communicator* c, void* stream) {
+  return ncclBroadcast(buffer, buffer, count, kind, root, c, stream);
 }
 PHANTOM int ncclAllGather(const void* from, void* to, size_t count, int kind, Communicator* c, void*) {
   const size_t nbytes = count * ELEMENT_BYTES[kind];
