@@ -39,6 +39,51 @@ def test_half_a_launcher_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         distributed.initialise(CPU)
 
 
+@pytest.mark.parametrize(
+    ("variables", "told"),
+    [
+        ({"RANK": "x"}, "RANK='x' in the environment must be a whole number from 0 to 0"),
+        ({"RANK": "0", "WORLD_SIZE": "two"}, "WORLD_SIZE='two' in the environment must be a whole number from 1"),
+        ({"RANK": "3", "WORLD_SIZE": "1"}, "RANK='3' in the environment must be a whole number from 0 to 0"),
+        ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK='-1'"),
+        ({"RANK": "0", "WORLD_SIZE": "0"}, "WORLD_SIZE='0'"),
+        ({"RANK": "0", "WORLD_SIZE": "9" * 5000}, "WORLD_SIZE='999"),
+    ],
+)
+def test_left_over_launcher_variables_are_refused_by_name(
+    variables: dict[str, str], told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in distributed.LAUNCHER_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    for ask in (distributed.launched_processes, distributed.launched_rank):
+        with pytest.raises(ConfigError, match="unset RANK") as caught:
+            ask()
+        assert told in str(caught.value)
+
+
+def test_an_empty_rank_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "")
+    monkeypatch.setenv("WORLD_SIZE", "")
+    assert not distributed.launched()
+    assert (distributed.launched_processes(), distributed.launched_rank(), distributed.launched_card()) == (1, 0, 0)
+
+
+@NEEDS_DEEPSPEED
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_process_that_waits_for_nobody_says_so_and_gives_up(rank: str) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    short = "from nvae_lowmem.training.engines import distributed as d; d.SAY_SECONDS, d.GIVE_UP_SECONDS = 1, 4; "
+    process = start(["-c", short + INITIALISE], RANK=rank, LOCAL_RANK="0", WORLD_SIZE="2", MASTER_PORT=port)
+    (output,) = finish([process])
+    assert process.returncode == 1
+    assert f"process {rank} of 2 waits for the others at 127.0.0.1, port {port}" in output and "up to 4 s" in output
+    assert "ConfigError: the 2 processes of this run did not meet" in output and "unset RANK" in output
+
+
 # --- choosing an engine -----------------------------------------------------------------------------------------------
 
 

@@ -11,14 +11,18 @@ import importlib.util
 import logging
 import os
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.constants import default_pg_timeout as DEFAULT_TIMEOUT
+from torch.distributed.rendezvous import rendezvous
 
 from nvae_lowmem.config.sections import EngineName, MemoryPlan
 from nvae_lowmem.errors import ConfigError
@@ -28,29 +32,45 @@ T = TypeVar("T")
 
 INSTALL = 'pip install "deepspeed>=0.19,<0.20"'
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_UNSET = f"start with `deepspeed` or torchrun, or, to run one process, unset {' '.join(LAUNCHER_VARIABLES)}"
+_MOST_PROCESSES = 1 << 16
+SAY_SECONDS, GIVE_UP_SECONDS = 9, 300
+"""Of waiting for the other processes to start: when a line says so, and when the wait ends."""
 
 
 # --- which engine -----------------------------------------------------------------------------------------------------
 
 
 def launched() -> bool:
-    """Whether `deepspeed` or torchrun started this process."""
-    return "RANK" in os.environ
+    """Whether `deepspeed` or torchrun started this process. An empty RANK counts as none."""
+    return bool(os.environ.get("RANK"))
 
 
 def launched_processes() -> int:
-    """How many processes the launcher started; 1 without one."""
-    return int(os.environ.get("WORLD_SIZE", "1")) if launched() else 1
+    """How many processes the launcher started; 1 without one. Raises ConfigError for variables that make no sense."""
+    if not launched():
+        return 1
+    processes = _launcher_number("WORLD_SIZE", 1, _MOST_PROCESSES, default=1)
+    _launcher_number("RANK", 0, processes - 1)
+    return processes
 
 
 def launched_rank() -> int:
-    """This process's number among those the launcher started; 0 without one."""
-    return int(os.environ.get("RANK", "0"))
+    """This process's number among those the launcher started; 0 without one. Raises ConfigError as above."""
+    return _launcher_number("RANK", 0, launched_processes() - 1) if launched() else 0
 
 
 def launched_card() -> int:
     """The number of this process's GPU on its machine; 0 without a launcher."""
-    return int(os.environ.get("LOCAL_RANK", "0")) if launched() else 0
+    return _launcher_number("LOCAL_RANK", 0, _MOST_PROCESSES - 1, default=0) if launched() else 0
+
+
+def _launcher_number(name: str, least: int, most: int, default: int | None = None) -> int:
+    """A launcher's variable. Raises ConfigError where it is none from `least` to `most`: it may be left over."""
+    text = os.environ.get(name) or ("" if default is None else str(default))
+    if not (text.isascii() and text.isdigit() and len(text) < 10 and least <= int(text) <= most):
+        raise ConfigError(f"{name}={text!r} in the environment must be a whole number from {least} to {most}: {_UNSET}")
+    return int(text)
 
 
 def deepspeed_available() -> tuple[bool, str]:
@@ -111,12 +131,9 @@ def initialise(device: torch.device, local_rank: int | None = None) -> tuple[int
         os.environ.setdefault("LOCAL_RANK", str(local_rank))
     if not launched():
         os.environ["LOCAL_RANK"] = str(device.index or 0)  # DeepSpeed asks for it, even of a single process
-    missing = [name for name in LAUNCHER_VARIABLES if name not in os.environ]
+    missing = [name for name in LAUNCHER_VARIABLES if not os.environ.get(name)]
     if launched() and missing:
-        raise ConfigError(
-            f"RANK is set but not {', '.join(missing)}: start with `deepspeed` or torchrun, which set them all, or "
-            "unset RANK to run one process"
-        )
+        raise ConfigError(f"RANK is set but not {', '.join(missing)}: {_UNSET}")
     local = int(os.environ["LOCAL_RANK"])
     if device.type == "cuda":
         gpus = torch.cuda.device_count()
@@ -174,18 +191,43 @@ def _join() -> None:
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
-    if not launched():
-        backend = get_accelerator().communication_backend_name()
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    store: dist.Store = _meet() if launched() else dist.HashStore()
+    rank, processes = launched_rank(), launched_processes()
+    backend = get_accelerator().communication_backend_name()
+    dist.init_process_group(backend, store=store, rank=rank, world_size=processes, timeout=DEFAULT_TIMEOUT)
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+
+
+def _meet() -> dist.Store:
+    """The store that all processes of this run share, once every one has come.
+
+    Says for whom it waits, and raises ConfigError after GIVE_UP_SECONDS, or where the port is in use.
+    """
+    rank, processes = launched_rank(), launched_processes()
+    port = _launcher_number("MASTER_PORT", 1, 65535)
+    where = f"{os.environ['MASTER_ADDR']}, port {port} (MASTER_ADDR, MASTER_PORT)"
+    line = (
+        f"process {rank} of {processes} waits for the others at {where}, up to {GIVE_UP_SECONDS} s. If nobody started "
+        f"them: {_UNSET}"
+    )
+    teller = threading.Timer(SAY_SECONDS, print, (line,), {"file": sys.stderr, "flush": True})
+    teller.daemon = True
+    teller.start()
     try:
-        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
-    except dist.DistNetworkError as error:
-        if "EADDRINUSE" not in str(error):
-            raise
-        raise ConfigError(
-            f"port {os.environ['MASTER_PORT']} (MASTER_PORT), where the processes of this run are to meet, is in use: "
-            "choose another with deepspeed --master_port"
-        ) from error
+        store, _, _ = next(rendezvous("env://", rank, processes, timeout=timedelta(seconds=GIVE_UP_SECONDS)))
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        if "EADDRINUSE" in str(error):
+            raise ConfigError(
+                f"port {port} (MASTER_PORT), where the processes of this run are to meet, is in use: choose another "
+                "with deepspeed --master_port"
+            ) from None
+        reason = str(error).partition("\n")[0]
+        said = f"the {processes} processes of this run did not meet at {where}: {reason}; {_UNSET}"
+        raise ConfigError(said) from None
+    finally:
+        teller.cancel()
+    store.set_timeout(DEFAULT_TIMEOUT)
+    return store
 
 
 def shutdown() -> None:
