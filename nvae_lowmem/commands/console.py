@@ -15,7 +15,16 @@ from nvae_lowmem.errors import ExitCode
 
 COMMANDS: dict[str, tuple[str, ...]] = {
     "train": ("train",),
-    "look at what was trained": ("sample", "reconstruct", "blend", "traverse", "evaluate", "demo"),
+    "look at what was trained": (
+        "sample",
+        "reconstruct",
+        "blend",
+        "traverse",
+        "restore",
+        "anomaly",
+        "evaluate",
+        "demo",
+    ),
     "plan before training": ("profiles", "settings", "fit-memory", "predict-memory", "describe", "ship-profiles"),
     "share": ("export", "encode", "decode"),
     "check machine, files and predictions": ("doctor", "check", "measure-memory", "import-nvlabs"),

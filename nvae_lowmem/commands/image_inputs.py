@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from nvae_lowmem.commands.flags import RunFlags
+from nvae_lowmem.config.model import ModelConfig
+from nvae_lowmem.config.sections import DataConfig, Profile
 from nvae_lowmem.data.image_files import load_images
 from nvae_lowmem.errors import ConfigError
 from nvae_lowmem.files import writable_folder
@@ -43,3 +45,14 @@ def given_or_held_out(run: OpenRun, paths: Sequence[str], boxes: Sequence[str], 
         raise ConfigError("--box belongs to image files, and none is given")
     images = torch.cat(list(held_out_batches(run, count)))
     return images, [f"held-out {number}" for number in range(len(images))]
+
+
+def mask(path: str, size: int) -> Tensor:
+    """An image file as a mask (S, S) bool of S = size pixels per side, true where it is white.
+
+    Raises ConfigError for a file that is no image.
+    """
+    model = ModelConfig(image_channels=1, image_size=size, bits=8)
+    values = load_images([path], Profile(name="mask", model=model, data=DataConfig(source="mask")))[0, 0]
+    p = model.padding
+    return (values[p:-p, p:-p] if p else values) > 0.5

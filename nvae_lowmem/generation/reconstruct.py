@@ -20,14 +20,12 @@ from nvae_lowmem.errors import ConfigError
 from nvae_lowmem.generation import grids
 from nvae_lowmem.generation.sample import decoded_mean, without_padding
 from nvae_lowmem.model.latents import (
-    FlowFunction,
+    FirstGroups,
     FromPosterior,
     FromPrior,
-    Latent,
     Noise,
     NoiseStep,
     NoNoise,
-    Normal,
     SeededNoise,
     Source,
 )
@@ -64,20 +62,6 @@ class RowNoise:
 def posterior_noise(posterior: Posterior, seed: int, slots: Sequence[int]) -> Noise:
     """The noise of a batch whose row i shows image number slots[i]."""
     return NoNoise() if posterior == "mean" else RowNoise(seed, tuple(slots))
-
-
-@dataclass(frozen=True)
-class FirstGroups:
-    """The first `count` groups from one source, the later ones from another."""
-
-    count: int
-    first: Source
-    later: Source
-
-    def latent(self, group: int, prior: Normal, posterior: Normal | None, flow: FlowFunction | None) -> Latent:
-        """The latent of group `group`."""
-        source = self.first if group < self.count else self.later
-        return source.latent(group, prior, posterior, flow)
 
 
 def parse_first_groups(text: str, config: ModelConfig) -> tuple[int, ...]:

@@ -13,7 +13,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
+from nvae_lowmem.config.sections import Profile
 from nvae_lowmem.data.decode import UnreadableImage
 from nvae_lowmem.data.picture import Preparation
 from nvae_lowmem.data.pipeline import to_network
@@ -56,9 +58,8 @@ def encode_store(
         last = min(first + images_per_file, len(store))
         path = out / f"latents-{number:06d}.safetensors"
         if not _is_whole(path):
-            names, pixels, slots = _read(model, store, source, first, last, say)
+            names, batch, slots = read_images(model.profile, store, source, say, range(first, last))
             if names:
-                batch = to_network(torch.from_numpy(pixels), model.config, None)
                 latents = model.encode_batch(batch, posterior=posterior, seed=seed, slots=slots)
                 latents.save(path, names)
                 encoded += len(names)
@@ -135,21 +136,26 @@ def _is_whole(path: Path) -> bool:
     return True
 
 
-def _read(
-    model: Model, store: Store, source: str, first: int, last: int, say: Callable[[str], object]
-) -> tuple[list[str], np.ndarray, list[int]]:
-    """(names, pixels (b, C, S, S) uint8, slots) of the images that can be read."""
-    prepare = Preparation.of(model.profile.data, model.config)
-    names, pixels, slots = [], [], []
-    for i in range(first, last):
+def read_images(
+    profile: Profile, store: Store, source: str, say: Callable[[str], object], numbers: range | None = None
+) -> tuple[list[str], Tensor, list[int]]:
+    """(names, images (B, C, S', S') as the network takes them, numbers) of a store's images, as the run's data were.
+
+    numbers: which of them; None: all. What cannot be read is said and left out.
+    """
+    prepare = Preparation.of(profile.data, profile.model)
+    names, pixels, read = [], [], []
+    for i in numbers if numbers is not None else range(len(store)):
         try:
             pixels.append(prepare(store.picture(i), store.name(i)))
         except (UnreadableImage, ConfigError, OSError) as error:
             say(f"left out: {error}")
             continue
         names.append(_name_of(store, i, source))
-        slots.append(i)
-    return names, np.stack(pixels) if pixels else np.zeros(0, np.uint8), slots
+        read.append(i)
+    if not names:
+        return [], torch.empty(0), []
+    return names, to_network(torch.from_numpy(np.stack(pixels)), profile.model, None), read
 
 
 def _name_of(store: Store, index: int, source: str) -> str:

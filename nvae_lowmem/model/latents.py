@@ -77,6 +77,10 @@ class NoiseStep(enum.IntEnum):
     ACTIVITY = -7
     """Traversal: which channels are active."""
     RECONSTRUCTION = -8
+    RESTORATION = -9
+    ANOMALY = -10
+    ANOMALY_OF_LATER_GROUPS = -11
+    """Anomaly scores: the groups that are drawn from the prior."""
 
 
 @dataclass(frozen=True)
@@ -186,3 +190,17 @@ class Given:
 
     def latent(self, group: int, prior: Normal, posterior: Normal | None, flow: FlowFunction | None) -> Latent:
         return Latent(self.latents[group])
+
+
+@dataclass(frozen=True)
+class FirstGroups:
+    """The first `count` groups from one source, the later ones from another."""
+
+    count: int
+    first: Source
+    later: Source
+
+    def latent(self, group: int, prior: Normal, posterior: Normal | None, flow: FlowFunction | None) -> Latent:
+        """The latent of group `group`."""
+        source = self.first if group < self.count else self.later
+        return source.latent(group, prior, posterior, flow)

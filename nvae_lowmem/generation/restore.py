@@ -1,0 +1,153 @@
+"""Restoring images with a trained model: missing pixels, noise, low resolution. No gradients, no training for the task.
+
+What is known of an image x is y = A x + noise. Two steps alternate (plug-and-play; the prior is a hierarchical VAE,
+arXiv 2303.11217; for missing pixels this is the imputation of arXiv 1401.4082, appendix F):
+
+    r   = E[x | z],  z ~ q(z | x)                    the model says what images look like: one pass, as reconstruction's
+    x   = argmin |A x - y|^2 / sigma^2 + |x - r|^2 / s^2      the data say what is known, closed form below
+
+The result is the mean of the last half of all r, with what is known put in: the mean is what squared error asks for.
+A step takes what a reconstruction takes, which is less than training (docs/performance.md).
+Legend: B images, C image channels, S pixels per side, S' = S + 2 padding pixels per side inside the network.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from nvae_lowmem.errors import ConfigError
+from nvae_lowmem.generation.reconstruct import RowNoise
+from nvae_lowmem.generation.sample import decoded_mean
+from nvae_lowmem.model.latents import FromPosterior, NoiseStep
+from nvae_lowmem.model.nvae import NVAE
+from nvae_lowmem.progress import OnProgress
+
+_MOST_ITERATIONS = 1 << 16
+"""Image i has this many slots of noise, one per iteration."""
+
+
+# --- what is known of an image ----------------------------------------------------------------------------------------
+
+
+class Measurement(Protocol):
+    """What is known of images: y = A x + noise."""
+
+    def first_guess(self) -> Tensor:
+        """Images (B, C, S, S) to begin with, in [0, 1]."""
+        ...
+
+    def put_in(self, images: Tensor) -> Tensor:
+        """The images nearest to `images` (B, C, S, S) that agree with what is known."""
+        ...
+
+
+@dataclass(frozen=True)
+class KnownPixels:
+    """Some pixels are known: A picks them. images (B, C, S, S) in [0, 1]; known (B or 1, 1, S, S) bool."""
+
+    images: Tensor
+    known: Tensor
+
+    def first_guess(self) -> Tensor:
+        """Unknown pixels have the mean colour of each image's known ones."""
+        known = self.known.expand(len(self.images), *self.known.shape[1:])
+        count = known.sum((2, 3), keepdim=True).clamp(min=1)
+        mean = (self.images * known).sum((2, 3), keepdim=True) / count
+        return self.put_in(mean.expand_as(self.images))
+
+    def put_in(self, images: Tensor) -> Tensor:
+        """x = y where it is known, the model's elsewhere."""
+        return torch.where(self.known, self.images, images)
+
+
+@dataclass(frozen=True)
+class NoisyPixels:
+    """Every pixel is known with Gaussian noise of deviation `sigma`: A is the identity. images (B, C, S, S)."""
+
+    images: Tensor
+    sigma: float
+    model_sigma: float = 0.1
+    """s: how far the model's reconstructions of clean images are off, per pixel."""
+
+    def first_guess(self) -> Tensor:
+        """The noisy images, as far as they are colours."""
+        return self.images.clamp(0, 1)
+
+    def put_in(self, images: Tensor) -> Tensor:
+        """x = (y / sigma^2 + r / s^2) / (1 / sigma^2 + 1 / s^2)."""
+        share = self.model_sigma**2 / (self.model_sigma**2 + self.sigma**2)
+        return torch.lerp(images, self.images, share).clamp(0, 1)
+
+
+@dataclass(frozen=True)
+class LowResolution:
+    """The means of squares of `factor` x `factor` pixels are known. images (B, C, S / factor, S / factor)."""
+
+    images: Tensor
+    factor: int
+
+    def first_guess(self) -> Tensor:
+        """Bilinear interpolation."""
+        return functional.interpolate(self.images, scale_factor=self.factor, mode="bilinear").clamp(0, 1)
+
+    def put_in(self, images: Tensor) -> Tensor:
+        """x = r + A^T (A A^T)^-1 (y - A r): every square of r is moved to its mean."""
+        error = self.images - functional.avg_pool2d(images, self.factor)
+        return (images + functional.interpolate(error, scale_factor=self.factor, mode="nearest")).clamp(0, 1)
+
+
+# --- the iteration ----------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def restore(
+    model: NVAE,
+    measured: Measurement,
+    iterations: int = 32,
+    seed: int = 0,
+    micro_batch: int = 16,
+    progress: OnProgress | None = None,
+) -> Tensor:
+    """Images (B, C, S, S) in [0, 1] on the host that agree with what was measured and with the model.
+
+    model: in evaluation mode. Image i has the noise of slot i in every iteration, whatever the chunks are.
+    Raises ConfigError for fewer than 2 iterations, and for more than 65,536.
+    """
+    assert not model.training, "images must not lean on each other: put the model into evaluation mode"
+    if not 2 <= iterations <= _MOST_ITERATIONS:
+        raise ConfigError(f"--iterations {iterations}: must be from 2 to {_MOST_ITERATIONS}")
+    x = measured.first_guess()
+    total = torch.zeros_like(x)
+    for iteration in range(iterations):
+        r = _reconstructed(model, x, seed, iteration, micro_batch)
+        x = measured.put_in(r)
+        if iteration >= iterations // 2:
+            total += r
+        if progress is not None:
+            progress(iteration + 1, iterations)
+    return measured.put_in(total / (iterations - iterations // 2))
+
+
+def _reconstructed(model: NVAE, images: Tensor, seed: int, iteration: int, micro_batch: int) -> Tensor:
+    """The mean of p(x|z), z ~ q(z|images): (B, C, S, S) to (B, C, S, S), on the host."""
+    device, p = next(model.parameters()).device, model.config.padding
+    out = []
+    for first in range(0, len(images), micro_batch):
+        chunk = images[first : first + micro_batch]
+        x = functional.pad(chunk, (p,) * 4).to(device)
+        slots = tuple(image * _MOST_ITERATIONS + iteration for image in range(first, first + len(chunk)))
+        noise = RowNoise(seed, slots, NoiseStep.RESTORATION)
+        out.append(decoded_mean(model, FromPosterior(noise), model.encode(x)))
+        del x
+    return torch.cat(out)
+
+
+def psnr(images: Tensor, originals: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of images (B, C, S, S) in [0, 1] to their originals, (B,), in dB; at most 100."""
+    error = (images - originals).double().square().mean((1, 2, 3))
+    return -10 * error.clamp(min=1e-10).log10()
