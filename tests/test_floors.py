@@ -178,6 +178,13 @@ def test_file_is_short_enough_to_read(path: Path) -> None:
     assert len(path.read_text(encoding="utf-8").splitlines()) <= LONGEST_FILE
 
 
+def test_no_test_module_imports_another() -> None:
+    """What several of them need lies at the top of tests/, in a file that holds no tests."""
+    importing = re.compile(r"^\s*(?:from|import) test_\w+", re.MULTILINE)
+    paths = sorted((REPOSITORY / "tests").rglob("*.py"))
+    assert [path.name for path in paths if importing.search(path.read_text(encoding="utf-8"))] == []
+
+
 @pytest.mark.parametrize("path", FILES, ids=IDS)
 def test_module_can_be_imported(path: Path) -> None:
     """Also without the optional libraries: what needs one imports it where it is used."""
