@@ -192,7 +192,7 @@ def test_only_names_cards_and_recipes() -> None:
     [
         ("--only gtx-97", "did you mean 'gtx-970'"),
         ("--only mnist celeba", "did you mean 'celeba64'"),
-        ("--jobs 0", "--jobs 0 must be at least 1"),
+        ("--jobs 0", "--jobs 0: must be at least 1"),
     ],
 )
 def test_bad_input_is_one_message_and_exit_status_two(
