@@ -6,7 +6,6 @@ import difflib
 from collections.abc import Iterable
 from enum import IntEnum
 from pathlib import Path
-from typing import Any
 
 _CHECKOUT = Path(__file__).resolve().parent.parent
 
@@ -90,15 +89,6 @@ def unknown_name(what: str, name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}? " if near else ""
     return f"unknown {what} {name!r}: {hint}known: {', '.join(names)}"
-
-
-def at_least_one(section: Any, prefix: str, names: str) -> list[str]:
-    """A problem for each of the space-separated fields of a section that is below 1."""
-    return [
-        f"{prefix}.{name} = {getattr(section, name)} must be at least 1"
-        for name in names.split()
-        if getattr(section, name) < 1
-    ]
 
 
 def command_line(name: str) -> str:

@@ -29,9 +29,8 @@ from models import (
 )
 from torch import Tensor, nn
 
-from nvae_lowmem.config.model import ModelConfig
+from nvae_lowmem.config.model import Architecture, ModelConfig
 from nvae_lowmem.config.recipes import recipe
-from nvae_lowmem.config.sections import Architecture
 from nvae_lowmem.model.cells import CELLS, Cell, Resample, Side, make_cell
 from nvae_lowmem.model.latents import SeededNoise
 from nvae_lowmem.model.layers import ConvUnit, DownSkip, ResidualTail, UpSkip

@@ -1,4 +1,4 @@
-"""The range of every number of a configuration, declared with its field: `bits: Annotated[int, Between(1, 8)]`.
+"""The range of every number of a configuration, declared with its field: `bits: Annotated[int, Range(1, 8)]`.
 
 Every number is finite and has an upper bound: beyond it a mistyped digit would fill the memory, or end in whatever
 message the first library has that meets it.
@@ -15,7 +15,7 @@ LARGEST_STEPS = 10**12
 """Times a total batch, the number of a drawn image still fits 64 bits."""
 
 
-class Between(NamedTuple):
+class Range(NamedTuple):
     """What a number may be: from `least` to `most`, or above `least` and below `most` where these are excluded."""
 
     least: float
@@ -59,12 +59,12 @@ def shown(value: Any) -> str:
 
 
 @functools.cache
-def _ranges(kind: Any) -> dict[str, Between]:
+def _ranges(kind: Any) -> dict[str, Range]:
     hints = get_type_hints(kind, include_extras=True)
     found = {}
     for field in dataclasses.fields(kind):
         for extra in getattr(hints[field.name], "__metadata__", ()):
-            if isinstance(extra, Between):
+            if isinstance(extra, Range):
                 found[field.name] = extra
     return found
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from nvae_lowmem.config.limits import Between, range_problems
+from nvae_lowmem.config.limits import Range, range_problems
 
 Architecture = Literal[
     "res_elu",
@@ -31,48 +31,48 @@ LikelihoodName = Literal["auto", "bernoulli", "logistic_mixture", "normal", "squ
 class ModelConfig:
     """The network. Defaults are the published choices; sizes are per image."""
 
-    image_channels: Annotated[int, Between(1, 1024)] = 1
+    image_channels: Annotated[int, Range(1, 1024)] = 1
     """Colour channels of an image: 1 grey, 3 RGB, or any other number."""
-    image_size: Annotated[int, Between(1, 8192)] = 28
+    image_size: Annotated[int, Range(1, 8192)] = 28
     """Height and width of an image in pixels, before padding."""
-    padding: Annotated[int, Between(0, 1024)] = 0
+    padding: Annotated[int, Range(0, 1024)] = 0
     """Zero pixels added on each side for the network (MNIST: 2, so 28 -> 32); the likelihood crops them off again."""
-    bits: Annotated[int, Between(1, 8, note="binary")] = 8
+    bits: Annotated[int, Range(1, 8, note="binary")] = 8
     """Bits per channel value, 1 to 8; 1 means binary images."""
     likelihood: LikelihoodName = "auto"
     """p(x|z): auto takes bernoulli for 1 bit, normal for one mixture component, else logistic_mixture.
     squared_error is what plain autoencoders minimise; it is here to compare with."""
-    mixtures: Annotated[int, Between(1, 1000)] = 10
+    mixtures: Annotated[int, Range(1, 1000)] = 10
     """Components of the discretised logistic mixture; 1 means a normal."""
-    channels_encoder: Annotated[int, Between(1, WIDEST)] = 32
+    channels_encoder: Annotated[int, Range(1, WIDEST)] = 32
     """Channels of the stem; they double with every halving of the resolution."""
-    channels_decoder: Annotated[int, Between(1, WIDEST)] = 32
+    channels_decoder: Annotated[int, Range(1, WIDEST)] = 32
     """Channels of the decoder at the image's resolution; doubled in the same way."""
-    scales: Annotated[int, Between(1, 13)] = 2
+    scales: Annotated[int, Range(1, 13)] = 2
     """Resolutions that carry latent groups."""
-    groups: Annotated[int, Between(1, MOST_GROUPS)] = 10
+    groups: Annotated[int, Range(1, MOST_GROUPS)] = 10
     """Latent groups of the highest resolution (of every one, unless adaptive)."""
     adaptive: bool = True
     """Halve the number of groups with every scale going down in resolution."""
-    min_groups: Annotated[int, Between(1, MOST_GROUPS)] = 1
+    min_groups: Annotated[int, Range(1, MOST_GROUPS)] = 1
     """Adaptive groups never go below this."""
-    groups_per_scale: Annotated[tuple[int, ...] | None, Between(1, MOST_GROUPS)] = None
+    groups_per_scale: Annotated[tuple[int, ...] | None, Range(1, MOST_GROUPS)] = None
     """Groups per scale, highest resolution first, given outright (what the planner sets when fewer groups must do)."""
-    latents: Annotated[int, Between(1, 4096)] = 20
+    latents: Annotated[int, Range(1, 4096)] = 20
     """Latent channels of one group."""
-    cells_encoder: Annotated[int, Between(0, 100)] = 2
+    cells_encoder: Annotated[int, Range(0, 100)] = 2
     """Cells per group of the encoder tower."""
-    cells_decoder: Annotated[int, Between(0, 100)] = 2
+    cells_decoder: Annotated[int, Range(0, 100)] = 2
     """Cells per group of the decoder tower."""
-    preprocess_blocks: Annotated[int, Between(0, 13)] = 2
+    preprocess_blocks: Annotated[int, Range(0, 13)] = 2
     """Blocks before the encoder tower; each halves the resolution."""
-    preprocess_cells: Annotated[int, Between(1, 100)] = 3
+    preprocess_cells: Annotated[int, Range(1, 100)] = 3
     """Cells per pre-process block."""
-    postprocess_blocks: Annotated[int, Between(0, 13)] = 2
+    postprocess_blocks: Annotated[int, Range(0, 13)] = 2
     """Blocks after the decoder tower; each doubles the resolution. As many as pre-process blocks."""
-    postprocess_cells: Annotated[int, Between(1, 100)] = 3
+    postprocess_cells: Annotated[int, Range(1, 100)] = 3
     """Cells per post-process block."""
-    flows: Annotated[int, Between(0, 100)] = 0
+    flows: Annotated[int, Range(0, 100)] = 0
     """Pairs of autoregressive cells per group's posterior."""
     architecture: Architecture = "res_mbconv"
     """Which cells: see docs/architecture.md for the table."""

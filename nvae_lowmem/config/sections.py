@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
-from nvae_lowmem.config.limits import LARGEST_STEPS, Between, range_problems
-from nvae_lowmem.config.model import Architecture, LikelihoodName, ModelConfig
+from nvae_lowmem.config.limits import LARGEST_STEPS, Range, range_problems
+from nvae_lowmem.config.model import ModelConfig
 from nvae_lowmem.config.paths import absolute_path
-from nvae_lowmem.errors import ConfigError, raise_problems, unknown_name
+from nvae_lowmem.errors import raise_problems
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 EngineName = Literal["auto", "torch", "deepspeed"]
@@ -21,20 +21,6 @@ Crop = Literal["centre", "none", "celeba"]
 Keep = Literal["all", "cheap", "input", "host"]
 EMBEDDED_SETS = ("mnist5k", "faces")
 KEEPS: tuple[Keep, ...] = ("all", "cheap", "input", "host")
-
-
-__all__ = [
-    "Architecture",
-    "ConfigError",
-    "DataConfig",
-    "LikelihoodName",
-    "MemoryPlan",
-    "ModelConfig",
-    "Profile",
-    "TrainConfig",
-    "raise_problems",
-    "unknown_name",
-]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,22 +31,22 @@ class DataConfig:
     """Folder of images, ZIP, LMDB, MNIST IDX files, CIFAR-10 python batches, or an embedded set: mnist5k, faces."""
     test_source: str = ""
     """Held-out images in the same forms; empty: the source's own test part, or a fixed share of the source."""
-    test_fraction: Annotated[float, Between(0, 1, above_least=True, below_most=True)] = 0.05
+    test_fraction: Annotated[float, Range(0, 1, above_least=True, below_most=True)] = 0.05
     """Share held out when the source has no test part of its own."""
     crop: Crop = "centre"
     """centre: the largest centred square, then resized; none: the image must be square already; celeba: the published
     square (15, 40, 163, 188) of CelebA's aligned 178 x 218 images."""
-    crop_pixels: Annotated[int, Between(0, 1 << 16)] = 0
+    crop_pixels: Annotated[int, Range(0, 1 << 16)] = 0
     """Side of the centred square cut before resizing (CelebA: 148 or 140); 0: the largest that fits."""
-    white: Annotated[float, Between(0, 1e12)] = 0.0
+    white: Annotated[float, Range(0, 1e12)] = 0.0
     """The value that is white in images of more than 8 bits per channel, such as 1 or 4095; 0: as their format says."""
     flip: bool = False
     """Mirror images at random while training."""
     dynamic_binarisation: bool = True
     """1-bit data: each pixel is drawn with its grey value as probability, anew in every step; false: threshold 1/2."""
-    max_images: Annotated[int, Between(0, 10**9)] = 0
+    max_images: Annotated[int, Range(0, 10**9)] = 0
     """Use only the first so many training images; 0: all."""
-    faces_count: Annotated[int, Between(1, 10**6)] = 4000
+    faces_count: Annotated[int, Range(1, 10**6)] = 4000
     """Embedded set faces: how many to draw."""
     cache_dir: str = ""
     """Where embedded sets are kept; empty: the user's cache folder."""
@@ -77,65 +63,65 @@ class DataConfig:
 class TrainConfig:
     """The objective, the optimiser and the loop."""
 
-    total_batch: Annotated[int, Between(1, 1 << 20)] = 200
+    total_batch: Annotated[int, Range(1, 1 << 20)] = 200
     """Images per optimiser step over all processes and micro-batches."""
-    epochs: Annotated[float, Between(0, 10**9)] = 400.0
+    epochs: Annotated[float, Range(0, 10**9)] = 400.0
     """Passes over the training images; used when steps is 0."""
-    steps: Annotated[int, Between(0, LARGEST_STEPS)] = 0
+    steps: Annotated[int, Range(0, LARGEST_STEPS)] = 0
     """Optimiser steps; 0: from epochs."""
-    learning_rate: Annotated[float, Between(0, 1000)] = 0.0
+    learning_rate: Annotated[float, Range(0, 1000)] = 0.0
     """Peak learning rate of Adamax; 0: derived from the total batch and the next two, with the reason printed."""
-    published_total_batch: Annotated[int, Between(1, 1 << 20)] = 256
+    published_total_batch: Annotated[int, Range(1, 1 << 20)] = 256
     """Images per optimiser step of the recipe as published, over all its GPUs."""
-    published_learning_rate: Annotated[float, Between(0, 1000, above_least=True)] = 1e-2
+    published_learning_rate: Annotated[float, Range(0, 1000, above_least=True)] = 1e-2
     """Peak learning rate of the recipe as published."""
-    learning_rate_min: Annotated[float, Between(0, 1000, above_least=True)] = 1e-4
+    learning_rate_min: Annotated[float, Range(0, 1000, above_least=True)] = 1e-4
     """Where the cosine ends."""
-    warmup_epochs: Annotated[float, Between(0, 10**9)] = 5.0
+    warmup_epochs: Annotated[float, Range(0, 10**9)] = 5.0
     """Epochs of linear warm-up."""
-    weight_decay: Annotated[float, Between(0, 1000)] = 3e-4
+    weight_decay: Annotated[float, Range(0, 1000)] = 3e-4
     """Weight decay of Adamax (L2, added to the gradient)."""
-    adamax_eps: Annotated[float, Between(0, 1000, above_least=True)] = 1e-3
+    adamax_eps: Annotated[float, Range(0, 1000, above_least=True)] = 1e-3
     """Epsilon of Adamax."""
-    clip_norm: Annotated[float, Between(0, 10**12)] = 0.0
+    clip_norm: Annotated[float, Range(0, 10**12)] = 0.0
     """Clip the true (unscaled) gradient to this norm; 0: off."""
-    skip_gradient_norm: Annotated[float, Between(0, 10**12)] = 0.0
+    skip_gradient_norm: Annotated[float, Range(0, 10**12)] = 0.0
     """Skip the update of a step whose true gradient norm is larger; 0: off."""
-    skip_gradient_quantile: Annotated[float, Between(0, 1, below_most=True)] = 0.0
+    skip_gradient_quantile: Annotated[float, Range(0, 1, below_most=True)] = 0.0
     """Skip the update of a step whose norm is above this quantile of the last 1,000, for example 0.999; 0: off."""
-    kl_warmup_fraction: Annotated[float, Between(0, 1)] = 0.3
+    kl_warmup_fraction: Annotated[float, Range(0, 1)] = 0.3
     """Share of all steps over which beta rises to 1."""
-    kl_constant_fraction: Annotated[float, Between(0, 1)] = 1e-4
+    kl_constant_fraction: Annotated[float, Range(0, 1)] = 1e-4
     """Share of all steps before beta starts to rise."""
-    kl_beta_min: Annotated[float, Between(0, 1000)] = 1e-4
+    kl_beta_min: Annotated[float, Range(0, 1000)] = 1e-4
     """Smallest beta."""
-    kl_beta_max: Annotated[float, Between(0, 1000)] = 1.0
+    kl_beta_max: Annotated[float, Range(0, 1000)] = 1.0
     """Beta after the warm-up: 1 is the ELBO, less favours reconstructions over samples."""
     kl_balance: bool = True
     """Balance the groups' KL while beta < 1."""
-    regulariser: Annotated[float, Between(0, 1000)] = 1e-2
+    regulariser: Annotated[float, Range(0, 1000)] = 1e-2
     """Weight lambda of the spectral and BatchNorm regularisers at the end of annealing."""
-    regulariser_start: Annotated[float, Between(0, 1000)] = 0.0
+    regulariser_start: Annotated[float, Range(0, 1000)] = 0.0
     """Lambda at beta = 0, annealed log-linearly along beta; 0: constant lambda."""
-    ema_decay: Annotated[float, Between(0, 1, below_most=True, note="off")] = 0.9999
+    ema_decay: Annotated[float, Range(0, 1, below_most=True, note="off")] = 0.9999
     """Decay of the averaged weights that evaluation and sampling use; 0: off."""
     ema_on_host: bool = True
     """Keep the averaged weights in host memory."""
-    seed: Annotated[int, Between(-(2**63), 2**63 - 1)] = 1
+    seed: Annotated[int, Range(-(2**63), 2**63 - 1)] = 1
     """Seed of initialisation, data order, flips, binarisation and noise."""
-    log_every: Annotated[int, Between(1, LARGEST_STEPS)] = 50
+    log_every: Annotated[int, Range(1, LARGEST_STEPS)] = 50
     """Steps between log lines (also at 1, 2, 4, 8, ...)."""
-    sample_every: Annotated[int, Between(0, LARGEST_STEPS)] = 0
+    sample_every: Annotated[int, Range(0, LARGEST_STEPS)] = 0
     """Steps between sample grids; 0: ten times per run."""
-    evaluate_every: Annotated[int, Between(0, LARGEST_STEPS)] = 0
+    evaluate_every: Annotated[int, Range(0, LARGEST_STEPS)] = 0
     """Steps between evaluations on held-out images; 0: ten times per run."""
-    evaluate_images: Annotated[int, Between(0, 10**9)] = 500
+    evaluate_images: Annotated[int, Range(0, 10**9)] = 500
     """Held-out images of a periodic evaluation; 0: all."""
-    save_every: Annotated[int, Between(0, LARGEST_STEPS)] = 0
+    save_every: Annotated[int, Range(0, LARGEST_STEPS)] = 0
     """Steps between checkpoints; 0: ten times per run."""
-    keep_last: Annotated[int, Between(1, 10**6)] = 2
+    keep_last: Annotated[int, Range(1, 10**6)] = 2
     """Newest checkpoints kept, beside the best one and the last one before an alarm."""
-    rewinds: Annotated[int, Between(0, 1000)] = 3
+    rewinds: Annotated[int, Range(0, 1000)] = 3
     """How often training may go back after a blow-up, each time with half the learning rate; 0: it ends instead."""
 
     def problems(self) -> list[str]:
@@ -152,21 +138,21 @@ class TrainConfig:
 class MemoryPlan:
     """How the training step uses the card; found by the planner, obeyed by the trainer."""
 
-    cap_bytes: Annotated[int, Between(0, 1 << 50)] = 0
+    cap_bytes: Annotated[int, Range(0, 1 << 50)] = 0
     """Bytes the CUDA allocator may use; 0: no cap."""
     precision: Precision = "auto"
     """Dtype of activations; parameters, latents, KL, likelihood and regularisers are always fp32."""
-    micro_batch: Annotated[int, Between(0, 1 << 16)] = 0
+    micro_batch: Annotated[int, Range(0, 1 << 16)] = 0
     """Images per forward pass and process; 0: the whole share of a process in one pass."""
     engine: EngineName = "auto"
     """auto: deepspeed where installed and started by it or offload asked for, else torch."""
-    zero_stage: Annotated[int, Between(0, 3)] = 2
+    zero_stage: Annotated[int, Range(0, 3)] = 2
     """ZeRO stage of the deepspeed engine, 0 to 3."""
     offload_optimizer: bool = False
     """Gradients, master weights and Adamax states in host memory."""
     offload_parameters: bool = False
     """ZeRO stage 3: the weights too."""
-    bucket_elements: Annotated[int, Between(2, 1 << 40)] = 5_000_000
+    bucket_elements: Annotated[int, Range(2, 1 << 40)] = 5_000_000
     """Elements of DeepSpeed's reduce and all-gather buckets."""
     pin_memory: bool = False
     """Page-locked host buffers: faster copies, more host memory."""
@@ -176,7 +162,7 @@ class MemoryPlan:
     """Block name (or a prefix of it ending in *) -> what that block keeps."""
     allocator_settings: str = ""
     """PyTorch's allocator settings (PYTORCH_CUDA_ALLOC_CONF), such as expandable_segments:True; empty: its defaults."""
-    likelihood_chunk_bytes: Annotated[int, Between(1, 1 << 50)] = 64 << 20
+    likelihood_chunk_bytes: Annotated[int, Range(1, 1 << 50)] = 64 << 20
     """Upper bound of the likelihood's temporaries per chunk."""
 
     def keep_of(self, block: str) -> Keep:

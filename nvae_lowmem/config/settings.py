@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, get_type_hints
 
-from nvae_lowmem.config.limits import Between
+from nvae_lowmem.config.limits import Range
 from nvae_lowmem.config.model import ModelConfig
 from nvae_lowmem.config.profile_file import describe_kind
 from nvae_lowmem.config.sections import DataConfig, MemoryPlan, TrainConfig
@@ -48,7 +48,7 @@ def _of_section(section: str, kind: Any) -> Iterator[Setting]:
     texts, hints = _docstrings(kind), get_type_hints(kind, include_extras=True)
     for field in dataclasses.fields(kind):
         hint, extras = _without_extras(hints[field.name])
-        ranges = [str(extra) for extra in extras if isinstance(extra, Between)]
+        ranges = [str(extra) for extra in extras if isinstance(extra, Range)]
         default = field.default_factory() if callable(field.default_factory) else field.default
         yield Setting(
             section=section,

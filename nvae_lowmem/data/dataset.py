@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nvae_lowmem.data.decode import UnreadableImage, looks_grey
-from nvae_lowmem.data.picture import Preparation
+from nvae_lowmem.data.preparation import Preparation
 from nvae_lowmem.data.stores import ArrayStore, Store
 from nvae_lowmem.errors import ConfigError
 from nvae_lowmem.progress import Log, Progress
@@ -49,7 +49,7 @@ class ArrayDataset:
 
 
 class LazyDataset:
-    """The pictures `numbers` of a store, decoded in parallel whenever they are asked for.
+    """The images `numbers` of a store, decoded in parallel whenever they are asked for.
 
     An image that cannot be read then is replaced by the next one that can, always the same one; the first time, a
     line says so.
@@ -64,14 +64,14 @@ class LazyDataset:
         return len(self._numbers)
 
     def images(self, indices: Sequence[int] | np.ndarray) -> Tensor:
-        pictures = list(self._threads.map(self._image, np.asarray(indices, dtype=np.int64).tolist()))
-        return torch.from_numpy(np.stack(pictures))
+        images = list(self._threads.map(self._image, np.asarray(indices, dtype=np.int64).tolist()))
+        return torch.from_numpy(np.stack(images))
 
     def _image(self, index: int) -> np.ndarray:
         for step in range(len(self._numbers)):
             number = int(self._numbers[(index + step) % len(self._numbers)])
             try:
-                return self._prepare(self._store.picture(number), self._store.name(number))
+                return self._prepare(self._store.image(number), self._store.name(number))
             except (UnreadableImage, ConfigError) as error:
                 self._warn(error)
         raise ConfigError(f"{self._store.description}: no image can be read any more; is the storage still there?")
@@ -87,15 +87,15 @@ def check_colours(store: Store, channels: int, key: str) -> None:
 
     A set that mixes both is no mistake: each image is converted.
     """
-    pictures = []
+    images = []
     for number in range(min(len(store), _LOOK_AT)):
         try:
-            pictures.append(store.picture(number))
+            images.append(store.image(number))
         except UnreadableImage:
             continue
-    if channels == 3 and pictures and all(picture.mode == "L" for picture in pictures):
+    if channels == 3 and images and all(image.mode == "L" for image in images):
         found, wanted, change = "grey", "RGB (model.image_channels = 3)", "set model.image_channels = 1"
-    elif channels == 1 and pictures and not any(looks_grey(picture) for picture in pictures):
+    elif channels == 1 and images and not any(looks_grey(image) for image in images):
         found, wanted, change = "in colour", "grey (model.image_channels = 1)", "set model.image_channels = 3"
     else:
         return
@@ -106,11 +106,11 @@ def check_colours(store: Store, channels: int, key: str) -> None:
 
 
 def load(store: Store, numbers: np.ndarray, prepare: Preparation, log: Log) -> tuple[Dataset, list[str]]:
-    """(dataset of the pictures `numbers` of a store, what was skipped as unreadable).
+    """(dataset of the images `numbers` of a store, what was skipped as unreadable).
 
-    In memory up to IN_MEMORY_BYTES. Larger sets are read when needed; those of fewer than VERIFY_BELOW pictures are
+    In memory up to IN_MEMORY_BYTES. Larger sets are read when needed; those of fewer than VERIFY_BELOW images are
     decoded once here all the same, to find what cannot be read. The dataset may come out empty. Raises ConfigError for
-    pictures that the settings do not fit.
+    images that the settings do not fit.
     """
     shape = (prepare.channels, prepare.size, prepare.size)
     if isinstance(store, ArrayStore) and store.pixels.shape[1:] == shape and not prepare.crop_pixels:
@@ -143,7 +143,7 @@ def _decode_all(
         for place in range(start, min(start + _CHUNK, len(numbers))):
             number = int(numbers[place])
             try:
-                pixels = prepare(store.picture(number), store.name(number))
+                pixels = prepare(store.image(number), store.name(number))
             except UnreadableImage as error:
                 problems.append((place, str(error)))
             else:

@@ -1,7 +1,7 @@
-"""From the bytes of one image file to an upright 8-bit picture, grey or RGB, whatever the file's format and mode.
+"""From the bytes of one image file to an upright 8-bit image, grey or RGB, whatever the file's format and mode.
 
 A mode without an agreed range (integers of 32 bits, floating point) is refused unless `data.white` says which value is
-white: a guess would make pictures black, and nobody would see it before the samples are.
+white: a guess would make images black, and nobody would see it before the samples are.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _WANTED = "PNG JPEG JPEG2000 WEBP AVIF GIF BMP DIB TIFF PPM TGA QOI PCX SGI ICO"
 MAX_FILE_BYTES = 256 << 20
 _TRANSPARENT = ("LA", "La", "PA", "RGBA", "RGBa")
 _DARKEST_OF_16_BITS = 4095
-"""A 16-bit picture without any value above this would come out black: it holds 8 to 12 bits."""
+"""A 16-bit image without any value above this would come out black: it holds 8 to 12 bits."""
 
 _EXIF_ORIENTATION = 0x0112
 _TURNS = {
@@ -37,7 +37,7 @@ _TURNS = {
 _TIFF_BITS, _TIFF_PHOTOMETRIC = 258, 262
 
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-# PNG chunks that are not critical, but say how the picture looks.
+# PNG chunks that are not critical, but say how the image looks.
 _PNG_KEPT = (b"tRNS", b"eXIf")
 
 
@@ -60,13 +60,13 @@ def image_extensions() -> frozenset[str]:
 
 
 def decode(data: bytes, name: str, white: float = 0.0) -> Image.Image:
-    """The picture in a file's bytes, fully loaded and upright, as mode L (grey) or RGB.
+    """The image in a file's bytes, fully loaded and upright, as mode L (grey) or RGB.
 
     Transparency is laid on white; of an animation the first frame is taken. Values of more than 8 bits become
     floor(256 v / (white + 1)), floating-point ones round(255 v / white).
 
-    white: the value that is white where a picture has more than 8 bits per channel; 0: what its format says.
-    Raises UnreadableImage for what cannot be decoded, or has no known range; ConfigError for a picture of so many
+    white: the value that is white where an image has more than 8 bits per channel; 0: what its format says.
+    Raises UnreadableImage for what cannot be decoded, or has no known range; ConfigError for an image of so many
     pixels that decoding it would be a risk (pillow's limit), or whose values `white` does not fit.
     """
     try:
@@ -92,17 +92,17 @@ def decode(data: bytes, name: str, white: float = 0.0) -> Image.Image:
 
 
 def _opened(data: bytes, name: str, white: float) -> Image.Image:
-    with Image.open(io.BytesIO(data), formats=image_formats()) as picture:
-        _refuse_bomb(picture.size, name)
-        cut_to_8_bits = any(";16" in str(arguments) for *_, arguments in picture.tile)
-        picture.load()
-        if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
-            plain = _from_values(picture, name, white)
+    with Image.open(io.BytesIO(data), formats=image_formats()) as image:
+        _refuse_bomb(image.size, name)
+        cut_to_8_bits = any(";16" in str(arguments) for *_, arguments in image.tile)
+        image.load()
+        if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+            plain = _from_values(image, name, white)
         else:
             if cut_to_8_bits:
-                _refuse_black(picture)
-            plain = _grey_or_rgb(picture)
-        turn = _TURNS.get(_orientation(picture))
+                _refuse_black(image)
+            plain = _grey_or_rgb(image)
+        turn = _TURNS.get(_orientation(image))
         return plain if turn is None else plain.transpose(turn)
 
 
@@ -116,29 +116,29 @@ def _bomb_message(name: str, what: str) -> str:
     return f"image {name}: {what}; decoding it could fill the memory (decompression bomb): make it smaller or remove it"
 
 
-def _orientation(picture: Image.Image) -> int:
+def _orientation(image: Image.Image) -> int:
     """EXIF's orientation, 1 to 8; 1 (upright) where it is missing or damaged."""
     try:
-        return int(picture.getexif().get(_EXIF_ORIENTATION, 1))
-    except Exception:  # damaged metadata is no reason to do without the picture
+        return int(image.getexif().get(_EXIF_ORIENTATION, 1))
+    except Exception:  # damaged metadata is no reason to do without the image
         return 1
 
 
 # --- modes ------------------------------------------------------------------------------------------------------------
 
 
-def _grey_or_rgb(picture: Image.Image) -> Image.Image:
-    """Mode L or RGB of a picture whose channels have up to 8 bits."""
-    mode = picture.mode
-    if mode in _TRANSPARENT or "transparency" in picture.info:
+def _grey_or_rgb(image: Image.Image) -> Image.Image:
+    """Mode L or RGB of an image whose channels have up to 8 bits."""
+    mode = image.mode
+    if mode in _TRANSPARENT or "transparency" in image.info:
         # pillow has no way from premultiplied grey but this one
-        rgba = (picture.convert("LA") if mode == "La" else picture).convert("RGBA")
+        rgba = (image.convert("LA") if mode == "La" else image).convert("RGBA")
         background = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
         rgb = Image.alpha_composite(background, rgba).convert("RGB")
         return rgb.convert("L") if mode in ("LA", "La", "L", "1") or (_has_palette(mode) and looks_grey(rgb)) else rgb
     if mode in ("1", "L"):
-        return picture.convert("L")
-    rgb = picture.convert("RGB")
+        return image.convert("L")
+    rgb = image.convert("RGB")
     return rgb.convert("L") if _has_palette(mode) and looks_grey(rgb) else rgb
 
 
@@ -146,22 +146,22 @@ def _has_palette(mode: str) -> bool:
     return mode in ("P", "PA")
 
 
-def looks_grey(picture: Image.Image) -> bool:
-    """Whether a picture has no colour: mode L, or RGB with three equal channels."""
-    if picture.mode == "L":
+def looks_grey(image: Image.Image) -> bool:
+    """Whether an image has no colour: mode L, or RGB with three equal channels."""
+    if image.mode == "L":
         return True
-    red, green, blue = (channel.tobytes() for channel in picture.split())
+    red, green, blue = (channel.tobytes() for channel in image.split())
     return red == green == blue
 
 
-def _from_values(picture: Image.Image, name: str, white: float) -> Image.Image:
-    """Mode L of a grey picture whose values have more than 8 bits."""
-    values = np.asarray(picture)
+def _from_values(image: Image.Image, name: str, white: float) -> Image.Image:
+    """Mode L of a grey image whose values have more than 8 bits."""
+    values = np.asarray(image)
     if values.dtype.kind == "f" and not np.isfinite(values).all():
         raise ValueError("holds values that are not finite")
     low, high = values.min().item(), values.max().item()
-    found = f"mode {picture.mode}, values {low:,.6g} to {high:,.6g}"
-    top = white or _white_of_format(picture)
+    found = f"mode {image.mode}, values {low:,.6g} to {high:,.6g}"
+    top = white or _white_of_format(image)
     # --- refuse what would be guessed ---
     if not top:
         raise ValueError(f"{found}: which value is white is not known: set data.white, or save it with 8 bits")
@@ -179,33 +179,33 @@ def _from_values(picture: Image.Image, name: str, white: float) -> Image.Image:
         bytes_ = np.floor(values.astype(np.float64) / top * 255 + 0.5)
     else:
         bytes_ = values.astype(np.int64) * 256 // (int(top) + 1)
-    if _tiff_tag(picture, _TIFF_PHOTOMETRIC) == 0:  # white is zero; pillow heeds that up to 8 bits
+    if _tiff_tag(image, _TIFF_PHOTOMETRIC) == 0:  # white is zero; pillow heeds that up to 8 bits
         bytes_ = 255 - bytes_
-    clear = picture.info.get("transparency")
+    clear = image.info.get("transparency")
     if isinstance(clear, int):
         bytes_ = np.where(values == clear, 255, bytes_)
     return Image.fromarray(bytes_.astype(np.uint8))
 
 
-def _white_of_format(picture: Image.Image) -> int:
-    """The largest value of a picture's format where that is agreed upon, else 0."""
-    if picture.mode.startswith("I;16"):
-        bits = _tiff_tag(picture, _TIFF_BITS)
+def _white_of_format(image: Image.Image) -> int:
+    """The largest value of an image's format where that is agreed upon, else 0."""
+    if image.mode.startswith("I;16"):
+        bits = _tiff_tag(image, _TIFF_BITS)
         return (1 << bits) - 1 if isinstance(bits, int) and 8 < bits < 16 else 0xFFFF
     # pillow gives 16-bit PNG in mode I in some releases, and scales all of PGM's larger ranges to 16 bits
-    return 0xFFFF if picture.mode == "I" and picture.format in ("PNG", "PPM") else 0
+    return 0xFFFF if image.mode == "I" and image.format in ("PNG", "PPM") else 0
 
 
-def _refuse_black(picture: Image.Image) -> None:
+def _refuse_black(image: Image.Image) -> None:
     """Raise ValueError where the upper 8 bits of all colours are 0, and pillow has dropped the lower ones."""
-    colours = "L" if picture.mode in ("L", "LA") else "RGB"
-    if not any(np.asarray(picture.getchannel(c)).any() for c in colours if c in picture.getbands()):
-        raise ValueError(f"mode {picture.mode} of 16 bits, all values from 0 to 255 of 65,535: save it with 8 bits")
+    colours = "L" if image.mode in ("L", "LA") else "RGB"
+    if not any(np.asarray(image.getchannel(c)).any() for c in colours if c in image.getbands()):
+        raise ValueError(f"mode {image.mode} of 16 bits, all values from 0 to 255 of 65,535: save it with 8 bits")
 
 
-def _tiff_tag(picture: Image.Image, tag: int) -> Any:
+def _tiff_tag(image: Image.Image, tag: int) -> Any:
     """A TIFF's tag, of several values the first; None for other formats."""
-    value = getattr(picture, "tag_v2", {}).get(tag)
+    value = getattr(image, "tag_v2", {}).get(tag)
     return value[0] if isinstance(value, tuple) and value else value
 
 

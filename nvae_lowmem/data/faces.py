@@ -164,8 +164,8 @@ def draw_face(index: int, size: int) -> np.ndarray:
     name = list(_STYLES)[index % len(_STYLES)]
     svg = Avatar(_style(name), {"seed": f"face-{index}", "backgroundColor": _BACKGROUNDS, **_STYLES[name]}).to_string()
     png = bytes(svg_to_bytes(svg_string=svg, width=size, height=size, skip_system_fonts=True))
-    with Image.open(io.BytesIO(png)) as picture:
-        return np.asarray(picture.convert("RGB")).transpose(2, 0, 1)
+    with Image.open(io.BytesIO(png)) as image:
+        return np.asarray(image.convert("RGB")).transpose(2, 0, 1)
 
 
 @functools.cache

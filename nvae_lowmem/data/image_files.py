@@ -1,4 +1,4 @@
-"""Pictures named one by one: read as a run's own data were, or a square cut out of them by hand.
+"""Images named one by one: read as a run's own data were, or a square cut out of them by hand.
 
 Legend: B images, C image channels, S pixels per side, S' = S + 2 padding pixels per side inside the network.
 """
@@ -18,13 +18,13 @@ from torch import Tensor
 
 from nvae_lowmem.config.sections import Profile
 from nvae_lowmem.data.decode import MAX_FILE_BYTES, UnreadableImage, decode
-from nvae_lowmem.data.picture import Preparation
 from nvae_lowmem.data.pipeline import to_network
+from nvae_lowmem.data.preparation import Preparation
 from nvae_lowmem.errors import ConfigError, printable
 
 
 class Box(NamedTuple):
-    """A square of a picture, in its pixels: left and upper edge, and the side."""
+    """A square of an image, in its pixels: left and upper edge, and the side."""
 
     left: int
     top: int
@@ -57,11 +57,11 @@ def load_images(paths: Sequence[str], profile: Profile, boxes: Sequence[str] = (
     prepare = Preparation.of(profile.data, profile.model)
     images = []
     for path, box in zip(paths, per_image, strict=True):
-        picture, path = _read(path, profile.data.white), printable(path)
+        image, path = _read(path, profile.data.white), printable(path)
         if box is None:
-            pixels = prepare(picture, path)
+            pixels = prepare(image, path)
         else:
-            pixels = replace(prepare, crop="centre", crop_pixels=0)(_cut(picture, parse_box(box), path), path)
+            pixels = replace(prepare, crop="centre", crop_pixels=0)(_cut(image, parse_box(box), path), path)
         images.append(torch.tensor(pixels))
     return to_network(torch.stack(images), profile.model, None)
 
@@ -80,11 +80,11 @@ def _read(path: str, white: float) -> Image.Image:
         raise ConfigError(f"image {error}; give a PNG, JPEG or WebP file") from None
 
 
-def _cut(picture: Image.Image, box: Box, path: str) -> Image.Image:
+def _cut(image: Image.Image, box: Box, path: str) -> Image.Image:
     right, bottom = box.left + box.side, box.top + box.side
-    if right > picture.width or bottom > picture.height:
+    if right > image.width or bottom > image.height:
         raise ConfigError(
             f"--box {box.left},{box.top},{box.side},{box.side} reaches beyond image {path}, which is "
-            f"{picture.width} x {picture.height} pixels (width x height)"
+            f"{image.width} x {image.height} pixels (width x height)"
         )
-    return picture.crop((box.left, box.top, right, bottom))
+    return image.crop((box.left, box.top, right, bottom))

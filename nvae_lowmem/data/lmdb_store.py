@@ -97,7 +97,7 @@ class LmdbStore:
             parts = (value[:_SAMPLE_BYTES], value[middle : middle + _SAMPLE_BYTES], value[-_SAMPLE_BYTES:])
             return hashlib.sha256(b"".join([b"%d " % len(value), *parts])).digest()
 
-    def picture(self, index: int) -> Image.Image:
+    def image(self, index: int) -> Image.Image:
         value = self._value(index)
         if value is None:
             raise UnreadableImage(f"{self.name(index)}: no such key")

@@ -21,7 +21,7 @@ from nvae_lowmem.data.digits import mnist5k
 from nvae_lowmem.data.faces import faces
 from nvae_lowmem.data.fingerprint import Fingerprint
 from nvae_lowmem.data.lmdb_store import LmdbStore
-from nvae_lowmem.data.picture import Preparation
+from nvae_lowmem.data.preparation import Preparation
 from nvae_lowmem.data.split import by_identity, by_number
 from nvae_lowmem.data.stores import ArrayStore, FolderStore, Store, ZipStore, is_image_name
 from nvae_lowmem.errors import ConfigError, raise_problems, unknown_name

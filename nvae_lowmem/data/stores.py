@@ -1,4 +1,4 @@
-"""Stores: numbered pictures that are not decoded yet, in a folder, a ZIP or an array."""
+"""Stores: numbered images that are not decoded yet, in a folder, a ZIP or an array."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from nvae_lowmem.errors import ConfigError, printable
 
 
 class Store(Protocol):
-    """Numbered pictures. `picture` may be called from several threads at once."""
+    """Numbered images. `image` may be called from several threads at once."""
 
     description: str
 
@@ -28,20 +28,20 @@ class Store(Protocol):
         """How many there are, readable or not."""
 
     def name(self, index: int) -> str:
-        """What messages call this picture."""
+        """What messages call this image."""
 
     def identity(self, index: int) -> bytes:
-        """What the picture is known by wherever it stands: its path below the source, or what it holds; never `index`.
+        """What the image is known by wherever it stands: its path below the source, or what it holds; never `index`.
 
-        It decides whether the picture is held out.
+        It decides whether the image is held out.
         """
 
-    def picture(self, index: int) -> Image.Image:
-        """The picture in mode L or RGB. Raises UnreadableImage, or ConfigError for what must not be skipped."""
+    def image(self, index: int) -> Image.Image:
+        """The image in mode L or RGB. Raises UnreadableImage, or ConfigError for what must not be skipped."""
 
 
 class ArrayStore:
-    """Pictures that are in memory already: `pixels` is (N, C, H, W) uint8 with 1 or 3 channels."""
+    """Images that are in memory already: `pixels` is (N, C, H, W) uint8 with 1 or 3 channels."""
 
     def __init__(self, pixels: np.ndarray, description: str) -> None:
         assert pixels.ndim == 4 and pixels.shape[1] in (1, 3) and pixels.dtype == np.uint8, (pixels.shape, pixels.dtype)
@@ -56,7 +56,7 @@ class ArrayStore:
     def identity(self, index: int) -> bytes:
         return hashlib.sha256(self.pixels[index].tobytes()).digest()
 
-    def picture(self, index: int) -> Image.Image:
+    def image(self, index: int) -> Image.Image:
         values = self.pixels[index]
         return Image.fromarray(values[0] if len(values) == 1 else np.ascontiguousarray(values.transpose(1, 2, 0)))
 
@@ -84,7 +84,7 @@ class FolderStore:
     def identity(self, index: int) -> bytes:
         return _path_identity(self._names[index])
 
-    def picture(self, index: int) -> Image.Image:
+    def image(self, index: int) -> Image.Image:
         path, name = self._folder / self._names[index], self.name(index)
         try:
             status = path.stat()
@@ -126,7 +126,7 @@ class ZipStore:
     def identity(self, index: int) -> bytes:
         return _path_identity(self._members[index].filename)
 
-    def picture(self, index: int) -> Image.Image:
+    def image(self, index: int) -> Image.Image:
         member, name = self._members[index], self.name(index)
         if member.file_size > MAX_FILE_BYTES:  # the declared size also bounds what zipfile unpacks
             raise UnreadableImage(f"{name}: larger than {MAX_FILE_BYTES >> 20} MiB")

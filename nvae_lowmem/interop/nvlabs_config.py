@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
-from nvae_lowmem.config.model import ModelConfig
-from nvae_lowmem.config.sections import Architecture, DataConfig, LikelihoodName, Profile, TrainConfig
+from nvae_lowmem.config.model import Architecture, LikelihoodName, ModelConfig
+from nvae_lowmem.config.sections import DataConfig, Profile, TrainConfig
 from nvae_lowmem.errors import ConfigError, raise_problems
 from nvae_lowmem.interop.nvlabs_weights import START, indices_of, layers_of
 from nvae_lowmem.model.cells import CELLS, Inverted, Kind, Residual, Side

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from nvae_lowmem.config.sections import Profile
 from nvae_lowmem.data.image_files import load_images
-from nvae_lowmem.data.picture import Preparation
 from nvae_lowmem.data.pipeline import to_network
+from nvae_lowmem.data.preparation import Preparation
 from nvae_lowmem.errors import ConfigError
 
 Images = Any

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from nvae_lowmem.config.sections import Profile
 from nvae_lowmem.data.decode import UnreadableImage
-from nvae_lowmem.data.picture import Preparation
 from nvae_lowmem.data.pipeline import to_network
+from nvae_lowmem.data.preparation import Preparation
 from nvae_lowmem.data.stores import Store
 from nvae_lowmem.errors import ConfigError, printable
 from nvae_lowmem.files import write_atomically
@@ -147,7 +147,7 @@ def read_images(
     names, pixels, read = [], [], []
     for i in numbers if numbers is not None else range(len(store)):
         try:
-            pixels.append(prepare(store.picture(i), store.name(i)))
+            pixels.append(prepare(store.image(i), store.name(i)))
         except (UnreadableImage, ConfigError, OSError) as error:
             say(f"left out: {error}")
             continue

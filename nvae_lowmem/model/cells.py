@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nvae_lowmem.config.sections import Architecture
+from nvae_lowmem.config.model import Architecture
 from nvae_lowmem.model.layers import ConvUnit, DownSkip, ResidualTail, UpSkip, run_units
 
 Side = Literal["encoder", "preprocess", "decoder", "postprocess"]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nvae_lowmem.config.sections import LikelihoodName
+from nvae_lowmem.config.model import LikelihoodName
 from nvae_lowmem.errors import raise_problems
 from nvae_lowmem.model.pixel_distributions import (
     Bernoulli,

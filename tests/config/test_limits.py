@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nvae_lowmem.config import profile_file as profiles
-from nvae_lowmem.config.limits import Between, range_problems, shown
+from nvae_lowmem.config.limits import Range, range_problems, shown
 from nvae_lowmem.config.sections import Profile
 from nvae_lowmem.errors import ConfigError
 
@@ -66,7 +66,7 @@ def test_a_number_out_of_range_is_refused_with_its_range(assignment: str, told: 
 
 @given(least=st.integers(-9, 9), width=st.integers(1, 9), value=st.floats(), above=st.booleans(), below=st.booleans())
 def test_a_range_allows_what_lies_between(least: int, width: int, value: float, above: bool, below: bool) -> None:
-    allowed = Between(least, least + width, above_least=above, below_most=below)
+    allowed = Range(least, least + width, above_least=above, below_most=below)
     most = least + width
     inside = least <= value <= most and not (above and value == least) and not (below and value == most)
     assert allowed.allows(value) == inside

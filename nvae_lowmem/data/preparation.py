@@ -1,4 +1,4 @@
-"""One picture: from any size to a square uint8 array of the size and colours that the model wants."""
+"""One image: from any size to a square uint8 array of the size and colours that the model wants."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CELEBA_BOX = (15, 40, 163, 188)
 
 @dataclass(frozen=True)
 class Preparation:
-    """What is done to every picture: crop a square, resize, set the colours."""
+    """What is done to every image: crop a square, resize, set the colours."""
 
     channels: int
     size: int
@@ -27,10 +27,10 @@ class Preparation:
 
     @classmethod
     def of(cls, config: DataConfig, model: ModelConfig) -> Preparation:
-        """The preparation that a profile asks for. Raises ConfigError for what pictures cannot give."""
+        """The preparation that a profile asks for. Raises ConfigError for what images cannot give."""
         if model.image_channels not in (1, 3):
             raise ConfigError(
-                f"model.image_channels = {model.image_channels}: pictures have 1 channel (grey) or 3 (RGB): set 1 or 3"
+                f"model.image_channels = {model.image_channels}: images have 1 channel (grey) or 3 (RGB): set 1 or 3"
             )
         if config.crop != "centre" and config.crop_pixels:
             does = "cuts nothing" if config.crop == "none" else "is a fixed square"
@@ -40,16 +40,16 @@ class Preparation:
             )
         return cls(model.image_channels, model.image_size, config.crop, config.crop_pixels)
 
-    def __call__(self, picture: Image.Image, name: str) -> np.ndarray:
-        """(C, S, S) uint8 of a picture in mode L or RGB.
+    def __call__(self, image: Image.Image, name: str) -> np.ndarray:
+        """(C, S, S) uint8 of an image in mode L or RGB.
 
-        Raises ConfigError naming the picture when it is too small for crop_pixels, or not square though crop is none.
+        Raises ConfigError naming the image when it is too small for crop_pixels, or not square though crop is none.
         """
-        picture = picture.crop(self._square(*picture.size, name))
-        picture = picture.convert("L" if self.channels == 1 else "RGB")
-        if picture.size != (self.size, self.size):
-            picture = picture.resize((self.size, self.size), Image.Resampling.LANCZOS)
-        values = np.asarray(picture)  # (S, S) or (S, S, 3)
+        image = image.crop(self._square(*image.size, name))
+        image = image.convert("L" if self.channels == 1 else "RGB")
+        if image.size != (self.size, self.size):
+            image = image.resize((self.size, self.size), Image.Resampling.LANCZOS)
+        values = np.asarray(image)  # (S, S) or (S, S, 3)
         return values[None] if self.channels == 1 else values.transpose(2, 0, 1)
 
     def _square(self, width: int, height: int, name: str) -> tuple[int, int, int, int]:
