@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from nvae_lowmem.model.likelihoods import Bernoulli, Likelihood, LogisticMixture, Normal, quantise
+from nvae_lowmem.model.likelihoods import Bernoulli, DiscretisedNormal, Likelihood, LogisticMixture, quantise
 
 ALL_KINDS = [
     Bernoulli(1),
     Bernoulli(3),
-    Normal(1, 8),
-    Normal(3, 5),
+    DiscretisedNormal(1, 8),
+    DiscretisedNormal(3, 5),
     LogisticMixture(1, 8, 10),
     LogisticMixture(2, 4, 3),
     LogisticMixture(1, 8, 1),
@@ -35,7 +35,7 @@ def random_parameters(likelihood: Likelihood, *shape: int, seed: int = 0, spread
         per_channel = (len(blocks) - 1) // likelihood.image_channels
         for log_scales in blocks[2::per_channel]:
             log_scales.uniform_(-8.5, 1.5, generator=generator)
-    if isinstance(likelihood, Normal):
+    if isinstance(likelihood, DiscretisedNormal):
         parameters[:, likelihood.image_channels :].uniform_(-12.0, 3.0, generator=generator)
     return parameters
 

@@ -14,7 +14,7 @@ from torch.func import functional_call
 
 from nvae_lowmem.config.model import ModelConfig
 from nvae_lowmem.model.cells import CELLS
-from nvae_lowmem.model.layers import ConvUnit, Normed
+from nvae_lowmem.model.layers import ConvUnit, NormLayer
 from nvae_lowmem.model.nvae import NVAE, ElboTerms
 
 # --- small networks ---------------------------------------------------------------------------------------------------
@@ -131,7 +131,7 @@ def plain_unit(unit: Any, x: Tensor) -> Tensor:
 def plain_regulariser(module: nn.Module) -> Tensor:
     """Sum of u^T W v over convolutions, with u and v fixed, + sum of max|gamma|."""
     units: list[Any] = [m for m in module.modules() if isinstance(m, ConvUnit)]
-    gammas = [m.gamma for m in module.modules() if isinstance(m, Normed) and m.gamma is not None]
+    gammas = [m.gamma for m in module.modules() if isinstance(m, NormLayer) and m.gamma is not None]
     sigmas = [unit.u @ plain_weight(unit).flatten(1) @ unit.v for unit in units]
     return torch.stack(sigmas + [gamma.abs().max() for gamma in gammas]).sum()
 

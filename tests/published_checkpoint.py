@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nvae_lowmem.config.model import ModelConfig
-from nvae_lowmem.model.cells import CELLS, Cell, Inverted, Kind, Residual, Side
+from nvae_lowmem.model.cells import CELLS, Cell, InvertedResidual, Kind, Residual, Side
 from nvae_lowmem.model.layers import ConvUnit, DownSkip, ResidualTail, UpSkip
 from nvae_lowmem.model.nvae import NVAE, DecoderGroup, EncoderGroup
 
@@ -111,7 +111,7 @@ def assert_same_network(loaded: nn.Module, model: nn.Module) -> None:
 
 
 def _operations(kind: Kind) -> list[str]:
-    if isinstance(kind, Inverted):
+    if isinstance(kind, InvertedResidual):
         return [f"mconv_e{kind.expand}k{kind.kernel}g{kind.groups}"]
     name = f"res_{'bn' if kind.norm else ''}{kind.activation}"
     return [name + ("5" if dilation == 2 else "") for dilation in kind.dilations]

@@ -26,8 +26,8 @@ def test_every_unit_of_a_cell_then_has_outputs_of_mean_zero_and_deviation_one_fi
     assert count == len(units) > 10
     outputs: list[torch.Tensor] = []
     for unit in units:
-        assert isinstance(unit, ConvUnit) and unit.watcher is None
-        unit.before_run(lambda u, a: outputs.append(_output(u, a)))
+        assert isinstance(unit, ConvUnit) and unit.pre_run_hook is None
+        unit.pre_run_hook = lambda u, a: outputs.append(_output(u, a))
     model(x, SeededNoise(1))
     assert len(outputs) == len(units)
     for y in outputs:
@@ -37,8 +37,8 @@ def test_every_unit_of_a_cell_then_has_outputs_of_mean_zero_and_deviation_one_fi
 
 
 def _output(unit: ConvUnit, a: torch.Tensor) -> torch.Tensor:
-    watcher, unit.watcher = unit.watcher, None
+    hook, unit.pre_run_hook = unit.pre_run_hook, None
     try:
         return unit(a).detach()
     finally:
-        unit.watcher = watcher
+        unit.pre_run_hook = hook

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from zero_worker import LEARNING_RATE, TOTAL, images, losses, make, profile, train
 
+from nvae_lowmem.model.hooks import BN_MOMENTUM
 from nvae_lowmem.model.latents import SeededNoise
-from nvae_lowmem.model.layers import BN_MOMENTUM
 from nvae_lowmem.model.nvae import NVAE
 from nvae_lowmem.model.regularizers import begin_micro_batch, end_step
 from nvae_lowmem.training.engines.host_adamax import HostAdamax
@@ -144,7 +144,7 @@ def test_micro_batches_move_the_running_statistics_once_by_the_mean_of_theirs(co
         for i, batch in enumerate(batches):
             alone = copy.deepcopy(model)
             for layer in alone.layers():
-                layer.momentum = 1.0  # the running statistics become the batch's own
+                layer.settings.momentum = 1.0  # the running statistics become the batch's own
             alone(batch, SeededNoise(i))
             own.append(statistics(alone))
         for i, batch in enumerate(batches):
@@ -155,7 +155,7 @@ def test_micro_batches_move_the_running_statistics_once_by_the_mean_of_theirs(co
         mean = torch.stack(batch_own).mean(0)
         torch.testing.assert_close(moved, torch.lerp(start, mean, BN_MOMENTUM), rtol=1e-5, atol=1e-7)
     end_step(model)
-    assert {layer.momentum for layer in model.layers()} == {BN_MOMENTUM} and model.regularisation.coefficient == 0.0
+    assert {layer.settings.momentum for layer in model.layers()} == {BN_MOMENTUM} and model.settings.coefficient == 0.0
 
 
 # --- loss scale and clipping ------------------------------------------------------------------------------------------

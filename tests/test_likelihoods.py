@@ -17,9 +17,9 @@ from torch.utils._pytree import tree_leaves
 from nvae_lowmem.errors import ConfigError
 from nvae_lowmem.model.likelihoods import (
     Bernoulli,
+    DiscretisedNormal,
     Likelihood,
     LogisticMixture,
-    Normal,
     make_likelihood,
     negative_log_likelihood,
 )
@@ -170,11 +170,11 @@ def test_a_pass_runs_on_fake_tensors(likelihood: Likelihood) -> None:
         ("auto", 1, 1, 10, Bernoulli, 1),
         ("auto", 3, 1, 10, Bernoulli, 3),
         ("auto", 3, 8, 10, LogisticMixture, 100),
-        ("auto", 3, 5, 1, Normal, 6),
+        ("auto", 3, 5, 1, DiscretisedNormal, 6),
         ("auto", 1, 8, 10, LogisticMixture, 30),
         ("logistic_mixture", 1, 1, 1, LogisticMixture, 3),
         ("logistic_mixture", 4, 8, 2, LogisticMixture, 18),
-        ("normal", 2, 8, 10, Normal, 4),
+        ("normal", 2, 8, 10, DiscretisedNormal, 4),
         ("bernoulli", 1, 1, 10, Bernoulli, 1),
     ],
 )

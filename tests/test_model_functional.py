@@ -21,8 +21,8 @@ from models import (
 from torch import Tensor, nn
 
 from nvae_lowmem.model.flows import causal_mask
-from nvae_lowmem.model.functional import recomputation, used_weight
-from nvae_lowmem.model.layers import ConvUnit, Normed, ResidualTail, run_units
+from nvae_lowmem.model.functional import effective_weight, recomputation
+from nvae_lowmem.model.layers import ConvUnit, NormLayer, ResidualTail, run_units
 
 IN, OUT, SIZE = 4, 6, 5  # channels and pixels per side of most units here
 UNITS: dict[str, dict[str, Any]] = {
@@ -94,7 +94,7 @@ class Branch(nn.Module):
         self.recompute = False
 
     def forward(self, x: Tensor) -> Tensor:
-        return run_units(tuple(self.units), x, keep=not self.recompute)
+        return run_units(tuple(self.units), x, save_conv_inputs=not self.recompute)
 
 
 CHAINS = {
@@ -141,15 +141,15 @@ def test_weight_normalisation_follows_its_formula_from_the_first_step(name: str)
     norms = v.flatten(1).square().sum(1).sqrt().view(-1, 1, 1, 1)
     torch.testing.assert_close(unit.log_norm.detach(), torch.log(norms + 1e-2))
     expected = (norms + 1e-2) / (norms + 1e-5) * v
-    torch.testing.assert_close(used_weight(unit.weight, unit.log_norm, unit.mask).detach(), expected)
+    torch.testing.assert_close(effective_weight(unit.weight, unit.log_norm, unit.mask).detach(), expected)
 
 
 @pytest.mark.parametrize("momentum", [0.05, 0.2])
 def test_running_statistics_move_as_those_of_batchnorm2d(momentum: float) -> None:
     unit, tail = new_unit("norm"), ResidualTail(IN, norm=True, squeeze_excitation=False)
     reference = nn.BatchNorm2d(IN, eps=1e-5, momentum=momentum)
-    assert unit.momentum == tail.momentum == 0.05
-    unit.momentum = tail.momentum = momentum
+    assert unit.settings.momentum == tail.settings.momentum == 0.05
+    unit.settings.momentum = tail.settings.momentum = momentum
     for seed in range(3):
         x = 3 * normals(2, IN, SIZE, SIZE, seed=seed, dtype=torch.float32) + 1
         unit(x), tail(x, x), reference(x)
@@ -167,8 +167,8 @@ def added_gradients(module: nn.Module, coefficient: float, *inputs: Tensor) -> l
     grads = []
     for value in (coefficient, 0.0):
         for layer in module.modules():
-            if isinstance(layer, Normed):
-                layer.regularisation.coefficient = value
+            if isinstance(layer, NormLayer):
+                layer.settings.coefficient = value
         grads.append(torch.autograd.grad(module(*inputs).sum(), list(module.parameters())))
     return [a - b for a, b in zip(*grads, strict=True)]
 
@@ -205,9 +205,9 @@ def test_the_regularisers_gradient_is_that_of_finite_differences(name: str) -> N
 @every_unit
 def test_power_iteration_finds_the_spectral_norm_and_its_gradient(name: str) -> None:
     unit = make_unit(name, seed=5)
-    unit.regularisation.iterations, x = 500, normals(2, IN, SIZE, SIZE)
+    unit.settings.iterations, x = 500, normals(2, IN, SIZE, SIZE)
     unit(x)
-    unit.regularisation.iterations = 0
+    unit.settings.iterations = 0
     largest = torch.linalg.svdvals(plain_weight(unit).flatten(1))[0]
     torch.testing.assert_close(unit.sigma, largest.detach(), rtol=1e-6, atol=0.0)
     (expected,) = torch.autograd.grad(largest, [unit.weight])
@@ -226,7 +226,7 @@ def test_power_iteration_runs_in_training_when_due_and_not_in_a_recomputation() 
         return changed.pop()
 
     assert not moves()  # none due
-    unit.regularisation.iterations = 1
+    unit.settings.iterations = 1
     assert moves()
     with recomputation():
         assert not moves()
@@ -236,7 +236,7 @@ def test_power_iteration_runs_in_training_when_due_and_not_in_a_recomputation() 
 def test_power_iteration_goes_on_from_where_the_last_step_left_it() -> None:
     once, twice, x = make_unit("swish"), make_unit("swish"), normals(2, IN, SIZE, SIZE)
     twice.u.copy_(once.u), twice.v.copy_(once.v)
-    once.regularisation.iterations, twice.regularisation.iterations = 4, 2
+    once.settings.iterations, twice.settings.iterations = 4, 2
     once(x), twice(x), twice(x)
     assert torch.equal(once.u, twice.u) and torch.equal(once.v, twice.v) and torch.equal(once.sigma, twice.sigma)
 

@@ -181,7 +181,7 @@ def decoded(
 ) -> tuple[Tensor, list[Tensor]]:
     """(parameters of the likelihood, z of every group)."""
     with torch.no_grad():
-        parameters, latents = model.decode(source, maps, batch, keep_z=True)
+        parameters, latents = model.decode(source, maps, batch, return_z=True)
     return parameters, [latent.z for latent in latents if latent.z is not None]
 
 
@@ -192,7 +192,7 @@ def test_given_the_posteriors_latents_the_pass_gives_the_posteriors_reconstructi
     config = model.config
     with torch.no_grad():
         maps = model.encode(images(config, 3))
-        features, latents = model.top_down(FromPosterior(SeededNoise(2)), [*maps], keep_z=True)
+        features, latents = model.top_down(FromPosterior(SeededNoise(2)), [*maps], return_z=True)
         z = [latent.z for latent in latents if latent.z is not None]
         again, _ = model.top_down(Given(z), batch=3)
     assert [tuple(t.shape) for t in z] == [(3, *shape) for shape in model.latent_shapes]
@@ -281,7 +281,7 @@ def test_the_cheap_network_has_the_same_gradient() -> None:
 def test_a_recomputation_of_the_network_moves_nothing() -> None:
     config = tiny_rgb()
     model, x = build(config), images(config)
-    model.regularisation.iterations = 3
+    model.settings.iterations = 3
     first = model(x, SeededNoise(0))
     before = {k: v.clone() for k, v in model.named_buffers()}
     with recomputation():

@@ -252,7 +252,7 @@ def test_the_models_coefficient_adds_the_regularisers_gradient_everywhere() -> N
     parameters = list(model.parameters())
     grads = []
     for coefficient in (0.0, 1e4):  # so large that fp32 resolves it beside the loss's own gradient
-        model.regularisation.coefficient = coefficient
+        model.settings.coefficient = coefficient
         grads.append(torch.autograd.grad(loss_of(model(x, SeededNoise(0))), parameters))
     wanted = torch.autograd.grad(plain_regulariser(model), parameters, allow_unused=True, materialize_grads=True)
     for (name, _), without, with_it, expected in zip(model.named_parameters(), *grads, wanted, strict=True):

@@ -12,7 +12,14 @@ from hypothesis import strategies as st
 from likelihood_cases import all_pixel_values, every_kind, random_images, random_parameters
 from torch import Tensor
 
-from nvae_lowmem.model.pixel_distributions import Bernoulli, Likelihood, LogisticMixture, Normal, SquaredError, quantise
+from nvae_lowmem.model.pixel_distributions import (
+    Bernoulli,
+    DiscretisedNormal,
+    Likelihood,
+    LogisticMixture,
+    SquaredError,
+    quantise,
+)
 
 
 def total_probability(likelihood: Likelihood, pixel: Tensor) -> Tensor:
@@ -26,14 +33,18 @@ def total_probability(likelihood: Likelihood, pixel: Tensor) -> Tensor:
 @settings(max_examples=8, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 2**20), spread=st.sampled_from([0.1, 1.0, 5.0]))
 def test_probabilities_of_all_values_of_a_grey_pixel_sum_to_one(kind: str, bits: int, seed: int, spread: float) -> None:
-    kinds = {"mixture": LogisticMixture(1, bits, 10), "single": LogisticMixture(1, bits, 1), "normal": Normal(1, bits)}
+    kinds = {
+        "mixture": LogisticMixture(1, bits, 10),
+        "single": LogisticMixture(1, bits, 1),
+        "normal": DiscretisedNormal(1, bits),
+    }
     pixel = random_parameters(kinds[kind], 1, 1, 1, seed=seed, spread=spread)
     assert abs(total_probability(kinds[kind], pixel) - 1) < 1e-9
     assert abs(total_probability(kinds[kind], pixel.float()) - 1) < 1e-4
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3])
-@pytest.mark.parametrize("kind", [LogisticMixture, Normal])
+@pytest.mark.parametrize("kind", [LogisticMixture, DiscretisedNormal])
 @settings(max_examples=6, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 2**20))
 def test_probabilities_of_all_colours_of_an_rgb_pixel_sum_to_one(kind: type, bits: int, seed: int) -> None:
@@ -49,7 +60,7 @@ def test_probabilities_sum_to_one_for_other_channel_counts(likelihood: Likelihoo
 
 def test_five_bits_are_priced_as_five_bits_and_not_as_eight() -> None:
     """A wide, centred logistic gives a value about its density times the bin's width, 2 / 31, not 2 / 255."""
-    for likelihood in (LogisticMixture(1, 5, 1), Normal(1, 5)):
+    for likelihood in (LogisticMixture(1, 5, 1), DiscretisedNormal(1, 5)):
         parameters = torch.zeros(1, likelihood.parameter_channels, 1, 1, dtype=torch.float64)
         x = torch.full((1, 1, 1, 1), 15 / 31, dtype=torch.float64)
         density = 0.25 if isinstance(likelihood, LogisticMixture) else 1 / (1.01 * math.sqrt(2 * math.pi))
@@ -123,7 +134,9 @@ def test_rgb_mixture_agrees_with_the_textbook_formula_in_plain_python(published_
         assert actual[0, row, column].item() == pytest.approx(published_log_prob(pixel, rgb, 4, 8), rel=1e-9)
 
 
-@pytest.mark.parametrize("likelihood", [LogisticMixture(1, 8, 3), LogisticMixture(3, 8), Normal(3, 8), Bernoulli(1)])
+@pytest.mark.parametrize(
+    "likelihood", [LogisticMixture(1, 8, 3), LogisticMixture(3, 8), DiscretisedNormal(3, 8), Bernoulli(1)]
+)
 def test_float32_stays_finite_and_close_to_float64_for_extreme_parameters(likelihood: Likelihood) -> None:
     parameters = random_parameters(likelihood, 2, 8, 8, spread=40.0).requires_grad_()
     x = random_images(likelihood, 2, 8, 8)
@@ -150,7 +163,7 @@ def test_half_precision_parameters_are_computed_in_float32(likelihood: Likelihoo
 
 @pytest.mark.parametrize(
     "likelihood",
-    [Bernoulli(1), Normal(1, 2), LogisticMixture(1, 3, 3), LogisticMixture(3, 1), LogisticMixture(3, 2, 3)],
+    [Bernoulli(1), DiscretisedNormal(1, 2), LogisticMixture(1, 3, 3), LogisticMixture(3, 1), LogisticMixture(3, 2, 3)],
     ids=lambda likelihood: likelihood.describe(),
 )
 def test_frequencies_of_samples_are_the_probabilities(likelihood: Likelihood) -> None:
@@ -183,10 +196,10 @@ def test_samples_lie_on_the_grid_of_the_data_and_follow_the_generator(
     torch.testing.assert_close(quantise(first, likelihood.bits), first)
 
 
-@pytest.mark.parametrize("likelihood", [Normal(1, 8), LogisticMixture(1, 8, 1), LogisticMixture(3, 8, 5)])
+@pytest.mark.parametrize("likelihood", [DiscretisedNormal(1, 8), LogisticMixture(1, 8, 1), LogisticMixture(3, 8, 5)])
 def test_a_lower_temperature_narrows_the_samples_in_proportion(likelihood: Likelihood) -> None:
     parameters = torch.zeros(1, likelihood.parameter_channels, 100, 100, dtype=torch.float64)
-    if isinstance(likelihood, Normal):
+    if isinstance(likelihood, DiscretisedNormal):
         parameters[:, 1] = -2.5
     if isinstance(likelihood, LogisticMixture):
         for log_scales in parameters.split(likelihood.mixtures, dim=1)[2::3]:
@@ -209,7 +222,7 @@ def test_a_lower_temperature_prefers_the_heavier_component() -> None:
 
 @pytest.mark.parametrize(
     "likelihood",
-    [Bernoulli(3), Normal(3, 8), LogisticMixture(2, 8, 3), LogisticMixture(3, 8, 3)],
+    [Bernoulli(3), DiscretisedNormal(3, 8), LogisticMixture(2, 8, 3), LogisticMixture(3, 8, 3)],
     ids=lambda likelihood: likelihood.describe(),
 )
 def test_the_mean_is_what_samples_average_to(likelihood: Likelihood) -> None:
@@ -218,7 +231,7 @@ def test_the_mean_is_what_samples_average_to(likelihood: Likelihood) -> None:
         blocks = pixel.split(likelihood.mixtures, dim=1)
         for log_scales in blocks[2 :: (len(blocks) - 1) // likelihood.image_channels]:
             log_scales.clamp_(max=-3.0)
-    if isinstance(likelihood, Normal):
+    if isinstance(likelihood, DiscretisedNormal):
         pixel[:, 3:].clamp_(max=-2.0)
     samples = likelihood.sample(pixel.expand(20_000, -1, 1, 1), torch.Generator().manual_seed(1))
     torch.testing.assert_close(likelihood.mean(pixel)[0], samples.mean(dim=0), rtol=0, atol=0.02)

@@ -143,7 +143,7 @@ def test_an_overflow_skips_the_step_and_lowers_the_scale(name: str) -> None:
 def test_a_nan_is_skipped_and_counted_in_fp32_too() -> None:
     run = profile(PLANS["2"])
     engine = make(ZeroEngine, run)
-    engine.model.regularisation.coefficient = 0.0
+    engine.model.settings.coefficient = 0.0
     engine.begin(1e-3)
     engine.backward(sum(p.sum() for p in engine.model.parameters()) * float("nan"), last=True)
     assert engine.update().overflow and engine.loss_scale == 1.0

@@ -243,7 +243,7 @@ def _merged(model: NVAE, maps: list[Tensor], weights: Tensor, posterior: Posteri
 def _simple(model: NVAE, maps: list[Tensor], weights: Tensor, posterior: Posterior, seed: int) -> Tensor:
     """Blends (P, C, S, S) of z = (1 - w) z_A + w z_B in every group, z of two independent passes, on the host."""
     noise = posterior_noise(posterior, seed, [A_SLOT, B_SLOT])
-    _, latents = model.top_down(FromPosterior(noise), [*maps], keep_z=True)
+    _, latents = model.top_down(FromPosterior(noise), [*maps], return_z=True)
     return decoded_mean(model, Between([latent.z for latent in latents], weights.T), None, len(weights))
 
 

@@ -23,7 +23,7 @@ from nvae_lowmem.generation.sample import (
     temperature_text,
 )
 from nvae_lowmem.model.latents import FromPrior, NoiseStep, SeededNoise
-from nvae_lowmem.model.layers import Normed
+from nvae_lowmem.model.layers import NormLayer
 from nvae_lowmem.model.nvae import NVAE
 from nvae_lowmem.progress import OnProgress
 
@@ -61,19 +61,21 @@ def recalibrate(
         raise ConfigError(f"--passes {passes}: must be at least 1, a few hundred for good samples")
     temperatures = group_temperatures(temperature, model.config)
     noise, images = SeededNoise(seed, step=NoiseStep.RECALIBRATION), images_per_pass(micro_batch)
-    layers = list(_decoder_norms(model).values())
-    before = [(layer.training, layer.momentum) for layer in layers]
+    layers, settings = list(_decoder_norms(model).values()), model.settings
+    before, momentum = [layer.training for layer in layers], settings.momentum
     try:
+        for layer in layers:
+            layer.training = True  # the others' statistics stand still
         for i in range(passes):
-            for layer in layers:
-                # statistics += (batch's - statistics) / (i + 1): the mean over passes; i = 0 forgets the old ones
-                layer.training, layer.momentum = True, 1 / (i + 1)
+            # statistics += (batch's - statistics) / (i + 1): the mean over passes; i = 0 forgets the old ones
+            settings.momentum = 1 / (i + 1)
             model.top_down(FromPrior(noise.at(i * images), temperatures), batch=images)
             if progress is not None:
                 progress(i + 1, passes)
     finally:
-        for layer, (training, momentum) in zip(layers, before, strict=True):
-            layer.training, layer.momentum = training, momentum
+        settings.momentum = momentum
+        for layer, training in zip(layers, before, strict=True):
+            layer.training = training
 
 
 @contextlib.contextmanager
@@ -161,14 +163,14 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 # --- where the statistics are -----------------------------------------------------------------------------------------
 
 
-def _decoder_norms(model: NVAE) -> dict[str, Normed]:
+def _decoder_norms(model: NVAE) -> dict[str, NormLayer]:
     """Every BatchNorm that a pass from the prior runs, by its module's name."""
     order = model.block_names()
     decoder = set(order[order.index("top") + 1 :])
     return {
         name: layer
         for name, layer in model.named_modules()
-        if isinstance(layer, Normed) and layer.gamma is not None and name.split(".")[1] in decoder
+        if isinstance(layer, NormLayer) and layer.gamma is not None and name.split(".")[1] in decoder
     }
 
 

@@ -17,7 +17,7 @@ from nvae_lowmem.config.model import Architecture, LikelihoodName, ModelConfig
 from nvae_lowmem.config.sections import DataConfig, Profile, TrainConfig
 from nvae_lowmem.errors import ConfigError, raise_problems
 from nvae_lowmem.interop.nvlabs_weights import START, indices_of, layers_of
-from nvae_lowmem.model.cells import CELLS, Inverted, Kind, Residual, Side
+from nvae_lowmem.model.cells import CELLS, InvertedResidual, Kind, Residual, Side
 
 _PADDED_BINARY = ("mnist", "omniglot")  # 28 x 28 images in a 32 x 32 network
 _PADDING = 2
@@ -233,7 +233,7 @@ def _kind_of_operations(operations: Any) -> Kind | None:
         first, second = (2 if match[3] else 1 for match in residual if match)
         return Residual(residual[0][1] is not None, residual[0][2], (first, second))
     inverted = re.fullmatch(r"mconv_e([0-9]+)k([0-9]+)g([0-9]+)", operations[0]) if len(operations) == 1 else None
-    return Inverted(*map(int, inverted.groups())) if inverted else None
+    return InvertedResidual(*map(int, inverted.groups())) if inverted else None
 
 
 def _kind_of_layers(tensors: Mapping[str, Tensor], part: str) -> Kind | None:
@@ -248,7 +248,7 @@ def _kind_of_layers(tensors: Mapping[str, Tensor], part: str) -> Kind | None:
         if len(weights) == 3:
             wide, narrow, *_ = weights[0].shape
             per_group = weights[1].shape[1]
-            return Inverted(
+            return InvertedResidual(
                 wide // max(narrow, 1), weights[1].shape[2], 0 if per_group == 1 else wide // max(per_group, 1)
             )
     return None

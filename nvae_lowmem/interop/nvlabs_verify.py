@@ -111,7 +111,7 @@ def published_nll(likelihood: Likelihood, parameters: Tensor, x: Tensor, padding
     """
     inner = slice(padding, x.shape[-1] - padding)
     parameters, x = parameters[..., inner, inner], x[..., inner, inner]
-    if isinstance(likelihood, likelihoods.Normal):
+    if isinstance(likelihood, likelihoods.DiscretisedNormal):
         mu, log_sigma = parameters.chunk(2, dim=1)
         return -Normal.from_parameters(mu, log_sigma).log_density(2 * x - 1).sum((1, 2, 3))
     if isinstance(likelihood, LogisticMixture):

@@ -180,7 +180,7 @@ class Model:
         for first in range(0, len(batch), self.micro_batch):
             x = batch[first : first + self.micro_batch].to(self.device)
             source = FromPosterior(posterior_noise(posterior, seed, numbers[first : first + len(x)]))
-            _, latents = self.network.top_down(source, self.network.encode(x), keep_z=True)
+            _, latents = self.network.top_down(source, self.network.encode(x), return_z=True)
             z = tuple(latent.z.float().cpu() for latent in latents if latent.z is not None)
             kl = torch.stack([latent.kl.sum(1) for latent in latents if latent.kl is not None], dim=1)
             parts.append(Latents(z, kl.cpu()))

@@ -6,8 +6,6 @@ Legend: B images, C channels of a scale, L latents per group, H x W pixels.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +14,7 @@ from torch import Tensor, nn
 from nvae_lowmem.config.model import ModelConfig
 from nvae_lowmem.model.cells import make_cell
 from nvae_lowmem.model.flows import Flow
+from nvae_lowmem.model.functional import recompute_in_backward
 from nvae_lowmem.model.latents import Latent, Normal, Source
 from nvae_lowmem.model.layers import ConvUnit
 from nvae_lowmem.model.likelihoods import Likelihood, negative_log_likelihood
@@ -73,10 +72,6 @@ class LearnedStart(nn.Module):
         return self.h.to(dtype).expand(batch, -1, -1, -1)
 
 
-def _run(function: Callable[..., Any], *args: Any) -> Any:
-    return function(*args)
-
-
 class DecoderGroup(nn.Module):
     """One latent group: cells, prior, encoder combiner, posterior, z (with flows), combiner.
 
@@ -84,7 +79,13 @@ class DecoderGroup(nn.Module):
     The first group has no cells, a standard normal prior, and reads the top encoder map as it is.
     """
 
-    def __init__(self, config: ModelConfig, group: int, channels: int, encoder_channels: int) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        group: int,  # from the top, 0 first
+        channels: int,  # C of the state
+        encoder_channels: int,  # C_enc of the encoder's map
+    ) -> None:
         super().__init__()
         self.group, self.residual_posterior, self.latents = group, config.residual_posterior, config.latents
         first = group == 0
@@ -96,8 +97,8 @@ class DecoderGroup(nn.Module):
         self.encoder_combiner = None if first else ConvUnit(channels, encoder_channels, 1)
         self.posterior = ConvUnit(encoder_channels, 2 * config.latents, 3)
         self.flow = Flow(config.flows, config.latents) if config.flows else None
+        self.recompute_latent = False  # a hook: keep what `latent` is given, and run it again in backward
         # a plain VAE has no state before its only group: its decoder starts with a 1x1 convolution of z alone
-        self.run_latent: Callable[..., Latent] = _run  # how `latent` is run; set from outside
         self.combiner = ConvUnit(config.latents + (0 if config.vanilla else channels), channels, 1)
 
     def forward(self, state: Tensor, encoder_map: Tensor | None, source: Source) -> tuple[Tensor, Latent]:
@@ -117,7 +118,10 @@ class DecoderGroup(nn.Module):
             if self.encoder_combiner is not None:
                 seen = encoder_map + self.encoder_combiner(state)
             posterior = self.posterior(seen)
-        return self.run_latent(self.latent, prior, posterior, source, (len(state), *state.shape[2:]), state.device)
+        size = (len(state), *state.shape[2:])
+        if self.recompute_latent:
+            return recompute_in_backward(self.latent, prior, posterior, source, size, state.device)
+        return self.latent(prior, posterior, source, size, state.device)
 
     def latent(
         self,
@@ -155,7 +159,7 @@ class Head(nn.Module):
         super().__init__()
         self.conv = ConvUnit(config.channels_decoder, likelihood.parameter_channels, 3, activation="elu")
         self.likelihood, self.padding = likelihood, config.padding
-        self.chunk_bytes = 64 << 20  # bound of the likelihood's temporaries, set from outside
+        self.chunk_bytes = 64 << 20  # a hook: bound of the likelihood's temporaries
         # small images go together, so that a chunk is worth a kernel launch; the number does not depend on the batch
         image_bytes = likelihood.working_values_per_pixel * config.image_size**2 * 4
         self.chunk_images = max(1, HEAD_CHUNK_BYTES // image_bytes)

@@ -22,7 +22,7 @@ class Residual(NamedTuple):
     dilations: tuple[int, int] = (1, 1)
 
 
-class Inverted(NamedTuple):
+class InvertedResidual(NamedTuple):
     """BN, 1x1 to expand*C, BN-swish, k x k depthwise (or in `groups` groups), BN-swish, 1x1 to C_out, BN."""
 
     expand: int
@@ -30,11 +30,12 @@ class Inverted(NamedTuple):
     groups: int = 0  # 0: depthwise
 
 
-Kind = Residual | Inverted
+Kind = Residual | InvertedResidual
 
 _ELU, _BNELU, _SWISH = Residual(False, "elu"), Residual(True, "elu"), Residual(True, "swish")
 _53, _35, _55 = (Residual(True, "swish", dilations) for dilations in ((2, 1), (1, 2), (2, 2)))
-_E6, _E3, _E3G8, _E6K11 = Inverted(6, 5), Inverted(3, 5), Inverted(3, 5, 8), Inverted(6, 11)
+_E6, _E3 = InvertedResidual(6, 5), InvertedResidual(3, 5)
+_E6K11, _E3G8 = InvertedResidual(6, 11), InvertedResidual(3, 5, 8)
 # fmt: off
 _ROWS: dict[Architecture, tuple[Kind, Kind, Kind, Kind]] = {
     # name           encoder  preprocess decoder  postprocess
@@ -66,7 +67,7 @@ def _residual_units(kind: Residual, in_channels: int, out_channels: int, resampl
     ]
 
 
-def _inverted_units(kind: Inverted, in_channels: int, out_channels: int, resample: Resample) -> list[ConvUnit]:
+def _inverted_units(kind: InvertedResidual, in_channels: int, out_channels: int, resample: Resample) -> list[ConvUnit]:
     wide, stride = kind.expand * in_channels, 2 if resample == "down" else 1
 
     def unit(i: int, o: int, kernel: int, activation: str, stride: int = 1, groups: int = 1) -> ConvUnit:
@@ -85,7 +86,12 @@ class Cell(nn.Module):
     """One residual cell, (B, C_in, H, W) -> (B, C_out, H', W'); down halves H and W, up doubles them."""
 
     def __init__(
-        self, kind: Kind, in_channels: int, out_channels: int, resample: Resample, squeeze_excitation: bool
+        self,
+        kind: Kind,  # what the branch is made of
+        in_channels: int,  # C_in
+        out_channels: int,  # C_out
+        resample: Resample,
+        squeeze_excitation: bool,  # SE at the end of the branch
     ) -> None:
         super().__init__()
         self.skip: nn.Module = nn.Identity()
@@ -93,16 +99,17 @@ class Cell(nn.Module):
             self.skip = DownSkip(in_channels, out_channels)
         elif resample == "up":
             self.skip = UpSkip(in_channels, out_channels)
-        self.recompute = False  # set from outside: run the branch so that only convolution outputs stay
-        self.upsample_first = resample == "up" and isinstance(kind, Inverted)
-        build = _residual_units if isinstance(kind, Residual) else _inverted_units
+        self.recompute = False  # a hook: run the branch so that only convolution outputs stay
+        inverted = isinstance(kind, InvertedResidual)
+        self.upsample_first = resample == "up" and inverted
+        build = _inverted_units if inverted else _residual_units
         self.units = nn.ModuleList(build(kind, in_channels, out_channels, resample))  # type: ignore[arg-type]
-        self.tail = ResidualTail(out_channels, norm=isinstance(kind, Inverted), squeeze_excitation=squeeze_excitation)
+        self.tail = ResidualTail(out_channels, norm=inverted, squeeze_excitation=squeeze_excitation)
 
     def forward(self, x: Tensor) -> Tensor:
         c = F.interpolate(x, scale_factor=2, mode="nearest") if self.upsample_first else x
         for segment in self.segments():
-            c = run_units(segment, c, keep=not self.recompute)
+            c = run_units(segment, c, save_conv_inputs=not self.recompute)
         return self.tail(self.skip(x), c)
 
     def segments(self) -> list[tuple[ConvUnit, ...]]:

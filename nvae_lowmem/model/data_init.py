@@ -24,12 +24,13 @@ def initialise_from_data(model: NVAE, x: Tensor, noise: Noise) -> int:
     """
     units = [u for cell in model.modules() if isinstance(cell, Cell) for u in cell.units if isinstance(u, ConvUnit)]
     units = [u for u in units if u.log_norm is not None]
-    handles = [unit.before_run(_initialise) for unit in units]
+    for unit in units:
+        unit.pre_run_hook = _initialise
     try:
         model(x, noise)
     finally:
-        for handle in handles:
-            handle()
+        for unit in units:
+            unit.pre_run_hook = None
     return len(units)
 
 

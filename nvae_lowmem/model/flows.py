@@ -37,10 +37,14 @@ class FlowCell(nn.Module):
 
     EXPAND = 6
 
-    def __init__(self, latents: int, mirror: bool) -> None:
+    def __init__(
+        self,
+        latents: int,  # L
+        mirror: bool,  # read the image from its end
+    ) -> None:
         super().__init__()
         hidden = self.EXPAND * latents
-        self.recompute = False  # set from outside: keep z alone, not the hidden layers
+        self.recompute = False  # a hook: keep z alone, not the hidden layers
         self.first = ConvUnit(latents, hidden, 3, bias=False, mask=causal_mask(hidden, latents, 3, 1, True, mirror))
         self.depthwise = ConvUnit(
             hidden,
@@ -62,7 +66,7 @@ class FlowCell(nn.Module):
         units = (self.first, self.depthwise, self.last)
         mu = z.to(dtype)
         for segment in (units,) if self.recompute else ((unit,) for unit in units):
-            mu = run_units(segment, mu, keep=not self.recompute)
+            mu = run_units(segment, mu, save_conv_inputs=not self.recompute)
         return z - mu.to(z.dtype)
 
 

@@ -10,10 +10,11 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 aten = torch.ops.aten
 BN_EPS = 1e-5
@@ -38,17 +39,15 @@ def recomputation() -> Iterator[None]:
         _thread.recomputing = before
 
 
-class Regularisation:
-    """What the step tells every layer of one model: the weight of the regulariser, and the power iterations now due.
+def recompute_in_backward(function: Callable[..., Any], *args: Any) -> Any:
+    """Run function(*args) so that only its tensor arguments are kept and it runs again in backward."""
+    if not torch.is_grad_enabled():
+        return function(*args)
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False, context_fn=_contexts)
 
-    `coefficient` multiplies the gradient of sum(spectral norms) + sum(max|gamma|) where the layer's own gradient is
-    produced; it already contains lambda, the loss scale and the share of this micro-batch. One that started at the loss
-    would wait in autograd's buffers for every weight of the model: 4 bytes per parameter.
-    """
 
-    def __init__(self) -> None:
-        self.coefficient = 0.0
-        self.iterations = 0
+def _contexts() -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
+    return contextlib.nullcontext(), recomputation()
 
 
 class BatchStatistics(NamedTuple):
@@ -118,9 +117,9 @@ def batch_norm_with(x: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, varian
 
 
 def batch_norm_backward(
-    g: Tensor, x: Tensor, gamma: Tensor, statistics: BatchStatistics, regularisation: Regularisation
+    g: Tensor, x: Tensor, gamma: Tensor, statistics: BatchStatistics, regulariser: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients with respect to x, gamma, beta; gamma's includes the regulariser: a sign at the maximum of |gamma|."""
+    """Gradients with respect to x, gamma, beta; gamma's includes regulariser x d max|gamma|: a sign at the maximum."""
     training = statistics.inverse_std is not None
     gx, ggamma, gbeta = aten.native_batch_norm_backward(
         g,
@@ -134,16 +133,16 @@ def batch_norm_backward(
         BN_EPS,
         [True, True, True],
     )
-    if regularisation.coefficient:
+    if regulariser:
         largest = gamma.abs().argmax().view(1)
-        ggamma = ggamma.index_add(0, largest, gamma.index_select(0, largest).sign(), alpha=regularisation.coefficient)
+        ggamma = ggamma.index_add(0, largest, gamma.index_select(0, largest).sign(), alpha=regulariser)
     return gx, ggamma, gbeta
 
 
 # --- the weight as it is used -----------------------------------------------------------------------------------------
 
 
-def used_weight(weight: Tensor, log_norm: Tensor | None, mask: Tensor | None) -> Tensor:
+def effective_weight(weight: Tensor, log_norm: Tensor | None, mask: Tensor | None) -> Tensor:
     """w = exp(g) v / (||v|| + 1e-5) per output channel, v masked first; the weight itself where not normalised."""
     v = weight if mask is None else weight * mask
     if log_norm is None:
@@ -151,7 +150,7 @@ def used_weight(weight: Tensor, log_norm: Tensor | None, mask: Tensor | None) ->
     return v * (log_norm.exp() / (_norms(v) + WEIGHT_NORM_EPS))
 
 
-def used_weight_backward(
+def effective_weight_backward(
     gw: Tensor, weight: Tensor, log_norm: Tensor | None, mask: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients with respect to weight and log_norm.

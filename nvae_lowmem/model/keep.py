@@ -12,25 +12,22 @@ Loss and gradients do not depend on the choice; BatchNorm statistics and power i
 
 from __future__ import annotations
 
-import contextlib
 import difflib
-import functools
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from nvae_lowmem.config.sections import Keep, MemoryPlan
 from nvae_lowmem.errors import ConfigError
 from nvae_lowmem.model.blocks import DecoderGroup, Head
 from nvae_lowmem.model.cells import Cell
 from nvae_lowmem.model.flows import FlowCell
-from nvae_lowmem.model.functional import recomputation
+from nvae_lowmem.model.functional import recompute_in_backward
 from nvae_lowmem.model.host import host_memory
-from nvae_lowmem.model.layers import Normed
+from nvae_lowmem.model.layers import NormLayer
 from nvae_lowmem.model.nvae import NVAE
 
 
@@ -67,31 +64,16 @@ def _names(model: NVAE) -> list[str]:
 
 def _set_recompute(block: nn.Module, keep: Keep) -> None:
     for module in block.modules():
-        if isinstance(module, (Normed, Cell, FlowCell)):
+        if isinstance(module, (NormLayer, Cell, FlowCell)):
             module.recompute = keep != "all"
         if isinstance(module, DecoderGroup):
             # A block that runs again as a whole need not run its latents a third time: the peak of a step is in the
             # post-process cells (measured for the published recipes), so it would save nothing.
-            module.run_latent = _again if keep == "cheap" else _call
-
-
-def _call(function: Callable[..., Any], *args: Any) -> Any:
-    return function(*args)
-
-
-def _contexts() -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
-    return contextlib.nullcontext(), recomputation()
-
-
-def _again(function: Callable[..., Any], *args: Any) -> Any:
-    """Run function(*args) so that only its tensor arguments are kept and it runs again in backward."""
-    if not torch.is_grad_enabled():
-        return function(*args)
-    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False, context_fn=_contexts)
+            module.recompute_latent = keep == "cheap"
 
 
 class KeepRunner:
-    """Runs a block by name under its policy. Holds names only, so that a model that carries it can be copied."""
+    """The BlockRunner of a memory plan. Holds names only, so that a model that carries it can be copied."""
 
     def __init__(self, keeps: Mapping[str, Keep]) -> None:
         self.keeps = dict(keeps)
@@ -102,11 +84,11 @@ class KeepRunner:
         if keep in ("all", "cheap") or not torch.is_grad_enabled():
             return block(*args)
         if keep == "input":
-            return _again(block, *args)
+            return recompute_in_backward(block, *args)
         assert self._store is not None
         self._store.begin_block()
         with torch.autograd.graph.saved_tensors_hooks(self._store.pack, self._store.unpack):
-            return _again(block, *args)
+            return recompute_in_backward(block, *args)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KeepRunner:
         return KeepRunner(self.keeps)
@@ -190,9 +172,3 @@ class HostStore:
             if ahead is not None:
                 ahead.fetch()
         return tensor
-
-
-def keep_counts(plan: MemoryPlan, model: NVAE) -> dict[Keep, int]:
-    """How many blocks keep what, for people."""
-    names = [name for name in model.block_names() if name != "start"]
-    return functools.reduce(lambda c, n: c | {plan.keep_of(n): c.get(plan.keep_of(n), 0) + 1}, names, {})

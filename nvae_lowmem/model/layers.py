@@ -10,19 +10,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nvae_lowmem.model.functional import (
-    Regularisation,
     RunningStatistics,
+    effective_weight,
     power_iteration,
     recomputing,
-    used_weight,
 )
+from nvae_lowmem.model.hooks import LayerSettings
 from nvae_lowmem.model.units import Chain, Tail, UnitSpec
 
-BN_MOMENTUM = 0.05
 
+class NormLayer(nn.Module):
+    """A module with an optional BatchNorm of its own: gamma, beta and running statistics, all (C,).
 
-class Normed(nn.Module):
-    """A module with an optional BatchNorm of its own: gamma, beta and running statistics, all (C,)."""
+    norm_channels: C of the BatchNorm; None: there is none.
+    """
 
     gamma: nn.Parameter | None
     beta: nn.Parameter | None
@@ -31,9 +32,8 @@ class Normed(nn.Module):
 
     def __init__(self, norm_channels: int | None) -> None:
         super().__init__()
-        self.momentum = BN_MOMENTUM
-        self.regularisation = Regularisation()
-        self.recompute = False  # set from outside: keep only what cannot be recomputed cheaply
+        self.settings = LayerSettings()  # a hook: the model puts its own here
+        self.recompute = False  # a hook: keep only what cannot be recomputed cheaply
         self.gamma = self.beta = None
         if norm_channels is not None:
             self.gamma = nn.Parameter(torch.ones(norm_channels))
@@ -45,10 +45,10 @@ class Normed(nn.Module):
         """The running statistics and how they are to be used now."""
         if self.gamma is None:
             return None
-        return RunningStatistics(self.running_mean, self.running_variance, self.momentum, self.training)
+        return RunningStatistics(self.running_mean, self.running_variance, self.settings.momentum, self.training)
 
 
-class ConvUnit(Normed):
+class ConvUnit(NormLayer):
     """[BatchNorm] -> [activation] -> [x2 nearest upsampling] -> k x k convolution, (B,C,H,W) -> (B,O,H',W').
 
     weight_norm: w = exp(log_norm) * weight / (||weight|| + 1e-5); mask multiplies the weight before that.
@@ -62,31 +62,26 @@ class ConvUnit(Normed):
 
     def __init__(
         self,
-        in_channels: int,
-        out_channels: int,
-        kernel: int,
+        in_channels: int,  # C
+        out_channels: int,  # O
+        kernel: int,  # k, odd: padding keeps the size
         *,
-        norm: bool = False,
-        activation: str = "none",
-        upsample: bool = False,
+        norm: bool = False,  # BatchNorm before the activation
+        activation: str = "none",  # before the convolution: a key of functional.ACTIVATIONS
+        upsample: bool = False,  # x2 nearest, between activation and convolution
         stride: int = 1,
         dilation: int = 1,
-        groups: int = 1,
+        groups: int = 1,  # C for a depthwise convolution
         bias: bool = True,
-        weight_norm: bool = True,
-        mask: Tensor | None = None,
+        weight_norm: bool = True,  # one learned log norm per output channel
+        mask: Tensor | None = None,  # (O, C/groups, k, k) of zeros and ones
     ) -> None:
         super().__init__(in_channels if norm else None)
-        self.watcher: Callable[[ConvUnit, Tensor], None] | None = None
+        self.pre_run_hook: Callable[[ConvUnit, Tensor], None] | None = None
         reference = nn.Conv2d(in_channels, out_channels, kernel, groups=groups, bias=bias)  # for its initialisation
         self.weight, self.bias = _parameters(reference)
-        self.activation, self.upsample, self.stride, self.dilation, self.groups = (
-            activation,
-            upsample,
-            stride,
-            dilation,
-            groups,
-        )
+        self.activation, self.upsample = activation, upsample
+        self.stride, self.dilation, self.groups = stride, dilation, groups
         self.padding = dilation * (kernel // 2)
         self.register_buffer("mask", mask, persistent=False)
         self.log_norm: nn.Parameter | None = None
@@ -98,16 +93,11 @@ class ConvUnit(Normed):
         self.register_buffer("v", F.normalize(torch.randn(self.weight[0].numel()), dim=0))
         self.register_buffer("sigma", torch.zeros(()), persistent=False)
 
-    def before_run(self, watcher: Callable[[ConvUnit, Tensor], None]) -> Callable[[], None]:
-        """Have `watcher(unit, input)` called before each run; returns what ends that."""
-        self.watcher = watcher
-        return lambda: setattr(self, "watcher", None)
-
     def spec(self) -> UnitSpec:
         """What this unit does, for the autograd function."""
         return UnitSpec(
             self.activation, self.upsample, self.stride, self.padding, self.dilation, self.groups, self.mask,
-            self.u, self.v, self.regularisation,
+            self.u, self.v, self.settings,
         )  # fmt: skip
 
     def parameter_row(self) -> tuple[Tensor | None, ...]:
@@ -117,12 +107,12 @@ class ConvUnit(Normed):
     @torch.no_grad()
     def iterate(self) -> None:
         """The power iterations that are due, once per step however often the unit runs."""
-        if self.training and self.regularisation.iterations and not recomputing():
-            w = used_weight(self.weight, self.log_norm, self.mask)
-            self.sigma.copy_(power_iteration(w, self.u, self.v, self.regularisation.iterations))
+        if self.training and self.settings.iterations and not recomputing():
+            w = effective_weight(self.weight, self.log_norm, self.mask)
+            self.sigma.copy_(power_iteration(w, self.u, self.v, self.settings.iterations))
 
     def forward(self, x: Tensor) -> Tensor:
-        return run_units((self,), x, keep=not self.recompute)
+        return run_units((self,), x, save_conv_inputs=not self.recompute)
 
 
 def _parameters(reference: nn.Conv2d | nn.Linear) -> tuple[nn.Parameter, nn.Parameter | None]:
@@ -130,24 +120,34 @@ def _parameters(reference: nn.Conv2d | nn.Linear) -> tuple[nn.Parameter, nn.Para
     return cast(nn.Parameter, reference.weight), cast("nn.Parameter | None", reference.bias)
 
 
-def run_units(units: tuple[ConvUnit, ...], x: Tensor, keep: bool) -> Tensor:
-    """The units one after the other as one autograd node."""
+def run_units(units: tuple[ConvUnit, ...], x: Tensor, *, save_conv_inputs: bool) -> Tensor:
+    """The units one after the other as one autograd node, (B,C,H,W) -> (B,O,H',W').
+
+    save_conv_inputs: keep what each convolution read; without it only x is kept.
+    """
     for unit in units:
-        if unit.watcher is not None:
-            assert len(units) == 1, "only the first unit of a chain can be watched"
-            unit.watcher(unit, x)
+        if unit.pre_run_hook is not None:
+            assert len(units) == 1, "only the first unit of a chain has its input here"
+            unit.pre_run_hook(unit, x)
         unit.iterate()
     parameters = [p for unit in units for p in unit.parameter_row()]
-    return Chain.apply(x, tuple(u.spec() for u in units), tuple(u.running() for u in units), keep, *parameters)
+    specs, runnings = tuple(u.spec() for u in units), tuple(u.running() for u in units)
+    return Chain.apply(x, specs, runnings, save_conv_inputs, *parameters)
 
 
-class ResidualTail(Normed):
+class ResidualTail(NormLayer):
     """skip + 0.1 * SE([BatchNorm](c)): the end of every cell, (B,C,H,W) twice -> (B,C,H,W).
 
     SE: mean over H,W -> Linear(C, max(C // 16, 4)) -> ReLU -> Linear(.., C) -> sigmoid -> scale.
     """
 
-    def __init__(self, channels: int, *, norm: bool, squeeze_excitation: bool) -> None:
+    def __init__(
+        self,
+        channels: int,  # C
+        *,
+        norm: bool,  # BatchNorm on c: the branch ends without one
+        squeeze_excitation: bool,  # SE between BatchNorm and sum
+    ) -> None:
         super().__init__(channels if norm else None)
         self.squeeze_weight: nn.Parameter | None = None
         self.squeeze_bias: nn.Parameter | None = None
@@ -161,7 +161,7 @@ class ResidualTail(Normed):
 
     def forward(self, skip: Tensor, c: Tensor) -> Tensor:
         return Tail.apply(
-            skip, c, self.running(), not self.recompute, self.regularisation, self.gamma, self.beta,
+            skip, c, self.running(), not self.recompute, self.settings, self.gamma, self.beta,
             self.squeeze_weight, self.squeeze_bias, self.excite_weight, self.excite_bias,
         )  # fmt: skip
 

@@ -20,9 +20,9 @@ from nvae_lowmem.config.model import LikelihoodName
 from nvae_lowmem.errors import raise_problems
 from nvae_lowmem.model.pixel_distributions import (
     Bernoulli,
+    DiscretisedNormal,
     Likelihood,
     LogisticMixture,
-    Normal,
     SquaredError,
     computing_type,
     quantise,
@@ -30,9 +30,9 @@ from nvae_lowmem.model.pixel_distributions import (
 
 __all__ = [
     "Bernoulli",
+    "DiscretisedNormal",
     "Likelihood",
     "LogisticMixture",
-    "Normal",
     "SquaredError",
     "make_likelihood",
     "negative_log_likelihood",
@@ -46,10 +46,11 @@ def make_likelihood(name: str, image_channels: int, bits: int, mixtures: int = 1
     """The likelihood called ``name``, or with "auto" the one that fits the data:
 
     * 1 bit: Bernoulli;
-    * more bits, one component: Normal, as in the published models;
+    * more bits, one component: DiscretisedNormal, as in the published models;
     * more bits, several components: the logistic mixture, colours coupled in RGB.
 
-    By name, Bernoulli and Normal have no components and ignore ``mixtures``; the logistic mixture takes any number.
+    By name, Bernoulli and DiscretisedNormal have no components and ignore ``mixtures``; the logistic mixture takes any
+    number.
 
     Raises:
         ConfigError: an unknown name, or values that do not go together; lists all problems.
@@ -60,7 +61,7 @@ def make_likelihood(name: str, image_channels: int, bits: int, mixtures: int = 1
     if name == "bernoulli":
         return Bernoulli(image_channels)
     if name == "normal":
-        return Normal(image_channels, bits)
+        return DiscretisedNormal(image_channels, bits)
     if name == "squared_error":
         return SquaredError(image_channels, bits)
     return LogisticMixture(image_channels, bits, mixtures)

@@ -11,7 +11,7 @@ of a pass are counted from the top (lowest resolution) down.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from nvae_lowmem.config.model import ModelConfig
 from nvae_lowmem.model.blocks import DecoderGroup, EncoderGroup, EncoderTop, Head, LearnedStart, Stem, full_precision
 from nvae_lowmem.model.cells import Cell, Resample, Side, make_cell
-from nvae_lowmem.model.functional import Regularisation
+from nvae_lowmem.model.hooks import BlockRunner, LayerSettings, run_plainly
 from nvae_lowmem.model.latents import FromPosterior, Latent, Noise, Source
-from nvae_lowmem.model.layers import Normed
+from nvae_lowmem.model.layers import NormLayer
 from nvae_lowmem.model.likelihoods import make_likelihood
 
 
@@ -33,10 +33,6 @@ class ElboTerms(NamedTuple):
     kl: list[Tensor]  # per group, top first: (B, L)
     log_q: list[Tensor]  # per group (B,), if the source gives densities
     log_p: list[Tensor]
-
-
-def _run_block(name: str, block: nn.Module, *args: Any) -> Any:
-    return block(*args)
 
 
 class NVAE(nn.Module):
@@ -53,10 +49,10 @@ class NVAE(nn.Module):
         self.latent_shapes: list[tuple[int, int, int]] = []  # per group, top first: (L, h, w)
         encoder_channels = self._build_encoder()
         self._build_decoder(encoder_channels)
-        self.regularisation = Regularisation()
+        self.settings = LayerSettings()  # a hook
         for module in self.layers():
-            module.regularisation = self.regularisation
-        self.run_block: Callable[..., Any] = _run_block  # how a block is run; set from outside
+            module.settings = self.settings
+        self.run_block: BlockRunner = run_plainly  # a hook
 
     def _build_encoder(self) -> int:
         """Stem, pre-process, encoder tower, top. Returns the channels of the topmost map."""
@@ -152,13 +148,13 @@ class NVAE(nn.Module):
         return maps[::-1]
 
     def top_down(
-        self, source: Source, maps: list[Tensor] | None = None, batch: int = 1, keep_z: bool = False
+        self, source: Source, maps: list[Tensor] | None = None, batch: int = 1, return_z: bool = False
     ) -> tuple[Tensor, list[Latent]]:
         """THE pass: from the learned start through all groups. Returns (what the head reads, one Latent per group).
 
         maps: what `encode` returned, for sources that use the posterior; without it `batch` latents are made. They are
         taken out of the list one by one, so that none outlives its group: whoever needs them again hands over a copy.
-        keep_z: whether the Latents hold their z; it is in the state anyway, and only some callers need it.
+        return_z: whether the Latents hold their z; it is in the state anyway, and only some callers need it.
         """
         parameter = next(self.parameters())
         dtype = maps[0].dtype if maps is not None else _compute_dtype(parameter)
@@ -169,7 +165,7 @@ class NVAE(nn.Module):
             for name in self._decoder_order:
                 if isinstance(self.blocks[name], DecoderGroup):
                     state, latent = self._block(name, state, maps.pop(0) if maps is not None else None, source)
-                    latents.append(latent if keep_z else latent._replace(z=None))
+                    latents.append(latent if return_z else latent._replace(z=None))
                 else:
                     state = self._block(name, state)
         return state, latents
@@ -184,10 +180,10 @@ class NVAE(nn.Module):
         return torch.empty(batch, 0, size, size, dtype=dtype, device=device)
 
     def decode(
-        self, source: Source, maps: list[Tensor] | None = None, batch: int = 1, keep_z: bool = False
+        self, source: Source, maps: list[Tensor] | None = None, batch: int = 1, return_z: bool = False
     ) -> tuple[Tensor, list[Latent]]:
         """The likelihood's parameters (B, P, S - 2 padding, S - 2 padding) in fp32, and one Latent per group."""
-        features, latents = self.top_down(source, maps, batch, keep_z)
+        features, latents = self.top_down(source, maps, batch, return_z)
         with _no_autocast(features.device):
             parameters = full_precision(self._block("head", features))
         p = self.config.padding
@@ -195,9 +191,9 @@ class NVAE(nn.Module):
 
     # -- what others need to know of the model --
 
-    def layers(self) -> Iterator[Normed]:
+    def layers(self) -> Iterator[NormLayer]:
         """Every module with weights to regularise or statistics to keep."""
-        return (m for m in self.modules() if isinstance(m, Normed))
+        return (m for m in self.modules() if isinstance(m, NormLayer))
 
     def block_names(self) -> list[str]:
         """The blocks in the order in which a pass runs them."""

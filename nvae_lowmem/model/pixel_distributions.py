@@ -244,7 +244,7 @@ class LogisticMixture(Likelihood):
         return torch.where(edge | (log_bin > math.log(_PUBLISHED_NARROW_BIN)), log_bin, log_density_times_width)
 
 
-class Normal(Likelihood):
+class DiscretisedNormal(Likelihood):
     """One discretised normal per channel: P = 2 C, the means then the log sigmas, both soft-clamped as the latents'."""
 
     name = "normal"

@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nvae_lowmem.model.layers import BN_MOMENTUM, ConvUnit
+from nvae_lowmem.model.hooks import BN_MOMENTUM
+from nvae_lowmem.model.layers import ConvUnit
 from nvae_lowmem.model.nvae import NVAE
 
 ITERATIONS = 4
@@ -25,12 +26,11 @@ def begin_micro_batch(model: NVAE, index: int, count: int, coefficient: float, s
     the micro-batches' statistics: with momentum m, share i of n has momentum m / (n - (n - 1 - i) m), because
     r_i = (1 - a_i) r_(i-1) + a_i s_i then unrolls to (1 - m) r_0 + (m / n) sum of s_i.
     """
-    model.regularisation.coefficient = coefficient
+    settings = model.settings
+    settings.coefficient = coefficient
     due = FIRST_ITERATIONS if step == 0 else ITERATIONS
-    model.regularisation.iterations = due if index == 0 and coefficient else 0
-    momentum = BN_MOMENTUM / (count - (count - 1 - index) * BN_MOMENTUM)
-    for layer in model.layers():
-        layer.momentum = momentum
+    settings.iterations = due if index == 0 and coefficient else 0
+    settings.momentum = BN_MOMENTUM / (count - (count - 1 - index) * BN_MOMENTUM)
 
 
 def end_step(model: NVAE) -> None:

@@ -15,17 +15,17 @@ from torch import Tensor
 from nvae_lowmem.model.functional import (
     ACTIVATIONS,
     BatchStatistics,
-    Regularisation,
     RunningStatistics,
     aten,
     batch_norm,
     batch_norm_backward,
     batch_norm_with,
     depthwise_weight_gradient,
-    used_weight,
-    used_weight_backward,
+    effective_weight,
+    effective_weight_backward,
     weight_gradient_by_groups,
 )
+from nvae_lowmem.model.hooks import LayerSettings
 
 
 class UnitParameters(NamedTuple):
@@ -50,7 +50,7 @@ class UnitSpec(NamedTuple):
     mask: Tensor | None  # (O, C/groups, k, k), multiplies the weight before its normalisation
     u: Tensor  # (O,), left singular vector of the weight as it is used
     v: Tensor  # (C/groups*k*k,), right singular vector
-    regularisation: Regularisation
+    settings: LayerSettings
 
 
 # --- one unit ---------------------------------------------------------------------------------------------------------
@@ -84,7 +84,7 @@ def _unit_output(x: Tensor, p: UnitParameters, spec: UnitSpec, statistics: Batch
 
 
 def _convolve(a: Tensor, p: UnitParameters, spec: UnitSpec) -> Tensor:
-    w = used_weight(p.weight, p.log_norm, spec.mask).to(a.dtype)
+    w = effective_weight(p.weight, p.log_norm, spec.mask).to(a.dtype)
     bias = None if p.bias is None else p.bias.to(a.dtype)
     s, q, d = spec.stride, spec.padding, spec.dilation
     return aten.convolution(a, w, bias, [s, s], [q, q], [d, d], False, [0, 0], spec.groups)
@@ -99,13 +99,20 @@ def _unit_backward(
     spec: UnitSpec,
     needs_input_gradient: bool,
 ) -> tuple[Tensor | None, list[Tensor | None]]:
-    """Gradients with respect to x and (weight, log_norm, bias, gamma, beta)."""
+    """Gradients with respect to x and (weight, log_norm, bias, gamma, beta).
+
+    g: of the output; x: the unit's input; a: what its convolution read, where that was saved.
+    """
     s, q, d = spec.stride, spec.padding, spec.dilation
+
+    # What the convolution read, and the weight that it used, once more.
     normed: Tensor | None = None
     if a is None:
         normed, _ = _normalise(x, p, None, statistics)
         a = _activate(normed, spec, overwrite=False)
-    w = used_weight(p.weight, p.log_norm, spec.mask).to(a.dtype)
+    w = effective_weight(p.weight, p.log_norm, spec.mask).to(a.dtype)
+
+    # Backward through the convolution: ga of what it read, gw of the weight it used, gb of the bias.
     sizes = [p.weight.shape[0]] if p.bias is not None else None
     wanted = [needs_input_gradient or p.gamma is not None, True, p.bias is not None]
     by_groups = weight_gradient_by_groups(a, w, spec.stride, spec.dilation)
@@ -114,17 +121,22 @@ def _unit_backward(
     if by_groups:
         gw = depthwise_weight_gradient(g, a, spec.padding)
     del a, w
+
+    # The spectral regulariser, d(u^T w v)/dw = u v^T, is one of the weight as it is used: before the normalisation.
     gw = gw.to(p.weight.dtype)
-    if spec.regularisation.coefficient:
-        # d(u^T w v)/dw = u v^T, added to the gradient of the weight as it is used, before the weight normalisation
+    if spec.settings.coefficient:
         matrix = gw if gw.is_contiguous() else gw.contiguous()
-        matrix.view(gw.shape[0], -1).addr_(spec.u, spec.v, alpha=spec.regularisation.coefficient)
+        matrix.view(gw.shape[0], -1).addr_(spec.u, spec.v, alpha=spec.settings.coefficient)
         gw = matrix
-    gweight, glog = used_weight_backward(gw, p.weight, p.log_norm, spec.mask)
+
+    # Backward through weight normalisation and mask.
+    gweight, glog = effective_weight_backward(gw, p.weight, p.log_norm, spec.mask)
     del gw
     grads: list[Tensor | None] = [gweight, glog, gb.to(p.weight.dtype) if p.bias is not None else None, None, None]
     if ga is None:
         return None, grads
+
+    # Backward through upsampling, activation and BatchNorm.
     if spec.upsample:
         h2, w2 = 2 * x.shape[2], 2 * x.shape[3]
         ga = aten.upsample_nearest2d_backward(ga, [h2, w2], list(x.shape), 2.0, 2.0)
@@ -135,14 +147,16 @@ def _unit_backward(
     del normed
     if p.gamma is not None:
         assert statistics is not None
-        ga, grads[3], grads[4] = batch_norm_backward(ga, x, p.gamma, statistics, spec.regularisation)
+        ga, grads[3], grads[4] = batch_norm_backward(ga, x, p.gamma, statistics, spec.settings.coefficient)
     return ga, grads
 
 
 class Chain(torch.autograd.Function):
-    """Units one after the other, saving the first one's input alone (and what each convolution read, if `keep`).
+    """Units one after the other. Saves the first one's input, and, if asked for, what every convolution read.
 
-    Chain.apply(x (B,C,H,W), specs, runnings, keep, *parameters) -> y; parameters: five per unit, None where absent.
+    Chain.apply(x (B,C,H,W), specs, runnings, save_conv_inputs, *parameters) -> y (B,O,H',W')
+    parameters: five per unit, None where absent. Per unit five tensors are saved, None where there is nothing: three
+    statistics of its BatchNorm, the unit's input (for the first one that is x), and what its convolution read.
     """
 
     @staticmethod
@@ -151,7 +165,7 @@ class Chain(torch.autograd.Function):
         x: Tensor,
         specs: tuple[UnitSpec, ...],
         runnings: tuple[RunningStatistics | None, ...],
-        keep: bool,
+        save_conv_inputs: bool,
         *parameters: Tensor | None,
     ) -> Tensor:
         saved: list[Tensor | None] = [x]
@@ -159,18 +173,26 @@ class Chain(torch.autograd.Function):
         for i, (spec, running) in enumerate(zip(specs, runnings, strict=True)):
             p = UnitParameters(*parameters[5 * i : 5 * i + 5])  # type: ignore[arg-type]
             unit_input = y
+
+            # BatchNorm, activation, convolution; what BatchNorm returned is overwritten by the activation.
             normed, statistics = _normalise(unit_input, p, running, None)
             a = _activate(normed, spec, overwrite=p.gamma is not None)
             del normed
             y = _convolve(a, p, spec)
+
+            # What backward needs and cannot compute from x, or is spared.
             saved += statistics if statistics is not None else (None, None, None)
-            saved += [unit_input if keep and i else None, a if keep and a is not unit_input else None]
-        ctx.specs, ctx.keep = specs, keep
+            saved += [
+                unit_input if save_conv_inputs and i else None,
+                a if save_conv_inputs and a is not unit_input else None,
+            ]
+        ctx.specs = specs
         ctx.save_for_backward(*saved, *parameters)
         return y
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
+        # What forward saved, unit by unit.
         n = len(ctx.specs)
         saved = ctx.saved_tensors
         parameters = [UnitParameters(*saved[1 + 5 * n + 5 * i :][:5]) for i in range(n)]
@@ -178,9 +200,13 @@ class Chain(torch.autograd.Function):
         inputs = [saved[0] if i == 0 else saved[4 + 5 * i] for i in range(n)]
         read = [saved[5 + 5 * i] for i in range(n)]
         del saved
+
+        # The inputs of later units, where they were not saved, from the first one's.
         for i in range(1, n):
             if inputs[i] is None:
                 inputs[i] = _unit_output(inputs[i - 1], parameters[i - 1], ctx.specs[i - 1], statistics[i - 1])
+
+        # Backward through the units, the last first; each gives up its input as soon as it is done.
         grads: list[Tensor | None] = []
         for i in reversed(range(n)):
             needs_input = i > 0 or ctx.needs_input_grad[0]
@@ -193,10 +219,10 @@ class Chain(torch.autograd.Function):
 
 
 class Tail(torch.autograd.Function):
-    """A cell's end: skip + 0.1 * SE(BatchNorm(c)), each optional; saves c alone (and BatchNorm's output, if `keep`).
+    """A cell's end: skip + 0.1 * SE(BatchNorm(c)), each optional; saves c, and BatchNorm's output if asked for.
 
     SE(y) = y * sigmoid(W2 relu(W1 mean_hw(y) + b1) + b2), computed in fp32 on (B, C).
-    Tail.apply(skip (B,C,H,W), c, running, keep, regularisation, gamma, beta, w1, b1, w2, b2) -> (B,C,H,W)
+    Tail.apply(skip (B,C,H,W), c, running, save_output, settings, gamma, beta, w1, b1, w2, b2) -> (B,C,H,W)
     """
 
     @staticmethod
@@ -205,8 +231,8 @@ class Tail(torch.autograd.Function):
         skip: Tensor,
         c: Tensor,
         running: RunningStatistics | None,
-        keep: bool,
-        regularisation: Regularisation,
+        save_output: bool,
+        settings: LayerSettings,
         gamma: Tensor | None,
         beta: Tensor | None,
         w1: Tensor | None,
@@ -214,10 +240,13 @@ class Tail(torch.autograd.Function):
         w2: Tensor | None,
         b2: Tensor | None,
     ) -> Tensor:
+        # y = BatchNorm(c)
         y, statistics = c, None
         if gamma is not None and beta is not None:
             assert running is not None
             y, statistics = batch_norm(c, gamma, beta, running)
+
+        # skip + 0.1 * SE(y)
         mean = hidden = gate = None
         if w1 is not None and w2 is not None and b1 is not None and b2 is not None:
             mean = y.mean((2, 3), dtype=w1.dtype)
@@ -226,10 +255,12 @@ class Tail(torch.autograd.Function):
             out = torch.addcmul(skip, y, (0.1 * gate).to(y.dtype)[:, :, None, None])
         else:
             out = torch.add(skip, y, alpha=0.1)
-        ctx.regularisation = regularisation
-        kept = y if keep and y is not c else None
+
+        # What backward needs.
+        ctx.settings = settings
+        output = y if save_output and y is not c else None
         stats = statistics if statistics is not None else (None, None, None)
-        ctx.save_for_backward(c, kept, *stats, mean, hidden, gate, gamma, beta, w1, b1, w2, b2)
+        ctx.save_for_backward(c, output, *stats, mean, hidden, gate, gamma, beta, w1, b1, w2, b2)
         return out
 
     @staticmethod
@@ -237,6 +268,7 @@ class Tail(torch.autograd.Function):
         c, y, mu, variance, inverse_std, mean, hidden, gate, gamma, beta, w1, _, w2, _ = ctx.saved_tensors
         gw1 = gb1 = gw2 = gb2 = ggamma = gbeta = None
         if gate is not None:
+            # Through the gate: its two linear layers, then the mean over pixels that they read.
             if y is None:
                 y = c if gamma is None else batch_norm_with(c, gamma, beta, mu, variance)
             glogit = (g * y).sum((2, 3), dtype=gate.dtype).mul_(0.1).mul_(gate * (1 - gate))
@@ -245,10 +277,11 @@ class Tail(torch.autograd.Function):
             ghidden = (glogit @ w2).mul_(hidden > 0)
             gw1, gb1 = ghidden.t() @ mean, ghidden.sum(0)
             gmean = (ghidden @ w1).div_(c.shape[2] * c.shape[3]).to(g.dtype)
+            # y reaches the output directly, scaled by the gate, and by way of the mean.
             gy = torch.addcmul(gmean[:, :, None, None], g, (0.1 * gate).to(g.dtype)[:, :, None, None])
         else:
             gy = 0.1 * g
         if gamma is not None:
             statistics = BatchStatistics(mu, variance, inverse_std)
-            gy, ggamma, gbeta = batch_norm_backward(gy, c, gamma, statistics, ctx.regularisation)
+            gy, ggamma, gbeta = batch_norm_backward(gy, c, gamma, statistics, ctx.settings.coefficient)
         return g, gy, None, None, None, ggamma, gbeta, gw1, gb1, gw2, gb2

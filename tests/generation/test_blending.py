@@ -23,7 +23,7 @@ MODES: tuple[BlendMode, ...] = get_args(BlendMode)
 
 def latents_of(model: NVAE, maps: list[Tensor], source: Blend | FromPosterior) -> list[Tensor]:
     with torch.no_grad():
-        latents = model.top_down(source, [*maps], keep_z=True)[1]
+        latents = model.top_down(source, [*maps], return_z=True)[1]
     return [latent.z for latent in latents if latent.z is not None]
 
 

@@ -14,6 +14,7 @@ from nvae_lowmem.config.model import ModelConfig
 from nvae_lowmem.errors import ConfigError
 from nvae_lowmem.generation import recalibrate as recalibration
 from nvae_lowmem.generation.recalibrate import load_statistics, recalibrate, recalibrate_once, recalibrated
+from nvae_lowmem.model.hooks import BN_MOMENTUM
 from nvae_lowmem.model.latents import FromPrior, NoiseStep, SeededNoise
 from nvae_lowmem.model.nvae import NVAE
 
@@ -21,12 +22,12 @@ from nvae_lowmem.model.nvae import NVAE
 @pytest.mark.parametrize("config", [GREY, RGB], ids=["grey", "rgb"])
 def test_recalibration_moves_the_decoders_statistics_and_nothing_else(config: ModelConfig) -> None:
     model = seasoned(config)
-    before, modes = snapshot(model), [(m.training, getattr(m, "momentum", None)) for m in model.modules()]
+    before, modes = snapshot(model), [m.training for m in model.modules()]
     recalibrate(model, 0.7, 2, 2, 0)
     decoder = tuple(f"blocks.{name}" for name in ("dec_", "post_"))
     expected = {n for n in before if n.startswith(decoder) and n.endswith(("running_mean", "running_variance"))}
     assert expected and changed(model, before) == expected
-    assert [(m.training, getattr(m, "momentum", None)) for m in model.modules()] == modes
+    assert [m.training for m in model.modules()] == modes and model.settings.momentum == BN_MOMENTUM
 
 
 def test_recalibrated_statistics_are_the_mean_over_passes() -> None:
@@ -35,7 +36,7 @@ def test_recalibrated_statistics_are_the_mean_over_passes() -> None:
     for i in range(passes):  # the statistics of each batch alone: momentum 1 keeps nothing of the batch before
         alone = seasoned(GREY).train()
         for layer in alone.layers():
-            layer.momentum = 1.0
+            layer.settings.momentum = 1.0
         noise = SeededNoise(5, NoiseStep.RECALIBRATION, first_slot=i * images)
         with torch.no_grad():
             alone.top_down(FromPrior(noise, 0.8), batch=images)

@@ -63,9 +63,9 @@ def test_first_groups_are_the_images_and_the_later_ones_the_priors(count: int) -
     model, images = untrained(GREY), images_for(GREY, 2)
     with torch.no_grad():
         maps = model.encode(images)
-        _, own = model.top_down(FromPosterior(NoNoise()), [*maps], keep_z=True)
+        _, own = model.top_down(FromPosterior(NoNoise()), [*maps], return_z=True)
         source = FirstGroups(count, FromPosterior(NoNoise()), FromPrior(NoNoise()))
-        _, mixed = model.top_down(source, maps, keep_z=True)
+        _, mixed = model.top_down(source, maps, return_z=True)
     for group, (z, expected) in enumerate(zip(mixed, own, strict=True)):
         assert z.z is not None and expected.z is not None
         assert torch.equal(z.z, expected.z) == (group < count)

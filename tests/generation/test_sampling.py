@@ -60,7 +60,7 @@ def test_temperatures_per_scale_reach_their_groups() -> None:
     assert group_temperatures(0.7, GREY) == (0.7, 0.7, 0.7)
     assert group_temperatures((0.9, 0.0), GREY) == (0.0, 0.9, 0.9)  # highest resolution first -> groups from the top
     source = FromPrior(SeededNoise(0), group_temperatures((0.9, 0.0), GREY))
-    _, latents = seasoned(GREY).top_down(source, batch=2, keep_z=True)
+    _, latents = seasoned(GREY).top_down(source, batch=2, return_z=True)
     drawn = [latent.z for latent in latents if latent.z is not None]
     assert [z.shape[-1] for z in drawn] == [4, 8, 8]
     assert [bool(z.abs().max() > 0) for z in drawn] == [False, True, True]  # the top group's prior has mean 0

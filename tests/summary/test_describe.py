@@ -118,7 +118,7 @@ def test_shapes_are_those_of_a_real_pass(changes: dict) -> None:
         )
     with torch.no_grad():
         maps = model.encode(torch.rand(2, config.image_channels, config.network_size, config.network_size))
-        _, latents = model.decode(FromPosterior(NoNoise()), maps, keep_z=True)
+        _, latents = model.decode(FromPosterior(NoNoise()), maps, return_z=True)
     assert {b.name: b.output for b in d.blocks} == seen
     assert [b.latent for b in d.blocks if b.latent] == [tuple(z.shape[1:]) for z, *_ in latents if z is not None]
     inputs = {b.name: b.input for b in d.blocks}

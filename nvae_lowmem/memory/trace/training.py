@@ -42,8 +42,8 @@ class TracedEngine(TorchEngine):
         """One micro-batch, with one power iteration in place of all: each frees its memory before the next begins."""
         self.tracer.phase = "forward"
         self.tracer.pass_number += 1
-        regularisation = self.model.regularisation
-        regularisation.iterations = min(regularisation.iterations, 1)
+        settings = self.model.settings
+        settings.iterations = min(settings.iterations, 1)
         return super().forward(*args)
 
     def backward(self, loss: Tensor, last: bool) -> None:
