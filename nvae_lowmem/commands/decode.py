@@ -1,4 +1,4 @@
-"""Draws the images of latents that encode has written."""
+"""Draw the images of latents that encode has written."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ import tyro
 
 from nvae_lowmem.commands.command_line import run_command
 from nvae_lowmem.commands.flags import CardFlags, ModelFlags, Switch, overridden, with_micro_batch
-from nvae_lowmem.errors import ExitCode
+from nvae_lowmem.errors import ExitCode, command_line
 from nvae_lowmem.files import output_file, write_output
 from nvae_lowmem.hardware.budget import chosen_card, this_os
 from nvae_lowmem.progress import say
@@ -81,6 +81,11 @@ def _predict(command: PredictCommand) -> ExitCode:
         write_output("--json", file, text + "\n")
     cap_bytes = profile.plan.cap_bytes
     print(text if command.json == "-" else as_text(prediction, cap_bytes))
+    if command.recipe and command.json != "-":
+        print(
+            "\nThis is the recipe as published, under no plan but what --set says. What makes it fit a card: "
+            f"{command_line('fit-memory')} --recipe {command.recipe} --gpu-mem 4G"
+        )
     if command.generation and command.json != "-":
         print("\nAllocated peaks of work without gradients, in a process of its own or while training")
         for work, nbytes in found["generation_peak_bytes"].items():

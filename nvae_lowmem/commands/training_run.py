@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -12,6 +13,7 @@ from nvae_lowmem.commands.auto_fit import auto_fitted
 from nvae_lowmem.config import profile_file as profiles
 from nvae_lowmem.config.choices import DeviceChoice
 from nvae_lowmem.config.sections import EngineName, MemoryPlan, Profile
+from nvae_lowmem.data.dataset import Dataset
 from nvae_lowmem.data.sources import Datasets, open_source
 from nvae_lowmem.errors import ConfigError, ExitCode, LostProcess, command_line
 from nvae_lowmem.generation.grids import training_pictures
@@ -28,6 +30,8 @@ from nvae_lowmem.training.patient_output import patient_output
 from nvae_lowmem.training.resolve import ResolvedRun, resolve_run
 from nvae_lowmem.training.session import Session, check_changes
 from nvae_lowmem.training.stopping import exit_status
+
+_LOOKED_AT, _PHOTOGRAPH_SHARE = 16, 0.2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +106,8 @@ def train(
     check_block_names(model, profile.plan)
     if rank == 0:
         print(_summary(run, model), flush=True)
+        if warning := warning_of_bits(profile, data.train):
+            print(warning, file=sys.stderr, flush=True)
     if dry_run:
         print(profiles.dumps(run.profile))
         return ExitCode.DONE
@@ -151,6 +157,23 @@ def _train_on(
 
 
 # --- words ------------------------------------------------------------------------------------------------------------
+
+
+def warning_of_bits(profile: Profile, images: Dataset) -> str:
+    """Why these images should not be trained on with one bit: they are photographs; "" where they are drawings.
+
+    A pixel of a photograph is seldom near black or white; of MNIST's digits, 5 % are between.
+    """
+    if profile.model.bits > 1:
+        return ""
+    pixels = images.images(range(min(_LOOKED_AT, len(images))))
+    share = float(((pixels > 63) & (pixels < 192)).float().mean())
+    if share < _PHOTOGRAPH_SHARE:
+        return ""
+    return (
+        f"warning: {share:.0%} of the pixels are neither dark nor light, as in photographs, and model.bits = 1 makes "
+        "each of them black or white at random: use --set model.bits=8, or a profile for photographs (demo-faces)"
+    )
 
 
 def _silent(*_: object) -> None:

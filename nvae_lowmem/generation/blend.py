@@ -22,6 +22,7 @@ from torch import Tensor
 from nvae_lowmem.config.choices import BlendMode, Posterior
 from nvae_lowmem.config.model import ModelConfig
 from nvae_lowmem.errors import ConfigError
+from nvae_lowmem.files import writable_file, write_atomically
 from nvae_lowmem.generation import grids
 from nvae_lowmem.generation.reconstruct import posterior_noise, reconstruct
 from nvae_lowmem.generation.sample import decoded_mean
@@ -181,8 +182,7 @@ def animation_weights(config: ModelConfig, mode: BlendMode, weights: str, frames
     if frames < 2:
         raise ConfigError(f"--frames {frames}: an animation needs at least 2")
     _animation_format(path)
-    if not Path(path).resolve().parent.is_dir():
-        raise ConfigError(f"--animation {path}: there is no such folder; make it first, or name another one")
+    writable_file("--animation", Path(path))
     return path_weights(config, mode, weights, "", frames)
 
 
@@ -270,8 +270,7 @@ def save_animation(images: Tensor, path: Path, frame_seconds: float = 1 / 12) ->
     options = {"lossless": True} if kind == "WEBP" else {}
     buffer = io.BytesIO()
     first.save(buffer, kind, save_all=True, append_images=others, duration=milliseconds, loop=0, **options)
-    path.write_bytes(buffer.getvalue())
-    return path
+    return write_atomically(path, buffer.getvalue())
 
 
 def _animation_format(path: str) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from nvae_lowmem.config.sections import MemoryPlan
+from nvae_lowmem.errors import command_line
 from nvae_lowmem.hardware.budget import allocator_fraction
 from nvae_lowmem.units import GIB, MIB, format_bytes
 
@@ -109,5 +110,6 @@ def predicted_vs_measured(predicted_bytes: int, margin_bytes: int, device: torch
         f"({difference:+.1%})"
     )
     if measured > predicted_bytes + margin_bytes:
-        text += "; WARNING: more than the margin above the prediction: measure this card with tools/measure_memory.py"
+        measuring = command_line("measure-memory")
+        text += f"; WARNING: more than the margin above the prediction: measure this card with {measuring}"
     return text

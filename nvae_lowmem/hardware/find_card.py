@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
-from nvae_lowmem.errors import ConfigError
+from nvae_lowmem.errors import ConfigError, command_line
 from nvae_lowmem.hardware.card import Capability, Card, Fp16, load_cards
 from nvae_lowmem.units import format_bytes
 
@@ -49,7 +49,8 @@ def detect_card(index: int = 0) -> Card:
         built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA (a CPU-only build)"
         raise ConfigError(
             f"CUDA card {index} cannot be read: torch {torch.__version__}, built for {built}, sees {count or 'none'}; "
-            "name the card to plan for (--card gtx-970, or --gpu-mem 4G), or run tools/doctor.py to see what is missing"
+            "name the card to plan for (--card gtx-970, or --gpu-mem 4G), or see what is missing: "
+            f"{command_line('doctor')}"
         )
     properties = torch.cuda.get_device_properties(index)
     return _as_seen(properties.name, (properties.major, properties.minor), properties.total_memory)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from nvae_lowmem.config.sections import Keep, MemoryPlan
-from nvae_lowmem.errors import ConfigError
+from nvae_lowmem.errors import ConfigError, command_line
 from nvae_lowmem.model.blocks import DecoderGroup, Head
 from nvae_lowmem.model.cells import Cell
 from nvae_lowmem.model.flows import FlowCell
@@ -53,7 +53,7 @@ def check_block_names(model: NVAE, plan: MemoryPlan) -> None:
         near = difflib.get_close_matches(key, names, n=3, cutoff=0.5) or [*names[:2], names[-1]]
         raise ConfigError(
             f"plan.keep_blocks names {key!r}, a block that this model does not have; near: {', '.join(near)}; a prefix "
-            "ends in *. A plan made for another model does not serve: fit this one (tools/fit_memory.py)"
+            f"ends in *. A plan made for another model does not serve: fit this one ({command_line('fit-memory')})"
         )
 
 

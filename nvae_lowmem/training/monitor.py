@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -13,8 +14,12 @@ from typing import Any
 
 import numpy as np
 
+from nvae_lowmem.config import profile_file
+from nvae_lowmem.config.sections import Profile
 from nvae_lowmem.files import write_atomically
 from nvae_lowmem.units import format_seconds
+
+_OF_A_GROUP = re.compile(r"/(layer|active)_\d+$")
 
 
 class Monitor:
@@ -63,7 +68,7 @@ class Monitor:
         self.record(step, {name: float(value) for name, value in values.items()})
         with self._tensorboard() as events:
             for name, value in values.items():
-                events.add_scalar(name, value, step)
+                events.add_scalar(_chart(name), value, step)
 
     def record(self, step: int, values: Mapping[str, Any]) -> None:
         """A line of stats.jsonl: figures, or what happened at step `step`."""
@@ -78,6 +83,19 @@ class Monitor:
         if self.run_dir is not None:
             with self._tensorboard() as events:
                 events.add_text(f"events/{kind}", text, step)
+
+    def configuration(self, step: int, profile: Profile) -> None:
+        """The whole configuration as a text in TensorBoard, beside the charts that it led to."""
+        if self.run_dir is not None:
+            with self._tensorboard() as events:
+                events.add_text("configuration", f"```toml\n{profile_file.dumps(profile)}\n```", step)
+
+    def outcome(self, profile: Profile, figures: Mapping[str, float]) -> None:
+        """A row of TensorBoard's table of runs: every setting of a finished run, and its final figures."""
+        if self.run_dir is not None:
+            with self._tensorboard() as events:
+                # run_name: the table's file lies in the run's own folder
+                events.add_hparams(_flat(profile), {k: float(v) for k, v in figures.items()}, run_name=".")
 
     def picture(self, step: int, name: str, image: np.ndarray) -> None:
         """A picture (H, W, 3) uint8 to TensorBoard."""
@@ -144,6 +162,22 @@ class Monitor:
             if not self._failing:
                 print(f"{self.run_dir}: figures and log lines are lost: {error}; training goes on", file=sys.stderr)
             self._failing = True
+
+
+def _chart(name: str) -> str:
+    """Where TensorBoard shows a figure: those of single groups, a hundred charts, below the losses of all of them."""
+    return f"z_{name}" if _OF_A_GROUP.search(name) else name
+
+
+def _flat(profile: Profile) -> dict[str, int | float | str | bool]:
+    """The settings by section.key, as TensorBoard takes them."""
+    table = profile_file.to_dict(profile)
+    sections = {key: values for key, values in table.items() if isinstance(values, dict) and key != "provenance"}
+    return {
+        f"{section}.{name}": value if isinstance(value, (int, float, str, bool)) else str(value)
+        for section, values in sections.items()
+        for name, value in values.items()
+    }
 
 
 def append_line(path: Path, line: str) -> None:

@@ -20,7 +20,7 @@ from nvae_lowmem.config.profile_file import override
 from nvae_lowmem.config.sections import Profile
 from nvae_lowmem.data.pipeline import evaluation_batches
 from nvae_lowmem.data.sources import open_source
-from nvae_lowmem.errors import ConfigError
+from nvae_lowmem.errors import ConfigError, command_line
 from nvae_lowmem.hardware import cuda_memory
 from nvae_lowmem.model.nvae import NVAE
 from nvae_lowmem.model.objective import AUTOCAST_DTYPES
@@ -106,7 +106,9 @@ def choose_device(wanted: DeviceChoice) -> torch.device:
     Raises ConfigError for a GPU that is not there.
     """
     if wanted == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: torch sees no CUDA GPU here; use --device cpu, or ask tools/doctor.py why")
+        raise ConfigError(
+            f"--device cuda: torch sees no CUDA GPU here; use --device cpu, or ask {command_line('doctor')} why"
+        )
     if wanted == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", distributed.launched_card())  # torch caps the memory of a numbered device only

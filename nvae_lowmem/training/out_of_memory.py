@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from nvae_lowmem.config.sections import Profile
+from nvae_lowmem.errors import command_line
 from nvae_lowmem.hardware import cuda_memory
 from nvae_lowmem.hardware.gpu_facts import BUSY_CARD_BYTES
 from nvae_lowmem.units import GIB, format_bytes
@@ -46,11 +47,12 @@ def report(error: BaseException, profile: Profile, blocks: nn.ModuleDict, device
         settings.insert(0, f"close the other programs on the card, which take {format_bytes(others)} of it")
     lines += [f"try next: {advice}" for advice in settings[:2]]
     if "--auto-fit" in str(profile.provenance.get("command", "")):
-        lines.append(
-            "or measure this card (tools/measure_memory.py) and plan with that: tools/fit_memory.py --calibration"
-        )
+        measuring, fitting = command_line("measure-memory"), command_line("fit-memory")
+        lines.append(f"or measure this card ({measuring}) and plan with that: {fitting} --calibration")
     else:
-        lines.append("or let the planner choose: --auto-fit, or python tools/fit_memory.py --card auto --profile ...")
+        lines.append(
+            f"or let the planner choose: --auto-fit, or {command_line('fit-memory')} --card auto --profile ..."
+        )
     return "\n  ".join(lines)
 
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from nvae_lowmem.errors import ConfigError
+from nvae_lowmem.errors import ConfigError, command_line
 
 LOCK = ".lock"
 _NUMBERED = re.compile(r"(\d{5,})-.+")
@@ -102,7 +102,7 @@ def find_run(run: str | os.PathLike[str], runs_dir: str | os.PathLike[str] = "ru
         if runs:
             return runs[-1]
         raise ConfigError(
-            f"--run latest: there is no run in {runs_dir!s}; train one first: python launch/train.py --help"
+            f"--run latest: there is no run in {runs_dir!s}; train one first: {command_line('train')} --help"
         )
     for folder in reversed(runs):
         number, _, name = folder.name.partition("-")

@@ -60,7 +60,7 @@ class Session:
             total = self.run.schedule.total_steps
             if resumed is not None and resumed.step >= total:
                 if self.rank == 0:
-                    print(f"{self.run_dir} is already done: {resumed.step} steps of {total}")
+                    print(f"{self.run_dir} is already done: {resumed.step} of {total} steps")
                 return 0
             said: Said = distributed.from_first(lambda: self._record_configuration(resumed))
             while True:
@@ -127,7 +127,8 @@ class Session:
             if step is not None:
                 for aside in checkpoint.replace_after(self.run_dir, step):
                     print(f"set aside: {aside}, until training has got that far again", flush=True)
-            print(f"resuming {self.run_dir} after step {found.step}", flush=True)
+            if found.step < self.run.schedule.total_steps:
+                print(f"resuming {self.run_dir} after step {found.step}", flush=True)
             return found.step
 
         agreed: int | None = distributed.from_first(decide)

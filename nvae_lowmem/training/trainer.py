@@ -99,6 +99,7 @@ class Trainer:
         ):
             for kind, sentence in said:
                 monitor.event(step, kind, sentence)
+            monitor.configuration(step, self.profile)
             self._agree(monitor, step)
             while step < total and not self.stopped_by:
                 began = time.monotonic()
@@ -117,6 +118,8 @@ class Trainer:
                 if last or step % save_every == 0 or self._retry_save(step, save_every):
                     self._save(monitor, step, last)
                 self._wish.alive()
+            if step == total and (final := self.last_validation) is not None:
+                monitor.outcome(self.profile, {"final/nelbo": final.nelbo, "final/bpd_elbo": final.bits_per_dim})
             if self.stopped_by and step < total:
                 self._save(monitor, step, last=True)
                 name = signal.Signals(self.stopped_by).name

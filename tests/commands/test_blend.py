@@ -44,7 +44,10 @@ def test_animation_is_refused_before_the_long_work(tmp_path: Path) -> None:
     assert animation_weights(DEEP, "linear", "1", 1, "") is None
     weights = animation_weights(DEEP, "linear", "1", 5, str(tmp_path / "a.gif"))
     assert weights is not None and weights.shape == (5, 7)
-    for frames, name, message in ((5, "a.mp4", "must end in"), (1, "a.gif", "at least 2"), (5, "x/a.gif", "folder")):
+    (tmp_path / "a.gif").touch()
+    assert animation_weights(DEEP, "linear", "1", 5, str(tmp_path / "new" / "a.gif")) is not None
+    assert (tmp_path / "new").is_dir()
+    for frames, name, message in ((5, "a.mp4", "must end in"), (1, "a.gif", "at least 2"), (5, "a.gif/b.gif", "made")):
         with pytest.raises(ConfigError, match=message):
             animation_weights(DEEP, "linear", "1", frames, str(tmp_path / name))
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -14,6 +16,7 @@ import pytest
 import torch
 import tyro
 
+from nvae_lowmem import errors
 from nvae_lowmem.commands import console
 from nvae_lowmem.commands.command_line import exit_code
 from nvae_lowmem.commands.describe import DescribeCommand
@@ -84,6 +87,9 @@ FAST_MISTAKES = {
                        "--recipe tiny --micro-batch 0"],
     "describe": ["--recipe nosuch", "--profile bad.toml", "--run nosuch", "--recipe tiny --picture a.gif", ""],
     "profiles": ["nosuch"],
+    "export": ["out --run nosuch", "out --passes -1"],
+    "encode": ["images out --run nosuch", "images out --images-per-file 0"],
+    "decode": ["latents out --run nosuch"],
     "settings": ["nosuch"],
     "ship-profiles": ["--jobs 0", "--check --table"],
     "doctor": ["--card gtx-971", "--json no/such/folder/x.json"],
@@ -145,3 +151,32 @@ def test_values_are_set_together_and_one_by_one() -> None:
     ]
     for profile in commands:
         assert (profile.model.flows, profile.model.latents, profile.plan.keep) == (1, 3, "host")
+
+
+MAY_NAME_SCRIPTS = {
+    "commands/fit_memory.py": "the provenance of a plan",
+    "commands/auto_fit.py": "the provenance of a plan",
+    "memory/catalogue/catalogue.py": "the provenance of a shipped plan",
+    "memory/catalogue/table.py": "the mark in the documents",
+    "commands/settings.py": "the first lines of docs/settings.md",
+    "commands/measure_memory.py": "the header of a calibration file",
+}
+
+
+def test_messages_name_scripts_only_where_there_are_scripts() -> None:
+    """`python launch/sample.py` is nothing where the package is installed alone: messages take it of command_line."""
+    named = set()
+    for path in (REPOSITORY / "nvae_lowmem").rglob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        plain = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}  # docstrings
+        texts = [n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and id(n) not in plain]
+        if any(isinstance(text, str) and re.search(r"(launch|tools)/\w+\.py", text) for text in texts):
+            named.add(path.relative_to(REPOSITORY / "nvae_lowmem").as_posix())
+    assert named == MAY_NAME_SCRIPTS.keys()
+
+
+def test_a_command_is_named_as_it_can_be_typed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert command_line("sample") == "python launch/sample.py"
+    assert command_line("fit-memory") == "python tools/fit_memory.py"
+    monkeypatch.setattr(errors, "_CHECKOUT", tmp_path)
+    assert command_line("sample") == "nvae-lowmem sample"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from nvae_lowmem.config.profile_file import PROFILES_DIR
 from nvae_lowmem.config.recipes import PUBLISHED_RECIPES
-from nvae_lowmem.errors import ConfigError
+from nvae_lowmem.errors import ConfigError, command_line
 from nvae_lowmem.memory.catalogue.catalogue import TARGETS, CardRecipe, CatalogueRow, cells
 from nvae_lowmem.memory.plan.duration import between, format_days
 from nvae_lowmem.units import format_bytes
@@ -27,7 +27,9 @@ def load_rows(path: Path = TABLE_FILE) -> dict[str, CatalogueRow]:
     try:
         rows = [CatalogueRow(**row) for row in json.loads(path.read_text(encoding="utf-8"))]
     except (OSError, ValueError, TypeError) as error:
-        raise ConfigError(f"{path} is no table of rows ({error}): make it anew with tools/ship_profiles.py") from None
+        raise ConfigError(
+            f"{path} is no table of rows ({error}): make it anew: {command_line('ship-profiles')}"
+        ) from None
     return {f"{row.target}-{row.recipe}": row for row in rows}
 
 

@@ -41,7 +41,7 @@ def load_measured(folder: Path) -> tuple[list[Outcome], Card | None, dict[str, A
     except (OSError, ValueError, TypeError, KeyError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise ConfigError(
-            f"{path} cannot be read as what tools/measure_memory.py --out writes ({reason}): is it missing, cut short "
+            f"{path} cannot be read as what measure-memory --out writes ({reason}): is it missing, cut short "
             "or of another version?"
         ) from error
     return runs, card, report
