@@ -115,7 +115,7 @@ def test_a_bad_calibration_file_is_one_message(
         load_calibration(path)
     assert predict_memory(["--recipe", "tiny", "--calibration", str(path)]) == 2
     out, err = capsys.readouterr()
-    assert out == "" and message in err and err.startswith("predict_memory: calibration file")
+    assert out == "" and message in err and err.startswith("predict_memory.py: calibration file")
 
 
 def test_every_problem_of_a_calibration_file_is_told_at_once(tmp_path: Path) -> None:

@@ -107,7 +107,7 @@ def test_whatever_ends_a_comparison_is_a_failed_run_that_tells_it(monkeypatch: p
     assert found.outcome.status == "failed" and found.agrees is None
     assert found.outcome.detail.startswith("cannot be compared: ZeroDivisionError: by nothing (broken, line ")
     assert found.to_json()["measured"]["seconds"] == (2.0, 0.5, 0.25)  # what was measured is not lost
-    assert "failed" in as_table([found]) and measure_command._exit_status([found]) == 1
+    assert "failed" in as_table([found]) and measure_command.exit_status([found]) == 1
 
 
 def test_unmatched_sizes_know_which_side_has_more() -> None:
