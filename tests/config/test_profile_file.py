@@ -58,9 +58,10 @@ def test_a_save_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path) 
     bad: Any = replace(TINY, provenance={"unwritable": object()})
     with pytest.raises(TypeError):
         profiles.save(bad, tmp_path / "config.toml")
-    (tmp_path / "config.toml.partial").mkdir()
+    (tmp_path / "folder.toml").mkdir()
     with pytest.raises(OSError):
-        profiles.save(with_source("other"), tmp_path / "config.toml")
+        profiles.save(TINY, tmp_path / "folder.toml")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.toml", "folder.toml"]
     assert profiles.load(tmp_path / "config.toml") == TINY
 
 
