@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import io
 import os
 import re
 import shutil
@@ -13,7 +14,16 @@ from typing import TypeVar
 
 import tyro
 
-from nvae_lowmem.errors import ConfigError, Diverged, ExitCode, LostProcess, NothingFits, OutOfMemory, command_line
+from nvae_lowmem.errors import (
+    ConfigError,
+    Diverged,
+    ExitCode,
+    LostProcess,
+    NothingFits,
+    OutOfMemory,
+    command_line,
+    printable,
+)
 from nvae_lowmem.hardware.cpu import wait_politely
 
 Flags = TypeVar("Flags")
@@ -27,6 +37,7 @@ def run_command(flags: type[Flags], work: Callable[[Flags], ExitCode | None], ar
     input are answered at once. Raises SystemExit for --help (0) and for flags that there are not (2).
     """
     wait_politely()  # before torch is imported
+    _say_any_name()
     program = program_name(flags)
     given = sys.argv[1:] if argv is None else list(argv)
     command = tyro.cli(flags, args=given, prog=program, description=description(flags))
@@ -63,8 +74,16 @@ def exit_code(program: str, work: Callable[[], ExitCode | None]) -> int:
 
 def _ended(program: str, message: object, code: ExitCode) -> ExitCode:
     if not getattr(message, "told_by_first", False):  # of several processes, the first tells what all of them met
-        print(f"{program}: {message}", file=sys.stderr)
+        # line by line: a name in the message must not reach the terminal with what it would obey
+        lines = [printable(line) for line in str(message).split("\n")]
+        print(f"{program}: " + "\n".join(lines), file=sys.stderr)
     return code
+
+
+def _say_any_name() -> None:
+    """A name that is no UTF-8 is no reason to end with a traceback where it is to be printed."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def program_name(flags: type) -> str:

@@ -12,10 +12,11 @@ import torch
 from nvae_lowmem.commands.auto_fit import auto_fitted
 from nvae_lowmem.config import profile_file as profiles
 from nvae_lowmem.config.choices import DeviceChoice
+from nvae_lowmem.config.paths import storable
 from nvae_lowmem.config.sections import EngineName, MemoryPlan, Profile
 from nvae_lowmem.data.dataset import Dataset
 from nvae_lowmem.data.sources import Datasets, open_source
-from nvae_lowmem.errors import ConfigError, ExitCode, LostProcess, command_line
+from nvae_lowmem.errors import ConfigError, ExitCode, LostProcess, command_line, printable
 from nvae_lowmem.generation.grids import training_pictures
 from nvae_lowmem.hardware import cuda_memory
 from nvae_lowmem.hardware.cpu import keep_freed_memory
@@ -52,6 +53,11 @@ class Folder:
 
         Raises ConfigError, and then nothing has changed in it.
         """
+        for flag, name in (("--run-dir", self.run_dir), ("--runs-dir", self.runs_dir)):
+            if storable(name) != name:
+                raise ConfigError(
+                    f"{flag} {printable(name)}: the name is no UTF-8, which TensorBoard needs: name another"
+                )
         if not self.run_dir:
             return runs.new_run(self.runs_dir, run.profile.name)
         folder = Path(self.run_dir)

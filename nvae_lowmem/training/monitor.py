@@ -186,7 +186,7 @@ def append_line(path: Path, line: str) -> None:
         if file.tell() > 0:
             file.seek(-1, os.SEEK_END)
             line = line if file.read(1) == b"\n" else f"\n{line}"
-        file.write(f"{line}\n".encode())
+        file.write(f"{line}\n".encode("utf-8", "backslashreplace"))
 
 
 def _forget_after(step: int, stats: Path) -> bool:

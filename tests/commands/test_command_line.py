@@ -134,6 +134,31 @@ def test_what_goes_wrong_ends_a_command_with_its_code(
     assert said in captured.err and "more" not in captured.err and not captured.out
 
 
+def test_names_in_messages_reach_no_terminal_with_what_it_obeys(capsys: pytest.CaptureFixture[str]) -> None:
+    def work() -> None:
+        raise ConfigError("folder \x1b]0;x\x07\udcff holds nothing:\n  - name it")
+
+    assert exit_code("p.py", work) == ExitCode.BAD_INPUT
+    assert capsys.readouterr().err == "p.py: folder \\x1b]0;x\\x07\\xff holds nothing:\n  - name it\n"
+
+
+def test_names_that_are_no_utf_8_are_printed_escaped(tmp_path: Path) -> None:
+    """In a process of its own: the output of a test takes any text."""
+    program = """
+from dataclasses import dataclass
+from nvae_lowmem.commands.command_line import run_command
+@dataclass
+class Flags:
+    pass
+run_command(Flags, lambda _: print("run\\udcff"), [])
+"""
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "PYTHONUTF8": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, timeout=99
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"run\\udcff\n", b"")
+
+
 def test_mistakes_in_the_code_are_not_hidden() -> None:
     with pytest.raises(ZeroDivisionError):
         exit_code("p.py", lambda: print(1 // 0))

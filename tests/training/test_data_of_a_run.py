@@ -76,3 +76,11 @@ def test_a_folder_whose_name_is_no_utf_8_is_trained_on_and_found_again(tmp_path:
     assert r"pics\udcff" in result.said or r"pics\xff" in result.said
     opened = open_run(str(tmp_path / "run"), "", "cpu")
     assert opened.profile.data.source == name and list(held_out_batches(opened, 1))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="names are bytes on POSIX systems only")
+def test_a_run_folder_whose_name_is_no_utf_8_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+    profile, name = write_profile(tmp_path), os.fsdecode(os.fsencode(tmp_path) + b"/run\xff")
+    for flag in ("--run-dir", "--runs-dir"):
+        result = run(profile, flag, name)
+        assert result.code == 2 and r"run\xff: the name is no UTF-8" in result.complained and not os.path.exists(name)
