@@ -99,8 +99,8 @@ class Candidate:
 class Planner:
     """The plans of one profile for one card.
 
-    It holds no state: what it answers follows from these fields and the overhead that it is handed. Answers are
-    remembered, because a search takes a tenth of a second and is asked for again and again.
+    It holds no state: what it answers follows from these fields and the overhead that it is handed. Answers are only
+    remembered, because the same ones are asked for again and again.
     """
 
     profile: Profile
