@@ -17,7 +17,7 @@ from nvae_lowmem.model.objective import LossTerms, Objective
 from nvae_lowmem.training.engines.engine import Update
 from nvae_lowmem.training.engines.gradient_gate import GradientGate
 from nvae_lowmem.training.engines.host_adamax import HostAdamax
-from nvae_lowmem.training.engines.host_offload import HostMasters
+from nvae_lowmem.training.engines.placement import OnDevice, OnHost, Placement
 
 INITIAL_LOSS_SCALE = 2.0**16
 GOOD_STEPS = "loss_scale_good_steps"
@@ -50,21 +50,19 @@ class TorchEngine:
         self._clip_norm = profile.training.clip_norm
         self._gate = GradientGate(profile.training)
         parameters = [p for p in objective.parameters() if p.requires_grad]
+        plan = profile.plan
+        self._placement: Placement = (
+            OnHost(parameters, plan.pin_memory) if plan.offload_optimizer else OnDevice(parameters)
+        )
+        updated = self._placement.held
         self._scaler: torch.amp.GradScaler | None = None
-        self._masters: HostMasters | None = None
-        updated: list[Tensor] = list(parameters)
-        if profile.plan.offload_optimizer:
-            self._masters = HostMasters(parameters, pin_memory=profile.plan.pin_memory)
-            updated = self._masters.tensors
         if objective.autocast_dtype is torch.float16:
             self._scaler = torch.amp.GradScaler(updated[0].device.type, init_scale=INITIAL_LOSS_SCALE)
             self._scaler.scale(torch.zeros((), device=updated[0].device))  # makes the scale exist before the first step
-        self._updated = updated
         self.optimizer = make_optimizer(
             updated, eps=profile.training.adamax_eps, weight_decay=profile.training.weight_decay
         )
-        if self._masters is not None:
-            self._masters.attach(self.optimizer, early=self._scaler is None and not self._needs_norm)
+        self._placement.attach(self.optimizer, eager=self._scaler is None and not self._needs_norm)
 
     @property
     def _needs_norm(self) -> bool:
@@ -91,8 +89,7 @@ class TorchEngine:
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """Adds the gradients of loss x loss scale / accumulation."""
-        if self._masters is not None:
-            self._masters.last_micro_batch = last
+        self._placement.backward_begins(last)
         (loss * (self.loss_scale / self._accumulation)).backward()
 
     def update(self) -> Update:
@@ -100,15 +97,14 @@ class TorchEngine:
 
         The norm is that of the true gradient before clipping, None where nothing depends on it.
         """
-        if self._masters is not None:
-            self._masters.collect()
+        self._placement.collect()
         # 1. the true gradient and its norm
         scale = self.loss_scale
         if self._scaler is not None:
             self._scaler.unscale_(self.optimizer)
         norm, refused, broken = None, False, False
         if self._needs_norm:
-            norm = nn.utils.clip_grad_norm_(self._updated, self._clip_norm or math.inf, foreach=False)
+            norm = nn.utils.clip_grad_norm_(self._placement.held, self._clip_norm or math.inf, foreach=False)
             refused = self._gate.refuses(float(norm))
             broken = self._scaler is None and not math.isfinite(float(norm))
         # 2. the step, unless something speaks against it
@@ -116,13 +112,10 @@ class TorchEngine:
             if not refused:
                 self._scaler.step(self.optimizer)
             self._scaler.update()
-        elif not refused and not broken and (self._masters is None or not self._masters.early):
-            self.optimizer.step()
+        elif not refused and not broken:
+            self._placement.step()
         # 3. gradients gone
-        if self._masters is not None:
-            self._masters.publish()
-        else:
-            self.optimizer.zero_grad(set_to_none=True)
+        self._placement.release()
         overflow = broken or (self._scaler is not None and self.loss_scale < scale)
         return Update(overflow, norm, refused)
 
@@ -134,7 +127,7 @@ class TorchEngine:
     def state(self) -> dict[str, Tensor]:
         """Weights, Adamax states, buffers and the loss scale, by name, on the host."""
         out = {f"buffer.{name}": b for name, b in persistent_buffers(self.model).items()}
-        for (name, _), held in zip(self.model.named_parameters(), self._updated, strict=True):
+        for (name, _), held in zip(self.model.named_parameters(), self._placement.held, strict=True):
             out[f"weight.{name}"] = held.detach()
             for key in ("exp_avg", "exp_inf", "step"):
                 if key in self.optimizer.state[held]:
@@ -150,7 +143,7 @@ class TorchEngine:
         """The inverse of `state`."""
         for name, buffer in persistent_buffers(self.model).items():
             buffer.copy_(state[f"buffer.{name}"])
-        for (name, parameter), held in zip(self.model.named_parameters(), self._updated, strict=True):
+        for (name, parameter), held in zip(self.model.named_parameters(), self._placement.held, strict=True):
             parameter.copy_(state[f"weight.{name}"])
             held.copy_(state[f"weight.{name}"])
             if f"exp_avg.{name}" in state:

@@ -1,4 +1,4 @@
-"""Which engine a run gets, and how its processes fail to meet; what they exchange: test_zero.py."""
+"""Which engine a run gets, and how its processes fail to meet; what they exchange: test_deepspeed_engine.py."""
 
 from __future__ import annotations
 

@@ -319,7 +319,7 @@ def test_two_processes_are_one_with_the_same_total_batch(tmp_path: Path) -> None
     train(reference, run, range(2))
     torch.save(reference.state(), tmp_path / "start.pt")
     port = str(free_port())
-    worker = [str(Path(__file__).with_name("zero_worker.py")), str(tmp_path)]
+    worker = [str(Path(__file__).parents[2] / "zero_worker.py"), str(tmp_path)]
     ranks = [{"RANK": r, "LOCAL_RANK": r, "WORLD_SIZE": "2", "MASTER_PORT": port} for r in "01"]
     processes = [start(worker, **rank) for rank in ranks]
     outputs = finish(processes)
