@@ -24,6 +24,7 @@ _TRANSPARENT = ("LA", "La", "PA", "RGBA", "RGBa")
 _DARKEST_OF_16_BITS = 4095
 """A 16-bit image without any value above this would come out black: it holds 8 to 12 bits."""
 
+_ROWS = 256
 _EXIF_ORIENTATION = 0x0112
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -174,17 +175,19 @@ def _from_values(image: Image.Image, name: str, white: float) -> Image.Image:
             f"image {name}: {found} of {top:,} would come out black: set data.white = {likely} (or = {top}, if the "
             "images are as dark as that)"
         )
-    # --- scale ---
-    if values.dtype.kind == "f" or top != int(top):
-        bytes_ = np.floor(values.astype(np.float64) / top * 255 + 0.5)
-    else:
-        bytes_ = values.astype(np.int64) * 256 // (int(top) + 1)
+    # --- scale, some rows at a time: a float64 of every pixel would take gigabytes ---
+    bytes_ = np.empty(values.shape, dtype=np.uint8)
+    for rows in (slice(start, start + _ROWS) for start in range(0, len(values), _ROWS)):
+        if values.dtype.kind == "f" or top != int(top):
+            bytes_[rows] = np.floor(values[rows].astype(np.float64) / top * 255 + 0.5)
+        else:
+            bytes_[rows] = values[rows].astype(np.int64) * 256 // (int(top) + 1)
     if _tiff_tag(image, _TIFF_PHOTOMETRIC) == 0:  # white is zero; pillow heeds that up to 8 bits
         bytes_ = 255 - bytes_
     clear = image.info.get("transparency")
     if isinstance(clear, int):
-        bytes_ = np.where(values == clear, 255, bytes_)
-    return Image.fromarray(bytes_.astype(np.uint8))
+        bytes_[values == clear] = 255
+    return Image.fromarray(bytes_)
 
 
 def _white_of_format(image: Image.Image) -> int:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import subprocess
+import sys
 import weakref
 from pathlib import Path
 
@@ -24,6 +26,7 @@ _LOOK_AT = 16
 """Of so many values at least one must be an image."""
 _SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"RIFF", b"GIF8", b"II*\0", b"MM\0*")
 _SAMPLE_BYTES = 1024
+_SMALLEST_ENTRY_BYTES = 9  # its place in the page and its head
 
 # lmdb allows one open environment per file and process, but training and held-out images may be asked from the same.
 _open: weakref.WeakValueDictionary[str, lmdb.Environment] = weakref.WeakValueDictionary()
@@ -91,11 +94,14 @@ class LmdbStore:
     def identity(self, index: int) -> bytes:
         """From three samples of the value: to read all of them would take minutes where an LMDB has many gigabytes."""
         key = str(index).encode()
-        with self._environment.begin(buffers=True) as transaction:  # the value stays in the file
-            value = memoryview(transaction.get(key, key))
-            middle = len(value) // 2
-            parts = (value[:_SAMPLE_BYTES], value[middle : middle + _SAMPLE_BYTES], value[-_SAMPLE_BYTES:])
-            return hashlib.sha256(b"".join([b"%d " % len(value), *parts])).digest()
+        try:
+            with self._environment.begin(buffers=True) as transaction:  # the value stays in the file
+                value = memoryview(transaction.get(key, key))
+                middle = len(value) // 2
+                parts = (value[:_SAMPLE_BYTES], value[middle : middle + _SAMPLE_BYTES], value[-_SAMPLE_BYTES:])
+                return hashlib.sha256(b"".join([b"%d " % len(value), *parts])).digest()
+        except lmdb.Error as error:
+            raise self._damaged(error) from error
 
     def image(self, index: int) -> Image.Image:
         value = self._value(index)
@@ -113,7 +119,10 @@ class LmdbStore:
             with self._environment.begin() as transaction:
                 return transaction.get(str(index).encode())
         except lmdb.Error as error:
-            raise ConfigError(f"LMDB {str(self._path)!r} is damaged: {error}; copy or write it again") from error
+            raise self._damaged(error) from error
+
+    def _damaged(self, error: lmdb.Error) -> ConfigError:
+        return ConfigError(f"LMDB {str(self._path)!r} is damaged: {error}; copy or write it again")
 
 
 def _side(value: bytes) -> int:
@@ -131,11 +140,45 @@ def _environment(path: Path) -> lmdb.Environment:
     except (lmdb.Error, OSError, ValueError) as error:  # ValueError: a name that is no UTF-8, under some versions
         raise ConfigError(f"LMDB {str(path)!r} cannot be opened: {error}; copy or write it again") from error
     file = os.path.join(real, "data.mdb") if os.path.isdir(real) else real
-    wanted_bytes = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
-    if os.path.getsize(file) < wanted_bytes:  # reading beyond the end of a mapped file would kill the process
+    entries, page_bytes = environment.stat()["entries"], environment.stat()["psize"]
+    file_bytes, wanted_bytes = os.path.getsize(file), (environment.info()["last_pgno"] + 1) * page_bytes
+    problem = ""
+    if file_bytes < wanted_bytes:  # reading beyond the end of a mapped file would kill the process
+        problem = f"is cut off: {file_bytes:,} of {wanted_bytes:,} bytes; copy it again"
+    elif entries * _SMALLEST_ENTRY_BYTES > file_bytes:
+        problem = f"is damaged: it claims {entries:,} entries in {file_bytes:,} bytes; copy it again"
+    elif not _is_walkable(real):
+        problem = "is damaged: a process that went through it died; copy or write it again"
+    if problem:
         environment.close()
-        raise ConfigError(
-            f"LMDB {str(path)!r} is cut off: {os.path.getsize(file):,} of {wanted_bytes:,} bytes; copy it again"
-        )
+        raise ConfigError(f"LMDB {str(path)!r} {problem}")
     _open[real] = environment
     return environment
+
+
+# What a process of its own does with an untrusted LMDB, before ours does: a damaged page leads lmdb beyond the end of
+# the mapped file, and the system ends whoever reads there. A value's first and last byte tell for all of it.
+_WALK = """
+import sys
+try:
+    import lmdb, os
+    folder = os.path.isdir(sys.argv[1])
+    with lmdb.open(sys.argv[1], subdir=folder, readonly=True, lock=False, readahead=False) as opened:
+        with opened.begin(buffers=True) as transaction:
+            for index in range(opened.stat()["entries"]):
+                value = transaction.get(b"%d" % index)
+                if value:
+                    value[0], value[-1]
+except Exception:
+    pass  # our own process meets it, too, and has words for it
+"""
+
+
+def _is_walkable(real: str) -> bool:
+    """Whether a process survives going through all values of an LMDB."""
+    command = [sys.executable, "-c", _WALK, real]
+    try:
+        ended = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    except OSError:  # no process can be started here
+        return True
+    return ended.returncode == 0
