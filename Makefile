@@ -75,7 +75,7 @@ define demonstrate
 set -e; \
 if [ -x $(VENV)/bin/deepspeed ]; then \
     port=$$($(RUN) -c "import socket; s = socket.socket(); s.bind(('', 0)); print(s.getsockname()[1])"); \
-    launcher="$(VENV)/bin/deepspeed --master_port $$port"; \
+    launcher="$(VENV)/bin/deepspeed --quiet --master_port $$port"; \
 else \
     launcher="$(RUN)"; \
 fi; \
