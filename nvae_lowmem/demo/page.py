@@ -141,7 +141,7 @@ def _sample_tab(state: DemoState, page: Any) -> None:
         with gr.Column(scale=3):
             shown = _output()
 
-    def draw(seed: int | None, count: int, *temperatures: float, progress: Any = gr.OnProgress()) -> Any:  # noqa: B008
+    def draw(seed: int | None, count: int, *temperatures: float, progress: Any = gr.Progress()) -> Any:  # noqa: B008
         return _answered(lambda: state.sample(temperatures, seed or 0, count, _report(progress)))
 
     triggers = [button.click, seed.submit, *(slider.release for slider in [*sliders, count])]
@@ -166,7 +166,7 @@ def _blend_tab(state: DemoState) -> None:
                     gr.Markdown(caption)
                     shown.append(_output(height=PICTURE_PIXELS))
 
-    def blend(a: Any, b: Any, mode: Any, *weights: float, progress: Any = gr.OnProgress()) -> Any:  # noqa: B008
+    def blend(a: Any, b: Any, mode: Any, *weights: float, progress: Any = gr.Progress()) -> Any:  # noqa: B008
         paths = [path for path in (_path(a), _path(b)) if path]
         if len(paths) < 2:
             gr.Info("Two pictures are needed: drop them on A and B.")
@@ -197,7 +197,7 @@ def _traverse_tab(state: DemoState) -> None:
                 button = gr.Button("Traverse", variant="primary")
         shown = _output(pixelated=False)
 
-    def move(image: Any, group: int, sigmas: float, steps: int, rows: int, progress: Any = gr.OnProgress()) -> Any:  # noqa: B008
+    def move(image: Any, group: int, sigmas: float, steps: int, rows: int, progress: Any = gr.Progress()) -> Any:  # noqa: B008
         path = _path(image)
         if path is None:
             gr.Info("A picture is needed: drop one.")
