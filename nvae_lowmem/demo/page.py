@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import html
 import os
+import random
 import signal
 import socket
 import tempfile
@@ -24,7 +25,7 @@ from nvae_lowmem.training.out_of_memory import is_out_of_memory
 
 OLDEST_GRADIO = 6
 INSTALL = 'pip install "gradio>=6,<7"'
-MOST_SAMPLES, MOST_CHANNELS = 64, 8
+MOST_SAMPLES, MOST_CHANNELS, MOST_SEED = 64, 8, 10**6
 STYLE = """
 .pixels img { image-rendering: pixelated; }
 .gallery-item .container, .gallery-item img { width: 48px !important; height: 48px !important; }
@@ -135,7 +136,9 @@ def _sample_tab(state: DemoState, page: Any) -> None:
         with gr.Column(scale=1, min_width=320):
             gr.Markdown("Temperature of each scale: lower is cleaner and more alike.")
             sliders = _per_scale(state, 0.1, 1.5, value=0.8)
-            seed = gr.Number(0, precision=0, label="seed")
+            with gr.Row():
+                seed = gr.Number(0, precision=0, label="seed")
+                another = gr.Button("Another seed")
             count = gr.Slider(1, MOST_SAMPLES, value=32, step=1, label="images")
             button = gr.Button("Sample", variant="primary")
         with gr.Column(scale=3):
@@ -144,8 +147,10 @@ def _sample_tab(state: DemoState, page: Any) -> None:
     def draw(seed: int | None, count: int, *temperatures: float, progress: Any = gr.Progress()) -> Any:  # noqa: B008
         return _answered(lambda: state.sample(temperatures, seed or 0, count, _report(progress)))
 
+    # a seed that is set in this way is drawn at once; one that is typed is drawn on Enter
+    drawn = another.click(lambda: random.randrange(MOST_SEED), outputs=[seed], api_visibility="private")
     triggers = [button.click, seed.submit, *(slider.release for slider in [*sliders, count])]
-    _listen(draw, [seed, count, *sliders], [shown], first=page.load, triggers=triggers)
+    _listen(draw, [seed, count, *sliders], [shown], first=page.load, triggers=triggers, after=(drawn,))
 
 
 def _blend_tab(state: DemoState) -> None:
@@ -275,8 +280,12 @@ def _listen(
     first: Any,
     triggers: Sequence[Any],
     dropped: Sequence[Dropped] = (),
+    after: Sequence[Any] = (),
 ) -> None:
-    """One model: one piece of work at a time on the whole page. Of what waits meanwhile only the last is done."""
+    """One model: one piece of work at a time on the whole page. Of what waits meanwhile only the last is done.
+
+    after: events that change an input themselves, and are followed by the work.
+    """
     import gradio as gr
 
     options: dict[str, Any] = {
@@ -286,9 +295,8 @@ def _listen(
     # a place's `change`, and a tab's `select`, come twice from the browser: the work would be done, or refused, twice
     gr.on([first], trigger_mode="once", **options)
     gr.on([*triggers, *(one.place.upload for one in dropped)], trigger_mode="always_last", **options)
-    for one in dropped:
-        if one.chosen is not None:
-            one.chosen.then(**options)
+    for event in [*after, *(one.chosen for one in dropped if one.chosen is not None)]:
+        event.then(**options)
 
 
 def _report(progress: Any) -> Report:

@@ -81,19 +81,31 @@ class DemoState:
             raise ConfigError(str(error).replace(path, Path(path).name)) from None
 
     def new_notes(self, paths: Sequence[str]) -> list[str]:
-        """What is odd about pictures that `image` accepts, each said once: grey ones for a model of colours."""
-        odd = [p for p in paths if p not in self._noted and self._is_grey_for_colours(p)]
-        self._noted.update(paths)
-        return [
-            f"image {Path(path).name} is grey, and this model was trained on RGB images: red, green and blue are set "
-            "to the same values, which it may never have seen"
-            for path in odd
-        ]
+        """What is done to pictures of the user's own before the model sees them, each said once."""
+        new = [path for path in dict.fromkeys(paths) if path not in self._noted]
+        self._noted.update(new)
+        return [note for path in new if (note := self._note(path))]
 
-    def _is_grey_for_colours(self, path: str) -> bool:
+    def _note(self, path: str) -> str:
+        """What is done to a picture; "" for a held-out one, to which nothing is done, and where nothing is lost."""
         content = Path(path).read_bytes()
-        own = self.run.model.config.image_channels != 3 or content in self._held_out
-        return not own and looks_grey(decode(content, path))
+        if content in self._held_out:
+            return ""
+        model, own = self.run.model.config, decode(content, path)
+        done = []
+        if own.width != own.height:
+            done.append(f"a square is cut out of its {own.width} x {own.height} pixels")
+        if own.size != (model.image_size, model.image_size):
+            done.append(f"it is resized to {model.image_size} x {model.image_size}")
+        if model.image_channels == 1 and not looks_grey(own):
+            done.append("its colours become grey")
+        if model.image_channels == 3 and looks_grey(own):
+            done.append("it is grey, and red, green and blue get the same values, which this model may never have seen")
+        if model.bits == 1:
+            done.append("every pixel becomes black or white, because this model knows no others (model.bits = 1)")
+        elif model.bits < 8:
+            done.append(f"every value is rounded to {2**model.bits} steps (model.bits = {model.bits})")
+        return f"image {Path(path).name}: {'; '.join(done)}" if done else ""
 
     # --- pictures out -------------------------------------------------------------------------------------------------
 

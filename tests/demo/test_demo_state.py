@@ -195,19 +195,28 @@ def test_a_bad_picture_is_refused_by_its_name_alone(
     assert str(tmp_path) not in str(caught.value)
 
 
-def test_a_grey_picture_for_a_model_of_colours_is_noted_once(tmp_path: Path) -> None:
-    colour, grey = picture_file(tmp_path / "colour.png", 0), str(tmp_path / "grey.png")
-    Image.open(colour).convert("L").save(grey)
+def test_what_is_done_to_a_picture_is_said_once_and_nothing_of_held_out_ones(tmp_path: Path) -> None:
+    colour, grey, wide = (str(tmp_path / f"{name}.png") for name in ("colour", "grey", "wide"))
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)  # of the model's size
+    Image.fromarray(pixels).save(colour)
+    Image.fromarray(pixels).convert("L").save(grey)
+    Image.fromarray(pixels).resize((40, 30)).save(wide)
     state = state_of(tmp_path)
-    (note,) = state.new_notes([colour, grey, state.examples[0]])
-    assert note.startswith("image grey.png is grey, and this model was trained on RGB")
-    assert state.new_notes([grey]) == []
+    bits = "every value is rounded to 32 steps (model.bits = 5)"
+    assert state.new_notes([colour, state.examples[0], colour]) == [f"image colour.png: {bits}"]
+    (note,) = state.new_notes([colour, grey])
+    assert note.startswith("image grey.png: it is grey, and red, green and blue get the same values")
+    cut = "a square is cut out of its 40 x 30 pixels; it is resized to 16 x 16"
+    assert state.new_notes([wide]) == [f"image wide.png: {cut}; {bits}"]
+    assert state.new_notes([colour, grey, wide]) == []
     state.blend([colour, grey], [0.5, 0.5], "linear", silent)  # it is used all the same, as launch/blend.py does
 
 
-def test_a_model_of_greys_takes_any_picture(tmp_path: Path) -> None:
-    state = state_of(tmp_path, GREY, with_data=False)
-    assert state.new_notes(pair_of(tmp_path)) == [] and state.image(pair_of(tmp_path)[0]).shape == (1, 1, 16, 16)
+def test_a_binary_model_of_greys_says_that_it_binarises(tmp_path: Path) -> None:
+    state, (path, _) = state_of(tmp_path, GREY, with_data=False), pair_of(tmp_path)
+    (note,) = state.new_notes([path])
+    assert "its colours become grey; every pixel becomes black or white" in note
+    assert state.image(path).shape == (1, 1, 16, 16)
 
 
 # --- what the page is made of -----------------------------------------------------------------------------------------
