@@ -24,12 +24,12 @@ import torch
 from machine import headline, machine, write_json
 from torch import Tensor
 
-from nvae_lowmem.data.pipeline import evaluation_batches
+from nvae_lowmem.data.pipeline import evaluation_batches, without_padding
 from nvae_lowmem.data.sources import open_source
 from nvae_lowmem.evaluation.distances import OTHER_HALF, PIXEL_NOISE, Comparison, RandomConvFeatures
 from nvae_lowmem.generation.grids import grid, labelled, save_png, stack
 from nvae_lowmem.generation.recalibrate import recalibrated
-from nvae_lowmem.generation.sample import reconstruct_images, sample_images, without_padding
+from nvae_lowmem.generation.sample import reconstruct_images, sample_images
 from nvae_lowmem.training.open_run import OpenRun, open_run
 
 CPU = torch.device("cpu")

@@ -106,8 +106,8 @@ def _figure(model: ModelConfig, batch: Tensor, maps: Tensor, scores: Sequence[fl
     """The worst images above their maps: bright where the later groups had something to say."""
     import torch
 
+    from nvae_lowmem.data.pipeline import without_padding
     from nvae_lowmem.generation import grids
-    from nvae_lowmem.generation.sample import without_padding
     from nvae_lowmem.generation.traverse import heat_colours
 
     largest = maps.abs().amax((1, 2), keepdim=True).clamp(min=1e-9)

@@ -63,8 +63,8 @@ def _blend(command: BlendCommand) -> None:
         raise ConfigError(f"--split {command.split} belongs to --mode scales and to --matrix: add one of them")
     command.find()
     from nvae_lowmem.commands import image_inputs
+    from nvae_lowmem.data.pipeline import without_padding
     from nvae_lowmem.generation import blend, grids
-    from nvae_lowmem.generation.sample import without_padding
 
     run = image_inputs.opened(command)
     config, mode = run.model.config, command.mode

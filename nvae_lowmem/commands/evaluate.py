@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -101,9 +101,9 @@ def _evaluate(command: EvaluateCommand) -> None:
     _require_enough(images, comparison)
     per_pass = f"up to {micro_batch} images or draws per pass"
     tell(f"{run.checkpoint}: {images} held-out images, {precision} on {device}, {per_pass}")
-    batches = evaluation_batches(held_out, profile.model, profile.data, micro_batch, profile.training.seed)
+    batches = evaluation_batches(held_out, profile.model, profile.data, micro_batch, profile.training.seed, images)
     likelihood, shown = measure_likelihood(
-        model, _first(batches, images, device), command.iw_samples, micro_batch, precision, command.seed,
+        model, (x.to(device) for x in batches), command.iw_samples, micro_batch, precision, command.seed,
         Progress("likelihood", images * command.iw_samples, tell), comparison,
     )  # fmt: skip
 
@@ -148,16 +148,6 @@ def _prior_samples(run: OpenRun, command: EvaluateCommand, temperature: Temperat
     for images in sample_chunks(model, command.samples, temperature, command.seed, micro_batch, drawn):
         drawing.advance(len(images))
         yield images
-
-
-def _first(batches: Iterable[Tensor], count: int, device: torch.device) -> Iterator[Tensor]:
-    """The first `count` images of the batches."""
-    left = count
-    for x in batches:
-        yield x[:left].to(device)
-        left -= len(x)
-        if left <= 0:
-            return
 
 
 # --- what is asked for ------------------------------------------------------------------------------------------------

@@ -99,8 +99,8 @@ def _measured(command: RestoreCommand, run: OpenRun) -> tuple[Tensor | None, lis
     from torch.nn import functional
 
     from nvae_lowmem.commands import image_inputs
+    from nvae_lowmem.data.pipeline import without_padding
     from nvae_lowmem.generation.restore import KnownPixels, LowResolution, NoisyPixels
-    from nvae_lowmem.generation.sample import without_padding
 
     size = run.profile.model.image_size
     if size % command.factor and command.task == "upscale":

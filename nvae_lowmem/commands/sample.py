@@ -135,8 +135,9 @@ def _held_out_sections(run: OpenRun) -> list[tuple[str, np.ndarray]]:
     import torch
     from PIL import Image
 
+    from nvae_lowmem.data.pipeline import without_padding
     from nvae_lowmem.generation import grids
-    from nvae_lowmem.generation.sample import reconstruct_images, without_padding
+    from nvae_lowmem.generation.sample import reconstruct_images
     from nvae_lowmem.training.open_run import held_out_batches
 
     model, columns = run.model, grids.default_columns(run.model.config.image_size)

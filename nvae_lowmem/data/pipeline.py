@@ -88,16 +88,18 @@ class Batches:
 
 
 def evaluation_batches(
-    dataset: Dataset, model: ModelConfig, config: DataConfig, batch_size: int, seed: int
+    dataset: Dataset, model: ModelConfig, config: DataConfig, batch_size: int, seed: int, count: int = 0
 ) -> Iterator[Tensor]:
-    """Every image once, in order, never flipped: (b, C, T, T) float32 in [0, 1]; the last batch may be smaller.
+    """The first `count` images (0: all) once, in order, never flipped: (b, C, T, T) float32 in [0, 1]; the last batch
+    may be smaller.
 
     Dynamic binarisation draws each image once and for all from (seed, index), whatever the batch size.
     """
     if batch_size < 1:
         raise ValueError(f"{batch_size=} must be at least 1")
-    for start in range(0, len(dataset), batch_size):
-        indices = np.arange(start, min(start + batch_size, len(dataset)))
+    wanted = min(count, len(dataset)) if count else len(dataset)
+    for start in range(0, wanted, batch_size):
+        indices = np.arange(start, min(start + batch_size, wanted))
         key = keys(seed, Stream.BINARISE_TEST, indices) if config.dynamic_binarisation else None
         yield to_network(dataset.images(indices), model, key)
 
@@ -114,6 +116,17 @@ def to_network(images: Tensor, model: ModelConfig, binarisation_key: np.ndarray 
     else:
         x = torch.from_numpy(_levels(model.bits)[images.numpy()])
     return functional.pad(x, (model.padding,) * 4) if model.padding else x
+
+
+def without_padding(images: Tensor, model: ModelConfig) -> Tensor:
+    """(B, C, T, T) -> (B, C, S, S): what `to_network` has put around the images taken off again; a view."""
+    p = model.padding
+    return images[:, :, p:-p, p:-p] if p else images
+
+
+def as_rgb(images: Tensor) -> Tensor:
+    """(B, C, S, S) -> (B, 3, S, S): RGB as it is, otherwise grey, the mean over channels."""
+    return images if images.shape[1] == 3 else images.mean(1, keepdim=True).expand(-1, 3, -1, -1)
 
 
 def _levels(bits: int) -> np.ndarray:

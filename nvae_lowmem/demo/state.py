@@ -19,11 +19,12 @@ from nvae_lowmem.config.choices import BlendMode
 from nvae_lowmem.config.model import ModelConfig
 from nvae_lowmem.data.decode import decode, looks_grey
 from nvae_lowmem.data.image_files import load_images
+from nvae_lowmem.data.pipeline import without_padding
 from nvae_lowmem.errors import ConfigError
 from nvae_lowmem.generation import grids, traverse
 from nvae_lowmem.generation.blend import blend_images, parse_weights
 from nvae_lowmem.generation.recalibrate import RECALIBRATION_SEED, default_passes, recalibrate_once
-from nvae_lowmem.generation.sample import Temperature, sample_images, temperature_text, without_padding
+from nvae_lowmem.generation.sample import Temperature, sample_images, temperature_text
 from nvae_lowmem.model.nvae import NVAE
 from nvae_lowmem.progress import OnProgress
 from nvae_lowmem.training.open_run import OpenRun, held_out_batches

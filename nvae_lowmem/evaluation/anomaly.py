@@ -19,8 +19,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from nvae_lowmem.data.pipeline import without_padding
 from nvae_lowmem.errors import ConfigError
-from nvae_lowmem.evaluation.bounds import without_padding
 from nvae_lowmem.model.latents import FirstGroups, FromPosterior, FromPrior, Latent, NoiseStep, SeededNoise, Source
 from nvae_lowmem.model.nvae import NVAE
 from nvae_lowmem.progress import OnProgress
@@ -75,7 +75,7 @@ def anomaly_scores(
 def _of_chunk(model: NVAE, x: Tensor, first_groups: int, draws: int, seed: int, first_image: int) -> AnomalyScores:
     """The scores of images that share a pass, one draw of each at a time."""
     maps = model.encode(x)
-    target = without_padding(model, x)
+    target = without_padding(x, model.config)
     score = elbo = pixels = torch.zeros(())
     for draw in range(draws):
         slot = draw * _DRAWS_PER_IMAGE + first_image  # images of a chunk have slots beside each other

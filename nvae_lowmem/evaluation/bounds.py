@@ -17,6 +17,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from nvae_lowmem.data.pipeline import without_padding
 from nvae_lowmem.errors import ConfigError
 from nvae_lowmem.model.latents import FromPosterior, Noise, NoiseStep, SeededNoise
 from nvae_lowmem.model.nvae import NVAE
@@ -50,10 +51,10 @@ def elbo_of_images(model: NVAE, x: Tensor, seed: int, precision: str = "fp32", f
     noise = SeededNoise(seed, step=NoiseStep.VALIDATION, first_slot=first_image)
     with evaluating(model, x.device, precision):
         parameters, latents = model.decode(FromPosterior(noise), model.encode(x))
-        nll = nll_of_decoded(model, parameters, without_padding(model, x))
+        nll = nll_of_decoded(model, parameters, without_padding(x, model.config))
         reconstructions = model.likelihood.mean(parameters)
     kl = torch.stack([_kl(latent.kl) for latent in latents], dim=1).double()  # (B, G, L)
-    error = (reconstructions - without_padding(model, x)).double().square().mean((1, 2, 3))
+    error = (reconstructions - without_padding(x, model.config)).double().square().mean((1, 2, 3))
     return ElboOfImages(nll.double().cpu(), kl.sum(2).cpu(), kl.sum(0).cpu(), error.cpu(), reconstructions.cpu())
 
 
@@ -136,7 +137,7 @@ class _ModelDensities:
         maps = [_repeated(m, len(draws)) for m in self._encoded[1]]
         noise = _DrawNoise(self.seed, [self.first_image + i for i in images], draws)
         parameters, latents = self.model.decode(FromPosterior(noise, densities=True), maps)
-        nll = nll_of_decoded(self.model, parameters, _repeated(without_padding(self.model, x), len(draws)))
+        nll = nll_of_decoded(self.model, parameters, _repeated(without_padding(x, self.model.config), len(draws)))
         log_p, log_q = torch.zeros_like(nll, dtype=torch.float64), torch.zeros_like(nll, dtype=torch.float64)
         for latent in latents:
             assert latent.log_p is not None and latent.log_q is not None
@@ -169,12 +170,6 @@ class _DrawNoise(Noise):
 
 
 # --- what both need ---------------------------------------------------------------------------------------------------
-
-
-def without_padding(model: NVAE, x: Tensor) -> Tensor:
-    """(B, C, padded, padded) -> (B, C, S, S)."""
-    p, size = model.config.padding, model.config.image_size
-    return x[:, :, p : p + size, p : p + size]
 
 
 def _kl(kl: Tensor | None) -> Tensor:

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nvae_lowmem.data.pipeline import as_rgb
 from nvae_lowmem.errors import ConfigError
 
 RANDOM_FEATURES = "random-conv-features-v1"
@@ -63,7 +64,7 @@ class RandomConvFeatures(nn.Module):
                 self.register_buffer(f"{layer}_{level}", weight)
 
     def forward(self, images: Tensor) -> Tensor:
-        x = F.interpolate(2 * _rgb(images) - 1, size=(32, 32), mode="bilinear", antialias=True)
+        x = F.interpolate(2 * as_rgb(images) - 1, size=(32, 32), mode="bilinear", antialias=True)
         out = []
         for level in range(3):
             hidden = F.relu(F.conv2d(x, self.get_buffer(f"first_{level}"), padding=2))
@@ -108,7 +109,7 @@ class InceptionFeatures(nn.Module):
         self.num_features = self._try_out(path)
 
     def forward(self, images: Tensor) -> Tensor:
-        pixels = (_rgb(images).clamp(0, 1) * 255).round().to(torch.uint8)
+        pixels = (as_rgb(images).clamp(0, 1) * 255).round().to(torch.uint8)
         return self.network(pixels, **self._options).float()
 
     @torch.no_grad()
@@ -122,11 +123,6 @@ class InceptionFeatures(nn.Module):
         if features.ndim != 2 or len(features) != 2:
             raise ConfigError(f"--fid-weights {path}: {expects}; two images gave {tuple(features.shape)}")
         return features.shape[1]
-
-
-def _rgb(images: Tensor) -> Tensor:
-    """Three channels: RGB as it is, otherwise the mean over channels, three times."""
-    return images if images.shape[1] == 3 else images.mean(1, keepdim=True).expand(-1, 3, -1, -1)
 
 
 # --- distances --------------------------------------------------------------------------------------------------------

@@ -7,8 +7,9 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from nvae_lowmem.data.pipeline import without_padding
 from nvae_lowmem.errors import ConfigError
-from nvae_lowmem.evaluation.bounds import ElboOfImages, elbo_of_images, importance_weighted_bound, without_padding
+from nvae_lowmem.evaluation.bounds import ElboOfImages, elbo_of_images, importance_weighted_bound
 from nvae_lowmem.evaluation.distances import Comparison
 from nvae_lowmem.evaluation.report import LikelihoodFigures, Mean
 from nvae_lowmem.model.nvae import NVAE
@@ -41,7 +42,7 @@ def measure_likelihood(
         part = elbo_of_images(model, x, seed, precision, first_image=seen)
         advance = progress.advance if progress is not None else None
         bounds.append(importance_weighted_bound(model, x, draws, seed, micro_batch, precision, seen, advance))
-        images, shown = without_padding(model, x), max(0, SHOWN_IMAGES - seen)
+        images, shown = without_padding(x, model.config), max(0, SHOWN_IMAGES - seen)
         if comparison is not None:
             comparison.add_real(images)
         # copies: views would keep all images

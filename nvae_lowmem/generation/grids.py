@@ -14,9 +14,10 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from nvae_lowmem.config.sections import Profile
+from nvae_lowmem.data.pipeline import as_rgb, without_padding
 from nvae_lowmem.files import write_atomically
 from nvae_lowmem.generation.recalibrate import recalibrated
-from nvae_lowmem.generation.sample import reconstruct_images, sample_images, temperature_text, without_padding
+from nvae_lowmem.generation.sample import reconstruct_images, sample_images, temperature_text
 from nvae_lowmem.model.nvae import NVAE
 from nvae_lowmem.training.open_run import images_per_pass
 from nvae_lowmem.training.validation import activations_in
@@ -39,8 +40,7 @@ PREVIEW_IMAGES, PREVIEW_PASSES = 16, 10  # of a grid in training: cheap enough t
 
 def to_uint8(images: Tensor) -> np.ndarray:
     """(B, C, S, S) in [0, 1] -> (B, S, S, 3) uint8; images that are not RGB become grey, the mean over channels."""
-    colours = images if images.shape[1] == 3 else images.mean(1, keepdim=True).expand(-1, 3, -1, -1)
-    return (colours.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    return (as_rgb(images).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
 def default_columns(image_pixels: int) -> int:

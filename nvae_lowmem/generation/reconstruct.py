@@ -16,9 +16,10 @@ from torch import Tensor
 
 from nvae_lowmem.config.choices import Posterior
 from nvae_lowmem.config.model import ModelConfig
+from nvae_lowmem.data.pipeline import without_padding
 from nvae_lowmem.errors import ConfigError
 from nvae_lowmem.generation import grids
-from nvae_lowmem.generation.sample import decoded_mean, without_padding
+from nvae_lowmem.generation.sample import decoded_mean
 from nvae_lowmem.model.latents import (
     FirstGroups,
     FromPosterior,

@@ -142,12 +142,6 @@ def _decoded_draw(model: NVAE, source: Source, batch: int, seed: int, first_slot
     return torch.cat(drawn)
 
 
-def without_padding(images: Tensor, config: ModelConfig) -> Tensor:
-    """(B, C, padded, padded) -> (B, C, S, S)."""
-    p = config.padding
-    return images[:, :, p:-p, p:-p] if p else images
-
-
 def _pixel_generator(seed: int, slot: int) -> torch.Generator:
     entropy = np.random.SeedSequence([seed % 2**64, slot]).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(entropy[0]))

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from nvae_lowmem.config.choices import Posterior
 from nvae_lowmem.config.model import ModelConfig
+from nvae_lowmem.data.pipeline import as_rgb
 from nvae_lowmem.errors import ConfigError
 from nvae_lowmem.generation import grids
 from nvae_lowmem.generation.reconstruct import posterior_noise
@@ -236,7 +237,7 @@ def traversal_picture(rows: Sequence[Row], images: Tensor, caption: str) -> np.n
         difference = (pictures - unmoved).abs().mean(1).amax(0)  # (S, S)
         largest = float(difference.max())
         heat = heat_colours(difference / largest if largest else difference)
-        cells = torch.cat([_rgb(pictures), heat[None]])
+        cells = torch.cat([as_rgb(pictures), heat[None]])
         parts.append(grids.labelled(grids.grid(cells, len(cells)), f"{row.caption}; differs by up to {largest:.2f}"))
     return grids.stack(parts)
 
@@ -244,8 +245,3 @@ def traversal_picture(rows: Sequence[Row], images: Tensor, caption: str) -> np.n
 def heat_colours(values: Tensor) -> Tensor:
     """(S, S) in [0, 1] -> (3, S, S): black, red, yellow, white."""
     return torch.stack([(3 * values - channel).clamp(0, 1) for channel in range(3)])
-
-
-def _rgb(images: Tensor) -> Tensor:
-    """As RGB: what is not becomes grey, as in every grid."""
-    return images if images.shape[1] == 3 else images.mean(1, keepdim=True).expand(-1, 3, -1, -1)

@@ -124,12 +124,10 @@ def held_out_batches(run: OpenRun, count: int, progress: OnProgress | None = Non
     wanted = min(count, len(held_out)) if count else len(held_out)
 
     def batches() -> Iterator[Tensor]:
-        done = 0
-        for x in evaluation_batches(held_out, profile.model, profile.data, run.micro_batch, profile.training.seed):
-            if done >= wanted:
-                return
-            yield x[: wanted - done]
-            done = min(done + len(x), wanted)
+        done, seed = 0, profile.training.seed
+        for x in evaluation_batches(held_out, profile.model, profile.data, run.micro_batch, seed, wanted):
+            yield x
+            done += len(x)
             if progress is not None:
                 progress(done, wanted)
 

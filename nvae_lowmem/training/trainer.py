@@ -237,13 +237,9 @@ class Trainer:
         monitor.scalars(step, values | memory | cuda_memory.nvml_memory(self.engine.device))
 
     def _held_out(self, count: int, batch: int) -> Iterator[Tensor]:
-        profile = self.profile
-        seen = 0
-        for x in evaluation_batches(self.data.test, profile.model, profile.data, batch, self._evaluation_seed):
-            if count and seen >= count:
-                return
-            yield (x[: count - seen] if count else x).to(self.engine.device)
-            seen += len(x)
+        model, data = self.profile.model, self.profile.data
+        for x in evaluation_batches(self.data.test, model, data, batch, self._evaluation_seed, count):
+            yield x.to(self.engine.device)
 
     @contextlib.contextmanager
     def _averaged_weights(self) -> Iterator[None]:

@@ -155,6 +155,9 @@ def test_dynamic_binarisation_draws_anew_in_every_step_with_the_grey_value_as_pr
 def test_evaluation_sees_every_image_once_in_order() -> None:
     found = [numbers(x) for x in evaluation_batches(numbered(10), PIXEL, PLAIN, 4, 1)]
     assert found == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    first = [numbers(x) for x in evaluation_batches(numbered(10), PIXEL, PLAIN, 4, 1, count=6)]
+    assert first == [[0, 1, 2, 3], [4, 5]]
+    assert sum(len(x) for x in evaluation_batches(numbered(10), PIXEL, PLAIN, 4, 1, count=99)) == 10
 
 
 def test_evaluation_binarises_once_and_for_all_whatever_the_batch_size() -> None:

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from nvae_lowmem.config.sections import MemoryPlan, Profile
+from nvae_lowmem.data.pipeline import without_padding
 from nvae_lowmem.generation import grids
-from nvae_lowmem.generation.sample import without_padding
 
 
 @settings(max_examples=25, deadline=None)

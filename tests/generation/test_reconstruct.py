@@ -19,10 +19,10 @@ from launch.reconstruct import main
 from nvae_lowmem.config.model import ModelConfig
 from nvae_lowmem.config.sections import DataConfig, Profile
 from nvae_lowmem.data.image_files import load_images, parse_box
+from nvae_lowmem.data.pipeline import without_padding
 from nvae_lowmem.errors import ConfigError
 from nvae_lowmem.generation import grids
 from nvae_lowmem.generation.reconstruct import RowNoise, error_table, parse_first_groups, picture_of, reconstruct
-from nvae_lowmem.generation.sample import without_padding
 from nvae_lowmem.model.latents import FirstGroups, FromPosterior, FromPrior, NoNoise
 from nvae_lowmem.text_table import text_table
 from nvae_lowmem.training.open_run import held_out_batches, open_run

@@ -20,8 +20,8 @@ from torch.overrides import TorchFunctionMode
 
 from nvae_lowmem.config.choices import BlendMode
 from nvae_lowmem.config.sections import Profile
-from nvae_lowmem.data.pipeline import MicroBatch
-from nvae_lowmem.evaluation.bounds import elbo_of_images, importance_weighted_bound, without_padding
+from nvae_lowmem.data.pipeline import MicroBatch, without_padding
+from nvae_lowmem.evaluation.bounds import elbo_of_images, importance_weighted_bound
 from nvae_lowmem.evaluation.distances import Comparison, RandomConvFeatures
 from nvae_lowmem.generation.blend import blend_images, path_weights
 from nvae_lowmem.generation.grids import preview
@@ -196,7 +196,7 @@ def _evaluation(task: _Task, model: NVAE) -> None:
     comparison = Comparison(RandomConvFeatures(), _CARD)
     for x in task.batches(task.images):
         elbo_of_images(model, x, 0)
-        comparison.add_real(without_padding(model, x))
+        comparison.add_real(without_padding(x, model.config))
 
 
 def _bound(task: _Task, model: NVAE) -> None:
