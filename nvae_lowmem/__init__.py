@@ -18,6 +18,9 @@ if TYPE_CHECKING:  # for type checkers and editors; a test holds that these are 
     from nvae_lowmem.library.model import Latents as Latents
     from nvae_lowmem.library.model import Model as Model
     from nvae_lowmem.library.model import load as load
+    from nvae_lowmem.library.training import plan as plan
+    from nvae_lowmem.library.training import predict as predict
+    from nvae_lowmem.library.training import train as train
 
 __version__ = "0.1.0"
 
@@ -26,6 +29,9 @@ PUBLIC = {
     "Latents": "nvae_lowmem.library.model",
     "Model": "nvae_lowmem.library.model",
     "load": "nvae_lowmem.library.model",
+    "plan": "nvae_lowmem.library.training",
+    "predict": "nvae_lowmem.library.training",
+    "train": "nvae_lowmem.library.training",
 }
 """The stable names, and the modules that they come from; `nvae_lowmem.memory` has a few more."""
 

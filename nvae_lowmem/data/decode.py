@@ -97,12 +97,9 @@ def _opened(data: bytes, name: str, white: float) -> Image.Image:
         _refuse_bomb(image.size, name)
         cut_to_8_bits = any(";16" in str(arguments) for *_, arguments in image.tile)
         image.load()
-        if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-            plain = _from_values(image, name, white)
-        else:
-            if cut_to_8_bits:
-                _refuse_black(image)
-            plain = _grey_or_rgb(image)
+        if cut_to_8_bits and not _has_values(image.mode):
+            _refuse_black(image)
+        plain = as_grey_or_rgb(image, name, white)
         turn = _TURNS.get(_orientation(image))
         return plain if turn is None else plain.transpose(turn)
 
@@ -126,6 +123,16 @@ def _orientation(image: Image.Image) -> int:
 
 
 # --- modes ------------------------------------------------------------------------------------------------------------
+
+
+def as_grey_or_rgb(image: Image.Image, name: str, white: float = 0.0) -> Image.Image:
+    """Mode L or RGB of an image of any mode, as `decode` makes it. Raises as it does, and ValueError."""
+    return _from_values(image, name, white) if _has_values(image.mode) else _grey_or_rgb(image)
+
+
+def _has_values(mode: str) -> bool:
+    """Whether an image's values have more than 8 bits."""
+    return mode in ("I", "F") or mode.startswith("I;16")
 
 
 def _grey_or_rgb(image: Image.Image) -> Image.Image:

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from nvae_lowmem.config.sections import Profile
+from nvae_lowmem.data.decode import as_grey_or_rgb
 from nvae_lowmem.data.image_files import load_images
 from nvae_lowmem.data.pipeline import to_network
 from nvae_lowmem.data.preparation import Preparation
@@ -36,21 +37,22 @@ def as_batch(images: Images, profile: Profile) -> Tensor:
 
     Raises ConfigError, naming the image: a wrong shape, range or type, a file that is no image, no images at all.
     """
-    if isinstance(images, Tensor):
-        pixels = [_of_tensor(images, profile, "images")]
-    elif isinstance(images, np.ndarray):
-        pixels = [_of_array(images, profile, "images")]
-    elif isinstance(images, (str, os.PathLike, Image.Image)):
-        pixels = [_of_one(images, profile, "images")]
+    return to_network(as_pixels(images, profile), profile.model, None)
+
+
+def as_pixels(images: Images, profile: Profile, where: str = "images") -> Tensor:
+    """The same images as data sets keep them: (B, C, S, S) uint8. Raises ConfigError as `as_batch` does."""
+    if isinstance(images, (Tensor, np.ndarray, str, os.PathLike, Image.Image)):
+        pixels = [_of_one(images, profile, where)]
     elif isinstance(images, Sequence):
-        pixels = [_of_one(image, profile, f"images[{i}]") for i, image in enumerate(images)]
+        pixels = [_of_one(image, profile, f"{where}[{i}]") for i, image in enumerate(images)]
     else:
         raise ConfigError(
-            f"images: {type(images).__name__} is no tensor, array, PIL image or file name, and no list of them"
+            f"{where}: {type(images).__name__} is no tensor, array, PIL image or file name, and no list of them"
         )
     if not pixels or not sum(map(len, pixels)):
-        raise ConfigError("images: there are none; give at least one")
-    return to_network(torch.cat(pixels), profile.model, None)
+        raise ConfigError(f"{where}: there are none; give at least one")
+    return torch.cat(pixels)
 
 
 def as_output(images: Tensor, output: Output) -> Any:
@@ -73,7 +75,11 @@ def _of_one(image: Any, profile: Profile, where: str) -> Tensor:
         return _of_array(image, profile, where)
     if isinstance(image, Image.Image):
         prepare = Preparation.of(profile.data, profile.model)
-        return torch.tensor(prepare(image.convert("RGB") if image.mode != "L" else image, where))[None]
+        try:
+            plain = as_grey_or_rgb(image, where, profile.data.white)
+        except (ValueError, OSError) as error:
+            raise ConfigError(f"{where}: {error}") from None
+        return torch.tensor(prepare(plain, where))[None]
     if isinstance(image, (str, os.PathLike)):
         return _without_network_form(load_images([str(Path(image))], profile), profile)
     raise ConfigError(f"{where}: {type(image).__name__} is no tensor, array, PIL image or file name")

@@ -197,6 +197,8 @@ def test_every_kind_of_image_is_the_same_batch(model: nl.Model, tmp_path: Path) 
 def test_pil_images_of_any_size_and_mode_are_prepared_as_the_runs_data(model: nl.Model) -> None:
     grey = Image.new("L", (40, 30), 128)
     assert as_batch([grey, grey.convert("RGBA")], model.profile).shape == (2, 3, 16, 16)
+    nothing = as_batch(Image.new("RGBA", (16, 16), (0, 0, 0, 0)), model.profile)
+    assert (nothing == 1).all()  # transparency is laid on white, as in files
 
 
 def test_a_grey_model_takes_arrays_without_a_channel() -> None:
