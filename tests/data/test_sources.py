@@ -177,7 +177,8 @@ def test_missing_and_useless_sources_say_what_is_there(tmp_path: Path) -> None:
 
 def test_unknown_names_get_the_nearest_embedded_set() -> None:
     assert "did you mean 'mnist5k'" in message("mnist5")
-    assert "--data" in message("celeba64")
+    text = message("celeba64")
+    assert "--data" in text and "docs/data.md" in text and "unknown" not in text
 
 
 def test_a_missing_test_source_is_named_by_its_own_key(tmp_path: Path) -> None:
