@@ -56,13 +56,13 @@ def _predict(command: PredictCommand) -> ExitCode:
     file = output_file("--json", command.json)
     chosen = chosen_card(command.card or None, command.gpu_mem or None, command.os or this_os())
     card, budget = chosen or (None, None)
-    from nvae_lowmem.memory.predict.predict import as_text, decided, predict
+    from nvae_lowmem.memory.predict.predict import as_text, predict, resolve_plan
     from nvae_lowmem.memory.predict.untraced import load_calibration
     from nvae_lowmem.training.batch_split import split_batch
 
     calibration = load_calibration(command.calibration) if command.calibration else None
     split = split_batch(profile, processes=1)
-    profile = decided(profile, card, budget)
+    profile = resolve_plan(profile, card, budget)
     began = time.monotonic()
     say(f"tracing {split} of {profile.name}, {profile.plan.precision}")
     prediction = predict(

@@ -75,7 +75,7 @@ class ModelConfig:
     flows: Annotated[int, Range(0, 100)] = 0
     """Pairs of autoregressive cells per group's posterior."""
     architecture: Architecture = "res_mbconv"
-    """Which cells: see docs/architecture.md for the table."""
+    """Which cells each part of the network has: the table is in nvae_lowmem/model/cells.py."""
     squeeze_excitation: bool = True
     """Squeeze-and-excitation in every cell."""
     residual_posterior: bool = True

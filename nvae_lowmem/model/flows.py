@@ -1,4 +1,10 @@
-"""Volume-preserving autoregressive flows on a group's latents: z <- z - mu(z), mu(z) strictly causal, log-det 0."""
+"""Volume-preserving autoregressive flows on a group's latents (NVAE, arXiv 2007.03898, section 3.2).
+
+    z <- z - mu(z)
+
+mu of a pixel and channel depends on those before it alone, so the Jacobian is triangular with ones on its diagonal, and
+the logarithm of its determinant is 0.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +39,10 @@ def causal_mask(out_channels: int, in_per_group: int, kernel: int, groups: int, 
 
 
 class FlowCell(nn.Module):
-    """One autoregressive cell, z (B, L, h, w) fp32 -> z - mu(z); its network computes in `dtype`."""
+    """One autoregressive cell, z (B, L, h, w) fp32 -> z - mu(z); its network computes in `dtype`.
+
+    mu: masked 3x3 convolution (strict) to 6 L channels, ELU, masked depthwise 5x5, ELU twice, masked 1x1 to L.
+    """
 
     EXPAND = 6
 

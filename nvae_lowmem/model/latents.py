@@ -1,6 +1,7 @@
 """Latent variables: soft-clamped normals, the noise that drives them, and where a group's z comes from.
 
 All of this is fp32, whatever the activations are. Shapes: B images, L latent channels, h x w pixels of the group.
+Equations and sections are those of NVAE (arXiv 2007.03898).
 """
 
 from __future__ import annotations
@@ -25,7 +26,12 @@ class Normal(NamedTuple):
 
     @staticmethod
     def from_parameters(mu: Tensor, log_sigma: Tensor) -> Normal:
-        """mu and log sigma through the soft clamp 5 tanh(x/5); sigma = exp(log sigma) + 1e-2."""
+        """The normal of what a convolution put out, mu and log sigma (B, L, h, w) each.
+
+            mu = clamp(mu),   sigma = exp(clamp(log sigma)) + 1e-2,   clamp(x) = 5 tanh(x / 5)
+
+        For a residual posterior (section 3.2) the prior's outputs have been added to both before.
+        """
         return Normal(_soft_clamp(mu), _soft_clamp(log_sigma).exp() + SIGMA_FLOOR)
 
     def draw(self, eps: Tensor, temperature: float = 1.0) -> Tensor:
@@ -37,7 +43,10 @@ class Normal(NamedTuple):
         return -0.5 * ((z - self.mu) / self.sigma).square() - 0.5 * math.log(2 * math.pi) - self.sigma.log()
 
     def divergence(self, prior: Normal) -> Tensor:
-        """KL(self || prior) elementwise, (B, L, h, w)."""
+        """KL(self || prior) elementwise, (B, L, h, w): equation 2 for any two normals, q this one and p the prior.
+
+        KL = ((mu_q - mu_p)^2 / sigma_p^2 + sigma_q^2 / sigma_p^2 - log(sigma_q^2 / sigma_p^2) - 1) / 2
+        """
         shift = (self.mu - prior.mu) / prior.sigma
         ratio = self.sigma / prior.sigma
         return 0.5 * (shift.square() + ratio.square()) - 0.5 - ratio.log()
@@ -150,9 +159,12 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class FromPosterior:
-    """z ~ q(z_l | z_<l, x): training, evaluation and reconstruction.
+    """z ~ q(z_l | z_<l, x): training, evaluation and reconstruction; the terms KL_l of equation 1.
 
-    KL is analytic without flows; with flows it is log q(z0) - log p(z) at the sample, z = flow(z0), whose log-det is 0.
+    KL is analytic without flows. With flows (section 3.2) z = flow(z0), whose log-det is 0, and at the sample
+
+        KL = log q(z0) - log p(z)
+
     densities: also log q and log p per image, which the importance-weighted bound needs.
     """
 

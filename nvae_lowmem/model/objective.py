@@ -1,6 +1,9 @@
-"""The training objective: ELBO with KL warm-up and balancing, and the weight of the regularisers (nvae.md, section 5).
+"""The training objective: ELBO with KL warm-up and balancing, and the weight of the regularisers.
 
-loss = mean over the batch of (-log p(x|z) + beta * sum_i c_i KL_i) + lambda * (spectral norms + max|gamma|)
+    loss = mean over the batch of (-log p(x|z) + beta sum_l c_l KL_l) + lambda (sum spectral norms + sum max|gamma|)
+
+The first part is the negative of equation 1 of NVAE (arXiv 2007.03898) with the weights of its appendix A on the KL of
+each group l; the second is its equation 3, whose gradient the layers add themselves (`regularizers.py`).
 """
 
 from __future__ import annotations
@@ -30,7 +33,12 @@ class LossTerms(NamedTuple):
 
 
 def beta_at(step: int, total_steps: int, config: TrainConfig) -> float:
-    """beta = clip((step - constant T) / (warm-up T), beta_min, beta_max), T = total steps; beta_max without warm-up."""
+    """The weight beta of the KL at optimiser step `step`, from 0 (NVAE, appendix A, warming up the KL).
+
+        beta = clip((step - constant T) / (warm-up T), beta_min, beta_max),   T = total_steps
+
+    constant and warm-up are shares of T; without warm-up it is beta_max.
+    """
     if config.kl_warmup_fraction == 0:
         return config.kl_beta_max
     raw = (step - config.kl_constant_fraction * total_steps) / (config.kl_warmup_fraction * total_steps)
@@ -38,7 +46,10 @@ def beta_at(step: int, total_steps: int, config: TrainConfig) -> float:
 
 
 def regulariser_at(beta: float, config: TrainConfig) -> float:
-    """lambda: constant, or log-linear along beta from regulariser_start to regulariser."""
+    """The weight lambda of NVAE's equation 3: constant, or annealed along beta.
+
+    log lambda = (1 - beta) log regulariser_start + beta log regulariser
+    """
     start, end = config.regulariser_start, config.regulariser
     if start <= 0 or end <= 0:
         return end
@@ -46,14 +57,22 @@ def regulariser_at(beta: float, config: TrainConfig) -> float:
 
 
 def group_alphas(config: ModelConfig) -> Tensor:
-    """alpha_i = 4^s / groups_s, s counted from the top scale, scaled to a minimum of 1; (groups,) top first."""
+    """What balancing divides each group's KL by, (groups,) top first (NVAE, appendix A, balancing the KL terms).
+
+    alpha_l = 4^s / groups_s,   s = the group's scale counted from the top; scaled so that the smallest is 1
+    """
     from_top = config.scale_groups[::-1]
     alphas = torch.cat([torch.full((g,), 4.0**s / g) for s, g in enumerate(from_top)])
     return alphas / alphas.min()
 
 
 def balance(kl: Tensor, alphas: Tensor) -> Tensor:
-    """Coefficients proportional to (mean|KL_i| + 0.01) / alpha_i with mean 1; kl (groups,) -> (groups,), detached."""
+    """The coefficients c_l of the groups' KL while beta rises (NVAE, appendix A, balancing the KL terms).
+
+        c_l proportional to (|KL_l| + 0.01) / alpha_l, with mean 1
+
+    kl: mean KL of each group over the micro-batch, (groups,) top first -> (groups,), detached.
+    """
     raw = (kl.detach().abs() + 0.01) / alphas
     return raw / raw.mean()
 
@@ -75,7 +94,10 @@ class Objective(nn.Module):
         self.register_buffer("alphas", group_alphas(model.config), persistent=False)
 
     def forward(self, x: Tensor, noise: Noise, beta: float) -> LossTerms:
-        """Images (b, C, S, S) in [0,1] -> LossTerms. KL balancing acts while beta rises, on this micro-batch's KL."""
+        """Images (b, C, S, S) in [0, 1] -> LossTerms (equation 1, negative). KL is balanced while beta rises.
+
+        Balancing looks at this micro-batch's KL.
+        """
         dtype = self.autocast_dtype
         with torch.autocast(
             x.device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None, cache_enabled=False

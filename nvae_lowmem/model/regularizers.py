@@ -1,5 +1,8 @@
 """Spectral and BatchNorm regularisation: sum over convolutions of the largest singular value, sum of max|gamma|.
 
+NVAE (arXiv 2007.03898), equation 3: lambda sum_i s_i, s_i the largest singular value of convolution i's weight as it is
+used, a (O, rest) matrix; the norms' scales gamma are regularised with the same lambda.
+
 The gradients have a closed form and are added where a layer's own gradient is produced (`functional.py`): for
 sigma = u^T W v it is u v^T, taken through the weight normalisation; for max|gamma| a sign at the maximum. Here is what
 the step tells the layers, and the value for the log.

@@ -42,7 +42,7 @@ from nvae_lowmem.memory.trace.events import ON_CARD, Peak, Trace, loop_carried
 from nvae_lowmem.memory.trace.training import trace_training
 from nvae_lowmem.units import format_bytes
 
-__all__ = ["Prediction", "as_text", "decided", "predict"]
+__all__ = ["Prediction", "as_text", "predict", "resolve_plan"]
 
 _TIMELINE_POINTS = 400
 _TRACES_KEPT = 6  # some ten MiB each
@@ -114,7 +114,7 @@ def predict(
     problems += [f"{name} {value} must be at least 1" for name, value in sizes.items() if value < 1]
     raise_problems(problems, "prediction")
     parsed = AllocatorSettings.from_string(settings or profile.plan.allocator_settings)
-    profile = decided(profile, card, budget)
+    profile = resolve_plan(profile, card, budget)
     trace = _traced(profile, micro_batch, accumulation)
     context = budget.context_bytes if budget is not None else None
     overlay = tuple(entries(profile, trace, accumulation, card, context, calibration))
@@ -159,7 +159,7 @@ def predict(
     )
 
 
-def decided(profile: Profile, card: Card | None, budget: Budget | None = None) -> Profile:
+def resolve_plan(profile: Profile, card: Card | None, budget: Budget | None = None) -> Profile:
     """The profile with its precision decided for the card (fp16 where none is named) and the budget's cap."""
     plan = replace(profile.plan, precision=choose_precision(profile.plan.precision, card)[0])
     if budget is not None:

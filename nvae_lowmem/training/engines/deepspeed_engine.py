@@ -168,7 +168,7 @@ class ZeroEngine:
 
     def state(self) -> dict[str, Tensor]:
         """What TorchEngine.state gives, in the process of rank 0; nothing in the others, which have to call it too."""
-        out = portable_state(self.model, self._optimizer, self._engine.optimizer, self.stage, keep=self.rank == 0)
+        out = portable_state(self.model, self._optimizer, self._engine.optimizer, self.stage, collect=self.rank == 0)
         if self.rank == 0:
             out["loss_scale"] = torch.tensor(self.loss_scale)
             if self.scale.dynamic:

@@ -18,10 +18,11 @@ STATES = ("exp_avg", "exp_inf")
 
 
 def portable_state(
-    model: nn.Module, adamax: torch.optim.Optimizer, zero: Any, stage: int, *, keep: bool
+    model: nn.Module, adamax: torch.optim.Optimizer, zero: Any, stage: int, *, collect: bool
 ) -> dict[str, Tensor]:
-    """Buffers, weights, Adamax states and steps by name, on the host; called by all processes, kept where `keep`.
+    """Buffers, weights, Adamax states and steps by name, on the host. All processes have to call it.
 
+    collect: whether this one is to have them; the others get nothing.
     zero: DeepSpeed's optimiser around `adamax`. Before the first step there are no Adamax states.
     """
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
@@ -35,9 +36,9 @@ def portable_state(
             for key in STATES:
                 full[key] = safe_get_full_optimizer_state(parameter, key) if flats else adamax.state[parameter][key]
             full["step"] = adamax.state[flats[0] if flats else parameter]["step"]
-        if keep:
+        if collect:
             out |= {f"{key}.{name}": value.detach().to("cpu", copy=True) for key, value in full.items()}
-    return out if keep else {}
+    return out if collect else {}
 
 
 @torch.no_grad()
