@@ -32,33 +32,40 @@ from nvae_lowmem.memory.predict.untraced import (
     without_weights,
 )
 from nvae_lowmem.memory.trace.events import Allocation, Trace
+from nvae_lowmem.memory.trace.inference import trace_generation
 from nvae_lowmem.memory.trace.training import trace_training
 from nvae_lowmem.units import GIB, MIB
 from profiles import NANO, budget_of, profile_of
 
 NOTHING = {
     name: Entry(name=name, nbytes=0, when="always", source="test")
-    for name in ("cublas-workspaces", "cudnn-workspace", "reductions")
+    for name in ("cublas-workspaces", "cublaslt-workspace", "cudnn-workspace", "reductions")
 }
 OFFLOADED = {"keep": "input", "offload_optimizer": True, "precision": "fp16"}
 
 
 @pytest.mark.parametrize("plan", [{"keep": "all"}, OFFLOADED])
 @pytest.mark.parametrize("settings", ["", "expandable_segments:True"])
-def test_the_prediction_is_three_traced_steps_through_the_allocator(plan: dict[str, Any], settings: str) -> None:
-    found = predict(profile_of(**plan), 2, settings=settings, calibration=NOTHING)
-    trace = trace_training(profile_of(**plan), 2, steps=3)
+def test_the_prediction_is_a_whole_run_through_the_allocator(plan: dict[str, Any], settings: str) -> None:
+    """Set-up, two steps, what is between steps, a step, and again what is between steps."""
+    profile = profile_of(**plan)
+    found = predict(profile, 2, settings=settings, calibration=NOTHING)
+    steps, between = trace_training(profile, 2, steps=3), trace_generation(profile, "between steps", 2)
+    start, offset = between.marks["setup done"], len(steps.allocations)
+    made = {n for n, a in enumerate(between.allocations) if a.born >= start}
+    pause = [(op, n + offset) for op, n in between.requests(start) if n in made]
+    last = steps.marks["step 3"]
     allocator = CachingAllocator(AllocatorSettings.from_string(settings), 4 * GIB)
-    allocator.replay(trace.requests())
+    allocator.replay([*steps.requests(0, last), *pause, *steps.requests(last), *pause])
     assert found.allocated_peak_bytes == allocator.stats.peak_allocated_bytes
     assert found.reserved_peak_bytes == allocator.stats.peak_reserved_bytes
-    assert (found.margin_bytes, found.retries, found.oom) == (0, 0, None)
+    assert (found.margin_bytes, found.retries, found.run_retries, found.oom) == (0, 0, 0, None)
 
 
 def test_bounds_widen_the_margin_and_leave_the_prediction() -> None:
     sure, unsure = (
         predict(profile_of(), 2, calibration=c)
-        for c in (NOTHING | {}, {"cublas-workspaces": NOTHING["cublas-workspaces"]})
+        for c in (NOTHING, {name: NOTHING[name] for name in ("cublas-workspaces", "cublaslt-workspace")})
     )
     assert unsure.reserved_peak_bytes == sure.reserved_peak_bytes
     assert unsure.margin_bytes >= 64 * MIB and sure.margin_bytes == 0
@@ -67,7 +74,8 @@ def test_bounds_widen_the_margin_and_leave_the_prediction() -> None:
 
 
 def test_known_entries_are_in_the_peak_and_have_their_owner() -> None:
-    bare, held = predict(profile_of(), 2, calibration=NOTHING), predict(profile_of(), 2)
+    others = {name: entry for name, entry in NOTHING.items() if name != "cublas-workspaces"}
+    bare, held = (predict(profile_of(), 2, calibration=calibration) for calibration in (NOTHING, others))
     cublas = next(e.nbytes for e in held.overlay if e.name == "cublas-workspaces")
     assert held.allocated_peak_bytes == bare.allocated_peak_bytes + cublas
     assert held.peak.by_category["buffer"] == held.peak.by_block["cublas-workspaces"] == cublas

@@ -149,8 +149,12 @@ class HostStore:
         self._blocks.append([])
 
     def pack(self, tensor: Tensor) -> _Parked | Tensor:
-        """To the host, unless there is nothing to gain."""
-        if tensor.numel() < 1024 or not tensor.is_floating_point():
+        """To the host, unless there is nothing to gain.
+
+        An expanded tensor has less memory than elements, and a copy of it would be staged on the side stream, for which
+        the allocator opens a pool of its own.
+        """
+        if tensor.numel() < 1024 or not tensor.is_floating_point() or not tensor.is_contiguous():
             return tensor
         if tensor.is_cuda and self._stream is None:
             self._stream = torch.cuda.Stream(tensor.device)

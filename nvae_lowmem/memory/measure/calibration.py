@@ -16,7 +16,7 @@ from nvae_lowmem.memory.measure.measurement import CardStatistics
 from nvae_lowmem.memory.predict.untraced import Entry, When
 
 _WHEN: dict[str, When] = {
-    "cublas-workspaces": "always",
+    "cublas-workspaces": "product",
     "cudnn-workspace": "convolution",
     "reductions": "always",
     "cuda-context": "context",

@@ -3,7 +3,7 @@
     prediction = predict(recipe("celeba64"), micro_batch=16, card=find_card("gtx-970"))
     prediction.reserved_peak_bytes + prediction.margin_bytes
 
-Three steps are replayed: the optimiser's states appear in the first, and its fragments are what later ones meet.
+What is replayed is a whole run in small (see whole_run.py).
 """
 
 from __future__ import annotations
@@ -16,20 +16,18 @@ from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from typing import Any
 
-from nvae_lowmem.config.sections import Precision, Profile
+from nvae_lowmem.config.sections import MemoryPlan, Precision, Profile, TrainConfig
 from nvae_lowmem.errors import ConfigError, raise_problems
-from nvae_lowmem.hardware.budget import Budget, memory_fraction
+from nvae_lowmem.hardware.budget import Budget
 from nvae_lowmem.hardware.card import Card
 from nvae_lowmem.hardware.precision import choose_precision
 from nvae_lowmem.memory.allocator.allocator import (
-    CHECKPOINT,
     AllocatorSettings,
     AllocatorStats,
-    CachingAllocator,
-    Replay,
 )
-from nvae_lowmem.memory.allocator.settings import UNLIMITED_BYTES, round_to_block
+from nvae_lowmem.memory.allocator.settings import round_to_block
 from nvae_lowmem.memory.predict.untraced import (
+    IN_ALLOCATOR,
     Entry,
     entries,
     overlaid,
@@ -37,8 +35,10 @@ from nvae_lowmem.memory.predict.untraced import (
     runs_deepspeed,
     without_weights,
 )
+from nvae_lowmem.memory.predict.whole_run import last_step, last_step_retries, whole_run
 from nvae_lowmem.memory.trace.batch_scaling import NotAffine, affine
-from nvae_lowmem.memory.trace.events import ON_CARD, Peak, Trace, loop_carried
+from nvae_lowmem.memory.trace.events import ON_CARD, Peak, Trace
+from nvae_lowmem.memory.trace.inference import trace_generation
 from nvae_lowmem.memory.trace.training import trace_training
 from nvae_lowmem.units import format_bytes
 
@@ -46,7 +46,6 @@ __all__ = ["Prediction", "as_text", "predict", "resolve_plan"]
 
 _TIMELINE_POINTS = 400
 _TRACES_KEPT = 6  # some ten MiB each
-_IN_ALLOCATOR = ("always", "backward", "update", "convolution")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +74,9 @@ class Prediction:
     margin_bytes: int
     """Upper bound of unmeasured memory, added to either peak; it does not depend on what the budget leaves free."""
     retries: int
-    """How often the allocator has to give back its cache in a step before it gets memory; slow."""
+    """How often the allocator gives back its cache in a later step before it gets memory, which is slow."""
+    run_retries: int
+    """How often in all that was replayed: the first steps and what is between steps too."""
     overlay: tuple[Entry, ...]
     """What no trace sees, each with its source."""
     oom: str | None
@@ -121,21 +122,19 @@ def predict(
     plan = profile.plan
     if runs_deepspeed(plan) and plan.offload_parameters:
         trace = without_weights(trace, 4 * (plan.bucket_elements // 500))  # smaller ones stay: see deepspeed_config
-    held = [entry for entry in overlay if entry.when in _IN_ALLOCATOR]
+    held = [entry for entry in overlay if entry.when in IN_ALLOCATOR]
+    between = _traced_between(profile, micro_batch)
     known = overlaid(trace, [entry for entry in held if not entry.is_bound])
-    requests = _three_steps(known)
-    replay = _replay(requests, parsed, None)
+    run, worst = (whole_run(trace, between, [e for e in held if sure or not e.is_bound]) for sure in (False, True))
+    replay = run.replay(parsed)
     stats = replay.checkpoints[-1]
-    worst = overlaid(trace, held)
-    worst_requests = _three_steps(worst)
-    most = _replay(worst_requests, parsed, None).checkpoints[-1]
-    margin = _margin_bytes(stats, most)
+    margin = _margin_bytes(stats, worst.replay(parsed).checkpoints[-1])
     oom = None
     if budget is not None and stats.peak_reserved_bytes + margin > budget.cap_bytes:
-        capped = _replay(requests, parsed, budget, margin)
-        oom = _why(known, requests, capped, margin)
+        capped = run.replay(parsed, budget, margin)
+        oom = run.why(capped, margin)
         if oom is None:  # free memory may be fragmented, so replay once more with all bounds allocated
-            oom = _why(worst, worst_requests, _replay(worst_requests, parsed, budget), 0)
+            oom = worst.why(worst.replay(parsed, budget))
             oom = oom and f"with the unknown at its most: {oom}"
         if oom is None:
             replay, stats = capped, capped.checkpoints[-1]
@@ -147,13 +146,14 @@ def predict(
         allocated_peak_bytes=stats.peak_allocated_bytes,
         reserved_peak_bytes=stats.peak_reserved_bytes,
         peak=known.peak(),
-        timeline=tuple(_timeline(known, _last_step(known), _TIMELINE_POINTS)),
+        timeline=tuple(_timeline(known, last_step(known), _TIMELINE_POINTS)),
         host_bytes=trace.host_bytes() + sum(e.nbytes for e in overlay if e.when in ("host", "pinned")),
         pinned_bytes=locked,
         context_bytes=sum(entry.nbytes for entry in overlay if entry.when == "context"),
-        init_peak_bytes=_at_setup(known) + sum(entry.nbytes for entry in overlay if entry.when == "setup"),
+        init_peak_bytes=_at_setup(trace) + sum(entry.nbytes for entry in overlay if entry.when == "setup"),
         margin_bytes=margin,
-        retries=stats.retries - replay.checkpoints[-2].retries,
+        retries=last_step_retries(replay),
+        run_retries=stats.retries,
         overlay=overlay,
         oom=oom,
     )
@@ -198,33 +198,24 @@ def _traced(profile: Profile, micro_batch: int, accumulation: int) -> Trace:
     return trace
 
 
-def _last_step(trace: Trace) -> int:
-    """The event with which the last traced step begins."""
-    return max(at for name, at in trace.marks.items() if name.startswith("step "))
+_between: OrderedDict[tuple[str, int], Trace] = OrderedDict()
 
 
-# --- through the allocator --------------------------------------------------------------------------------------------
+def _traced_between(profile: Profile, micro_batch: int) -> Trace:
+    """A trace of what is done between two steps, which does not depend on what blocks keep."""
+    plan = MemoryPlan(precision=profile.plan.precision, likelihood_chunk_bytes=profile.plan.likelihood_chunk_bytes)
+    training = TrainConfig(ema_decay=profile.training.ema_decay, ema_on_host=profile.training.ema_on_host)
+    profile = replace(profile, plan=plan, training=training)
+    key = (repr((profile.model, plan, training)), micro_batch)
+    if key not in _between:
+        _between[key] = trace_generation(profile, "between steps", micro_batch)
+    _between.move_to_end(key)
+    while len(_between) > _TRACES_KEPT:
+        _between.popitem(last=False)
+    return _between[key]
 
-Requests = list[tuple[int, int]]
-"""(op, number of the allocation) as CachingAllocator.replay takes them."""
 
-
-def _three_steps(trace: Trace) -> Requests:
-    """The trace's requests on the card, its last step as often as makes three; a checkpoint before the last of all."""
-    start, missing = _last_step(trace), 3 - sum(name.startswith("step ") for name in trace.marks)
-    # a step frees all that it allocates, so its requests can be made again under the same numbers
-    assert not loop_carried(trace, start, len(trace.events))
-    before, step = list(trace.requests(0, start)), list(trace.requests(start))
-    return [*before, *(step * missing), (CHECKPOINT, 0), *step]
-
-
-def _replay(requests: Requests, settings: AllocatorSettings, budget: Budget | None, margin_bytes: int = 0) -> Replay:
-    """On a card without limits, or under the budget's cap less `margin_bytes`."""
-    if budget is None:
-        return CachingAllocator(settings, UNLIMITED_BYTES >> 1).replay(requests)
-    cap = max(1, budget.cap_bytes - margin_bytes)
-    share = memory_fraction(cap, budget.context_bytes, budget.total_bytes)
-    return CachingAllocator(settings, budget.total_bytes, budget.context_bytes, share).replay(requests)
+# --- margins ----------------------------------------------------------------------------------------------------------
 
 
 def _margin_bytes(known: AllocatorStats, most: AllocatorStats) -> int:
@@ -237,15 +228,6 @@ def _margin_bytes(known: AllocatorStats, most: AllocatorStats) -> int:
         most.peak_allocated_bytes - known.peak_allocated_bytes,
         most.peak_reserved_bytes - known.peak_reserved_bytes,
     )
-
-
-def _why(trace: Trace, requests: Requests, replay: Replay, margin_bytes: int) -> str | None:
-    """What the allocator said, and at which operation."""
-    if replay.oom is None or replay.oom_index is None:
-        return None
-    a = trace.allocations[requests[replay.oom_index][1]]
-    kept = f" ({format_bytes(margin_bytes)} kept free as a margin)" if margin_bytes else ""
-    return f"{a.phase} of {a.block}, {a.operation}: {replay.oom}{kept}"
 
 
 # --- what people ask --------------------------------------------------------------------------------------------------
@@ -271,7 +253,7 @@ def _timeline(trace: Trace, start: int, points: int) -> Iterator[tuple[int, dict
 def _at_setup(trace: Trace) -> int:
     """Bytes in the allocator when the engine is built; libraries' buffers come with the first step."""
     end = trace.marks["setup done"]
-    kept = (a for a in trace.allocations if a.born < end and a.category not in ("host", "buffer"))
+    kept = (a for a in trace.allocations if a.born < end and a.on_card)
     return sum(round_to_block(a.nbytes) for a in kept)
 
 
@@ -296,8 +278,9 @@ def as_text(prediction: Prediction, cap_bytes: int = 0) -> str:
         ("while the engine is built", gib(p.init_peak_bytes)),
         ("host memory", f"{gib(p.host_bytes)}, of it page-locked {gib(p.pinned_bytes)}"),
     ]
-    if p.retries:
-        rows.append(("cache given back", f"{p.retries} times in a step, which is slow: use a smaller micro-batch"))
+    if p.run_retries:
+        often = f"{p.run_retries} times in the first steps, {p.retries} times in each later one"
+        rows.append(("cache given back", f"{often}, which is slow: use a smaller micro-batch"))
     if cap_bytes:
         rows.append((f"fits {gib(cap_bytes)}", "yes" if p.fits(cap_bytes) else f"NO: {p.oom or 'more than the cap'}"))
     blocks = sorted(p.peak.by_block.items(), key=lambda item: -item[1])[:5]

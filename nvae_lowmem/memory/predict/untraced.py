@@ -23,13 +23,24 @@ from nvae_lowmem.config.tables import read_table
 from nvae_lowmem.errors import ConfigError, raise_problems, unknown_name
 from nvae_lowmem.hardware.card import DEFAULT_CONTEXT_BYTES, Card
 from nvae_lowmem.hardware.cuda_memory import CAPPED_CUBLAS_CONFIG, CUDNN_WORKSPACE_BYTES
-from nvae_lowmem.memory.trace.events import Phase, Trace, TraceWriter
+from nvae_lowmem.memory.trace.events import Allocation, Phase, Trace, TraceWriter
 from nvae_lowmem.units import KIB, LARGEST_BYTES, MIB
 
-When = Literal["always", "backward", "update", "convolution", "setup", "context", "host", "pinned"]
-"""always, backward, update, convolution: in the allocator, all the time, in every such phase, or around every such
-operation; setup: on top of what stays, while the engine is built; context: on the card, outside the allocator; host:
-ordinary host memory; pinned: page-locked."""
+When = Literal[
+    "always", "product", "backward", "update", "convolution", "biased product", "setup", "context", "host", "pinned"
+]  # fmt: skip
+"""In the allocator: always; product: half from the first matrix product of a forward pass on, half from the first of a
+backward pass on; backward, update: in every such phase; convolution, biased product: around every such operation.
+setup: on top of what stays, while the engine is built; context: on the card, outside the allocator; host: ordinary host
+memory; pinned: page-locked."""
+
+IN_ALLOCATOR: tuple[When, ...] = ("always", "product", "backward", "update", "convolution", "biased product")
+AROUND: dict[When, tuple[str, ...]] = {
+    "convolution": ("aten::convolution", "aten::convolution_backward"),
+    "biased product": ("aten::addmm",),
+}
+"""Entries that come and go with single operations, which."""
+_PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::mv", "aten::addmv")
 
 _DEFAULT_CUBLAS_CONFIG, _HOPPER_CUBLAS_CONFIG = ":4096:2:16:8", ":4096:8"
 
@@ -82,8 +93,12 @@ def _libraries(plan: MemoryPlan, card: Card | None, context_bytes: int | None) -
     context = card.context_bytes if card is not None else DEFAULT_CONTEXT_BYTES
     return [
         Entry(
-            name="cublas-workspaces", nbytes=2 * workspace, when="always",
+            name="cublas-workspaces", nbytes=2 * workspace, when="product",
             source=f"CUBLAS_WORKSPACE_CONFIG={config}: {workspace} bytes for each of the forward and backward threads",
+        ),
+        Entry(
+            name="cublaslt-workspace", nbytes=1 * MIB, when="biased product",
+            source="torch asks for 1 MiB at each matrix product with a bias, and frees it (CUBLASLT_WORKSPACE_SIZE)",
         ),
         Entry(
             name="cudnn-workspace", nbytes=CUDNN_WORKSPACE_BYTES, when="convolution", is_bound=True,
@@ -121,11 +136,10 @@ def cublas_workspace_bytes(config: str) -> int:
 
 def _averages(profile: Profile, trace: Trace) -> list[Entry]:
     training = profile.training
-    if not training.ema_decay:
+    if not training.ema_decay or not training.ema_on_host:  # on the card they are in the trace
         return []
     weights = sum(a.nbytes for a in trace.allocations if a.category == "weight")
-    where: When = "host" if training.ema_on_host else "always"
-    return [Entry(name="averaged-weights", nbytes=weights, when=where, source="one copy of weights and buffers")]
+    return [Entry(name="averaged-weights", nbytes=weights, when="host", source="one copy of weights and buffers")]
 
 
 def engine_entries(plan: MemoryPlan, parameter_bytes: Sequence[int], accumulation: int) -> list[Entry]:
@@ -227,7 +241,7 @@ def load_calibration(path: str | os.PathLike[str]) -> dict[str, Entry]:
     }
 
 
-CALIBRATED = ("cublas-workspaces", "cudnn-workspace", "reductions", "batch-norm", "cuda-context")
+CALIBRATED = ("cublas-workspaces", "cublaslt-workspace", "cudnn-workspace", "reductions", "batch-norm", "cuda-context")
 """Entries that depend on card, driver and libraries; all others are arithmetic."""
 
 
@@ -254,9 +268,8 @@ def overlaid(trace: Trace, held: Sequence[Entry]) -> Trace:
             if is_alloc:
                 buffers.enter(a.phase)
             writer.copy(number, is_alloc)
-            if is_alloc and "convolution" in a.operation:
-                buffers.hold("convolution", a.phase)
-                buffers.release("convolution")
+            if is_alloc and a.on_card:
+                buffers.follow(a)
         buffers.end_phase()  # a phase ends with its step: what is held in it must not reach into the next
     return writer.finished()
 
@@ -268,11 +281,12 @@ class _Buffers:
         self._trace, self._entries = trace, entries
         self._phase: Phase | None = "setup"
         self._held: dict[str, list[int]] = {}
+        self._multiplied: set[Phase] = set()  # the phases that have had a matrix product
 
-    def hold(self, when: str, phase: Phase) -> None:
-        """Allocate the entries of that time."""
+    def hold(self, when: str, phase: Phase, parts: int = 1) -> None:
+        """Allocate the entries of that time, or one of so many equal parts of each."""
         self._held[when] = [
-            self._trace.allocate(entry.nbytes, "buffer", entry.name, phase, entry.name)
+            self._trace.allocate(entry.nbytes // parts, "buffer", entry.name, phase, entry.name)
             for entry in self._entries
             if entry.when == when
         ]
@@ -281,6 +295,16 @@ class _Buffers:
         """Free them."""
         for number in self._held.pop(when, ()):
             self._trace.free(number)
+
+    def follow(self, a: Allocation) -> None:
+        """What libraries allocate after an operation has allocated its result."""
+        if a.operation in _PRODUCTS and a.phase in ("forward", "backward") and a.phase not in self._multiplied:
+            self._multiplied.add(a.phase)
+            self.hold("product", a.phase, parts=2)  # each thread has a handle, and each handle a workspace
+        for when, operations in AROUND.items():
+            if a.operation in operations:
+                self.hold(when, a.phase)
+                self.release(when)
 
     def enter(self, phase: Phase) -> None:
         """A phase begins, or goes on."""

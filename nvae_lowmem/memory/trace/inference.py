@@ -35,8 +35,10 @@ from nvae_lowmem.memory.trace.tracer import StorageTracer, attach_tracer, paused
 from nvae_lowmem.memory.trace.training import complete_trace, traced_engines
 from nvae_lowmem.model.functional import as_on_card
 from nvae_lowmem.model.host import host_memory
+from nvae_lowmem.model.keep import apply_plan
 from nvae_lowmem.model.nvae import NVAE
 from nvae_lowmem.training.build import build_training, prepare_for_inference
+from nvae_lowmem.training.ema import WeightEma
 from nvae_lowmem.training.open_run import images_per_pass
 from nvae_lowmem.training.resolve import run_without_data
 from nvae_lowmem.training.step import training_step
@@ -44,9 +46,10 @@ from nvae_lowmem.training.validation import validate
 
 Work = Literal[
     "sampling", "recalibration", "evaluation", "bound", "reconstruction", "blending", "traversal", "validation",
-    "pictures",
+    "pictures", "between steps",
 ]  # fmt: skip
-WORKS: tuple[Work, ...] = get_args(Work)
+"""between steps: validation, then pictures, as the trainer has them done; a checkpoint takes nothing of the card."""
+WORKS: tuple[Work, ...] = get_args(Work)[:-1]
 _CARD = torch.device("cpu")
 _HELD_OUT_IMAGES = 8
 """Images that the trainer hands to its pictures."""
@@ -164,6 +167,15 @@ def _command(task: _Task) -> Iterator[NVAE]:
 
 
 @contextlib.contextmanager
+def _lent(task: _Task) -> Iterator[NVAE]:
+    """The model as the trainer lends it, without an engine: this work is the same whatever that holds."""
+    model = NVAE(task.profile.model).train()
+    apply_plan(model, task.profile.plan)
+    attach_tracer(model, task.tracer)
+    yield model
+
+
+@contextlib.contextmanager
 def _trainer(task: _Task) -> Iterator[NVAE]:
     """The model as the trainer lends it between two steps: with its averaged weights, everything else in place."""
     profile, model = task.profile, NVAE(task.profile.model)
@@ -227,6 +239,19 @@ def _validation(task: _Task, model: NVAE) -> None:
     validate(model, task.batches(plan.micro_batch), 0, plan.precision)
 
 
+def _between_steps(task: _Task, model: NVAE) -> None:
+    training = task.profile.training
+    average = None
+    if training.ema_decay:
+        with host_memory():  # wherever it lies, it is no part of this work
+            where = "cpu" if training.ema_on_host else None
+            average = WeightEma(NVAE(task.profile.model), training.ema_decay, where)
+    for work in (_validation, _pictures):
+        with average.applied_to(model) if average is not None else contextlib.nullcontext():
+            work(task, model)
+    model.train()
+
+
 def _pictures(task: _Task, model: NVAE) -> None:
     preview(model.eval(), next(task.batches(_HELD_OUT_IMAGES)), task.profile, (0.7, 0.8), passes=2)
 
@@ -239,6 +264,7 @@ _WORKS: dict[Work, tuple[Callable[[_Task, NVAE], None], Callable[[_Task], contex
     "reconstruction": (_reconstruction, _command),
     "blending": (_blending, _command),
     "traversal": (_traversal, _command),
+    "between steps": (_between_steps, _lent),
     "validation": (_validation, _trainer),
     "pictures": (_pictures, _trainer),
 }

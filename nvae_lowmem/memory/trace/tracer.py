@@ -28,6 +28,9 @@ aten = torch.ops.aten
 _CONSTANTS: dict[str, Callable[[Any], float]] = {"aten::full": lambda a: a[1], "aten::zeros": lambda a: 0.0}
 """Operations whose 0-dim results are known numbers: loss scales and step counts are asked for by .item()."""
 
+_CONVOLUTIONS = {aten.convolution.default: 2, aten.convolution_backward.default: 3}
+"""Convolutions, and how many of their first arguments are images and weights."""
+
 _COPIES = ("aten::_to_copy", "aten::clone")  # GradScaler copies its overflow flag to each device
 
 
@@ -58,6 +61,7 @@ class StorageTracer(TorchDispatchMode):
         if func is aten._local_scalar_dense.default:
             return self._values.get(_address(args[0]), 1.0)
         info = operator_info(func)
+        copies = self._allocate_copies(func, args)
         if self._storageless is not None:
             out = self._storageless.run(func, info, args, kwargs or {})
         else:
@@ -68,6 +72,8 @@ class StorageTracer(TorchDispatchMode):
             for part in out:
                 if isinstance(part, Tensor):
                     self.record(part, info.name)
+        for number in copies:
+            self.trace.free(number)
         if info.name in _CONSTANTS and out.dim() == 0:
             self._values[_address(out)] = float(_CONSTANTS[info.name](args))
         elif info.name in _COPIES and _address(args[0]) in self._values:
@@ -75,6 +81,15 @@ class StorageTracer(TorchDispatchMode):
         elif func is aten.add_.Tensor and args[0].dim() == 0 and _address(args[0]) in self._values:
             self._values[_address(args[0])] += 1.0
         return out
+
+    def _allocate_copies(self, func: Any, args: Any) -> list[int]:
+        """What a convolution on the card copies first: cuDNN takes contiguous arguments only."""
+        count = _CONVOLUTIONS.get(func, 0)
+        return [
+            self.trace.allocate(t.numel() * t.element_size(), "temporary", self.block, self.phase, "aten::contiguous")
+            for t in args[:count]
+            if not t.is_contiguous()
+        ]
 
     def record(self, tensor: Tensor, operation: str) -> None:
         """Record the tensor's storage as an allocation of `operation`, if it is new and not empty."""
@@ -85,7 +100,8 @@ class StorageTracer(TorchDispatchMode):
         nbytes = storage.nbytes()
         if nbytes == 0:
             return
-        category = "host" if in_host_memory() else self.category or "temporary"
+        from_numbers = operation == "aten::lift_fresh"  # torch.tensor(...): an optimiser counts its steps on the host
+        category = "host" if in_host_memory() or from_numbers else self.category or "temporary"
         number = self.trace.allocate(nbytes, category, self.block, self.phase, operation)
         self._references[address] = _StorageReference(storage, self._record_free, address, number)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,8 +17,10 @@ from nvae_lowmem.memory.trace.storageless import StoragelessTensors
 from nvae_lowmem.memory.trace.tracer import StorageTracer, attach_tracer, paused_gc
 from nvae_lowmem.model.blocks import Head
 from nvae_lowmem.model.functional import as_on_card
+from nvae_lowmem.model.host import host_memory
 from nvae_lowmem.model.nvae import NVAE
 from nvae_lowmem.model.objective import Objective
+from nvae_lowmem.model.regularizers import regularisation_values
 from nvae_lowmem.training.build import EngineFactory, build_training
 from nvae_lowmem.training.engines.torch_engine import TorchEngine
 from nvae_lowmem.training.resolve import run_without_data
@@ -66,22 +68,54 @@ def trace_training(
     """Trace `steps` optimiser steps of the profile's model and plan at `micro_batch`; precision must be decided.
 
     With `fake` nothing is computed and nothing of the model's size is allocated; without it the same step really runs
-    on the CPU, for comparison. The model is built elsewhere and moved to the card: of the set-up only what stays is
+    on the CPU, for comparison. The model is built on the host and moved to the card: of the set-up only what stays is
     in the trace.
     """
     tracer = StorageTracer(StoragelessTensors() if fake else None)
-    without_average = replace(profile, training=replace(profile.training, ema_decay=0.0))  # `untraced` has its bytes
-    run = run_without_data(without_average, micro_batch, accumulation)
+    if profile.training.ema_on_host:  # nothing of it is on the card; `untraced` has its bytes
+        profile = replace(profile, training=replace(profile.training, ema_decay=0.0))
+    run = run_without_data(profile, micro_batch, accumulation)
     with paused_gc(), as_on_card(), tracer:
-        training = build_training(run, NVAE(profile.model), torch.device("cpu"), traced_engines(tracer))
+        training = build_training(run, _moved(profile), torch.device("cpu"), traced_engines(tracer))
+        if training.ema is not None:
+            for tensor in [*training.ema.module.parameters(), *training.ema.module.buffers()]:
+                tracer.set_category(tensor, "buffer")
+        figures = _as_data(_figures(profile), tracer)
         tracer.mark("setup done")
         micro_batches = _traced_images(profile, micro_batch, tracer)
         for step in range(1, steps + 1):
             tracer.mark(f"step {step}")
-            training_step(training, micro_batches, step)
+            figures = _as_data(
+                training_step(training, micro_batches, step)[:5], tracer
+            )  # the step before's live so far
+            regularisation_values(training.engine.model)  # for the log
         tracer.mark("end")
         trace = tracer.close()
+    del figures
     return complete_trace(trace, training.engine.model, micro_batch)
+
+
+def _moved(profile: Profile) -> NVAE:
+    """The model, built on the host, and every tensor of it made on the card in the order of `model.to`."""
+    with host_memory():
+        model = NVAE(profile.model)
+    return model._apply(torch.clone)
+
+
+def _figures(profile: Profile) -> list[Tensor]:
+    """What a step before the first would have left: the tensors of a StepResult, which live until the next is made.
+
+    So the first step is like the later ones; without them it would take some blocks of 512 bytes less.
+    """
+    groups = profile.model.total_groups
+    return [torch.empty(shape) for shape in ((), (), (groups,), (groups,), (groups,))]
+
+
+def _as_data(tensors: Sequence[Tensor], tracer: StorageTracer) -> Sequence[Tensor]:
+    """The tensors, which are recorded as data."""
+    for tensor in tensors:
+        tracer.set_category(tensor, "data")
+    return tensors
 
 
 def _traced_images(profile: Profile, micro_batch: int, tracer: StorageTracer) -> Iterator[MicroBatch]:

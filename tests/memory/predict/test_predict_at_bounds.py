@@ -12,6 +12,8 @@ from nvae_lowmem.hardware.budget import Budget, find_card
 from nvae_lowmem.memory.allocator.allocator import AllocatorSettings, CachingAllocator, Replay
 from nvae_lowmem.memory.predict import predict as predicting
 from nvae_lowmem.memory.predict.predict import predict, predictor_for
+from nvae_lowmem.memory.predict.untraced import IN_ALLOCATOR
+from nvae_lowmem.memory.predict.whole_run import WholeRun
 from nvae_lowmem.units import GIB, MIB
 from profiles import budget_of, profile_of
 
@@ -19,18 +21,18 @@ from profiles import budget_of, profile_of
 @pytest.mark.parametrize("in_pieces", [True, False])
 def test_free_memory_in_pieces_is_no_room_for_the_unknown(in_pieces: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The steps run below the cap less the margin; whether they also do with the unknown allocated decides."""
-    real = predicting._replay
+    real = WholeRun.replay
     free = predict(profile_of(), 4, budget=budget_of(3 * GIB))  # a cap makes cuBLAS's workspaces smaller
     cap = free.reserved_peak_bytes + free.margin_bytes - 1
     asked: list[int] = []
 
-    def replay(requests: Any, settings: AllocatorSettings, budget: Budget | None, margin_bytes: int = 0) -> Replay:
+    def replay(run: WholeRun, settings: Any, budget: Budget | None = None, margin_bytes: int = 0) -> Replay:
         if budget is None:
-            return real(requests, settings, None)
+            return real(run, settings)
         asked.append(margin_bytes)
-        return real(requests, settings, budget_of(MIB if margin_bytes == 0 and in_pieces else 3 * GIB))
+        return real(run, settings, budget_of(MIB if margin_bytes == 0 and in_pieces else 3 * GIB))
 
-    monkeypatch.setattr(predicting, "_replay", replay)
+    monkeypatch.setattr(WholeRun, "replay", replay)
     close = budget_of(cap)
     for ask in (predictor_for(find_card("gtx-970"), close), functools.partial(predict, budget=close)):
         asked.clear()
@@ -64,5 +66,5 @@ def test_every_zero_stage_is_predicted_with_its_bounds_in_the_margin(
     profile = profile_of(engine="deepspeed", zero_stage=stage, offload_optimizer=offload, bucket_elements=10_000)
     found = predict(profile, 2, accumulation)
     assert found.oom is None and found.fits(4 * GIB)
-    bounds = [entry.nbytes for entry in found.overlay if entry.is_bound and entry.when in predicting._IN_ALLOCATOR]
+    bounds = [entry.nbytes for entry in found.overlay if entry.is_bound and entry.when in IN_ALLOCATOR]
     assert max(bounds) <= found.margin_bytes <= 2 * sum(bounds)

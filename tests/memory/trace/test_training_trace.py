@@ -56,9 +56,10 @@ def test_steps_are_alike_where_the_host_keeps_the_states() -> None:
 
 
 @pytest.mark.parametrize("offload", [False, True])
-def test_a_step_frees_all_that_it_allocates(offload: bool) -> None:
+def test_a_step_frees_all_that_it_allocates_but_its_figures(offload: bool) -> None:
     trace = trace_training(profile_of(clip_norm=1.0, offload_optimizer=offload), 2, steps=2)
-    assert loop_carried(trace, trace.marks["step 2"], trace.marks["end"]) == []
+    left = [trace.allocations[n].nbytes for _, n in loop_carried(trace, trace.marks["step 2"], trace.marks["end"])]
+    assert left == [4, 4, *[4 * NANO.total_groups] * 3]
 
 
 @pytest.mark.parametrize("offload", [False, True])
@@ -89,7 +90,7 @@ def test_policies_keep_less_and_less_on_the_card() -> None:
 
 def test_what_a_plan_keeps_on_the_host_is_host_memory() -> None:
     on_card = small(2, keep="input")
-    assert on_card.host_bytes() == 0
+    assert on_card.host_bytes() == 4 * len(on_card.parameter_bytes)  # the optimiser counts its steps there
     n = sum(on_card.parameter_bytes)
     masters = small(2, keep="input", offload_optimizer=True)
     assert masters.host_bytes() == 2 * n  # weights and gradients; the states are in nobody's trace
@@ -110,7 +111,7 @@ def test_the_set_up_leaves_only_what_stays() -> None:
     trace = small(2)
     end = trace.marks["setup done"]
     assert all(event >= 0 for event in trace.events[:end])
-    assert all(a.died < 0 for a in trace.allocations[:end])
+    assert all(a.died < 0 for a in trace.allocations[:end] if a.category != "data")  # a step's figures
 
 
 def test_half_precision_with_the_optimiser_on_the_card_still_has_its_states() -> None:
