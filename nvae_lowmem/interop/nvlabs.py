@@ -19,17 +19,6 @@ from nvae_lowmem.interop.nvlabs_weights import network_tensors, translate
 from nvae_lowmem.model.nvae import NVAE
 
 
-def load(path: str | os.PathLike[str]) -> NVAE:
-    """The network of a published checkpoint, in evaluation mode, fp32, on the CPU. Raises ConfigError as `restore`."""
-    return restore(path)[1]
-
-
-def read(path: str | os.PathLike[str]) -> tuple[Profile, dict[str, Tensor]]:
-    """The Profile of a published checkpoint and our complete state_dict. Raises ConfigError as `restore`."""
-    profile, model = restore(path)
-    return profile, model.state_dict()
-
-
 def restore(path: str | os.PathLike[str]) -> tuple[Profile, NVAE]:
     """The Profile of a published checkpoint and its network, in evaluation mode, fp32, on the CPU.
 

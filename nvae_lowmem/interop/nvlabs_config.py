@@ -24,6 +24,7 @@ _PADDING = 2
 _NETWORK_SIZES = {"mnist": 32, "omniglot": 32, "cifar10": 32, "ffhq": 256}  # others end in _SIZE
 _SOURCES = {"mnist": "mnist5k"}
 _MOST = 1 << 16  # of anything that args count
+_LONGEST_TEXT = 1000
 
 # our field -> (name in args, default for files that lack it, smallest)
 _NUMBERS: dict[str, tuple[str, int | None, int]] = {
@@ -79,9 +80,9 @@ def profile_of(
     )
     raise_problems([*model.problems(), *_disagreements(model, dataset, tensors, where)], where)
     batch = args.get("batch_size")
-    training = TrainConfig(total_batch=batch) if type(batch) is int and batch > 0 else TrainConfig()
+    training = TrainConfig(total_batch=batch) if type(batch) is int and 0 < batch <= _MOST else TrainConfig()
     return Profile(
-        name=re.sub(r"\W", "-", f"nvlabs-{dataset}"),
+        name=re.sub(r"\W", "-", f"nvlabs-{dataset[:80]}"),
         model=model,
         data=DataConfig(source=_SOURCES.get(dataset, dataset) or "unknown", flip=model.image_channels == 3),
         training=training,
@@ -155,7 +156,9 @@ def _image(dataset: str, values: Mapping[str, Any], tensors: Mapping[str, Tensor
 
 def _is_plain(value: Any) -> bool:
     """Whether a text file can hold the value."""
-    return isinstance(value, (bool, int, float)) or (isinstance(value, str) and value.isprintable())
+    if isinstance(value, int):
+        return abs(value) < 1 << 63
+    return isinstance(value, float) or (isinstance(value, str) and value.isprintable() and len(value) <= _LONGEST_TEXT)
 
 
 def _size_by_name(dataset: str) -> int:
