@@ -80,7 +80,7 @@ def _blend(command: BlendCommand) -> None:
         return blend.blend_images(run.model, pair, weights, mode, command.posterior, command.seed, size, bar)
 
     path = out / f"blend-{mode}-{names[0]}-{names[1]}.png"
-    picture = blend.strip_picture(without_padding(pair, config), blended("strip", strip), names)
+    picture = blend.strip_picture(without_padding(pair, config), blended("strip", strip), names, strip)
     print(grids.save_png(picture, path))
     if matrix is not None:
         picture = blend.matrix_picture(blended("matrix", matrix), names)

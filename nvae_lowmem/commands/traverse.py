@@ -66,7 +66,9 @@ def _traverse(command: TraverseCommand) -> None:
     rows, bar = traverse.rows_of(groups, channels, kl, config), progress_bar("traversing")
     moves, size = traverse.moves_of(rows, sigmas), run.micro_batch
     images = traverse.traverse(run.model, image, moves, command.posterior, command.seed, size, bar)
-    picture = traverse.traversal_picture(rows, images, f"{name}: from {-command.sigmas:g} to {command.sigmas:g} sigmas")
+    picture = traverse.traversal_picture(
+        rows, images, f"{name}: from {-command.sigmas:g} to {command.sigmas:g} sigmas", sigmas
+    )
     print(grids.save_png(picture, out / f"traverse-{Path(name).stem.replace(' ', '-')}.png"))
 
 

@@ -150,12 +150,13 @@ class DemoState:
         groups = traverse.parse_groups(str(group + 1), config)
         channels = traverse.check_channels(channels, config)
         rows = traverse.rows_of(groups, channels, self._activity(image, report), config)
-        moves = traverse.moves_of(rows, traverse.sigma_steps(sigmas, steps))
+        points = traverse.sigma_steps(sigmas, steps)
+        moves = traverse.moves_of(rows, points)
         images = traverse.traverse(
             self.run.model, image, moves, micro_batch=self.run.micro_batch, progress=report("traversing")
         )
         caption = f"unmoved; below from {-sigmas:g} to {sigmas:g} sigmas of the prior, and where the pictures differ"
-        return traverse.traversal_picture(rows, enlarged(images, ROW_PIXELS // (steps + 1)), caption)
+        return traverse.traversal_picture(rows, enlarged(images, ROW_PIXELS // (steps + 1)), caption, points)
 
     def _activity(self, image: Tensor, report: Report) -> Tensor:
         """KL per group and channel (groups, L), nats: of held-out images, measured once, or else of this image."""

@@ -195,6 +195,7 @@ def kl_plot(found: Evaluation) -> bytes:
     # the object interface: pyplot would keep global state, and look for a display
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     sizes = scale_of_groups(found.model)
     figure = Figure(figsize=(10, 3.2), layout="constrained")
@@ -202,11 +203,16 @@ def kl_plot(found: Evaluation) -> bytes:
     for colour, size in enumerate(sorted(set(sizes))):
         members = [i for i, s in enumerate(sizes) if s == size]
         bars = axes.bar(
-            members, [found.likelihood.kl_of_groups[i] for i in members], color=f"C{colour}", label=f"{size} x {size}"
+            [i + 1 for i in members],
+            [found.likelihood.kl_of_groups[i] for i in members],
+            color=f"C{colour}",
+            label=f"{size} x {size}",
         )
         if len(sizes) <= 40:
             axes.bar_label(bars, [str(found.likelihood.active_of_groups[i]) for i in members], fontsize=8)
-    axes.set(xlabel=f"latent group (above it: active channels of {found.model.latents})", ylabel="KL in nats per image")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    about = f"latent group, 1 is the coarsest (above it: active channels of {found.model.latents})"
+    axes.set(xlabel=about, ylabel="KL in nats per image")
     axes.legend(title="latents")
     out = io.BytesIO()
     FigureCanvasAgg(figure).print_png(out)

@@ -250,16 +250,34 @@ def _simple(model: NVAE, maps: list[Tensor], weights: Tensor, posterior: Posteri
 # --- for people -------------------------------------------------------------------------------------------------------
 
 
-def strip_picture(originals: Tensor, blends: Tensor, names: Sequence[str]) -> np.ndarray:
-    """The two images (2, C, S, S) above their blends (P, C, S, S), at most sixteen in a row."""
+def weight_texts(weights: Tensor) -> list[str]:
+    """What stands below the blend of each point of (P, groups): its weight of B, or the weights' mean where they differ
+    ("~0.4"); of whole groups, how many are B's ("B: 3")."""
+    texts = []
+    for row in weights:
+        if len(row.unique()) == 1:
+            texts.append(f"{float(row[0]):.2g}")
+        elif bool(((row == 0) | (row == 1)).all()):
+            texts.append(f"B: {int(row.sum())}")
+        else:
+            texts.append(f"~{float(row.mean()):.2g}")
+    return texts
+
+
+def strip_picture(originals: Tensor, blends: Tensor, names: Sequence[str], weights: Tensor) -> np.ndarray:
+    """The two images (2, C, S, S) above their blends (P, C, S, S), at most sixteen in a row, each above its weight."""
     above = grids.labelled(grids.grid(originals, 2), f"{names[0]} and {names[1]}")
-    return grids.stack([above, grids.labelled(grids.grid(blends, STRIP_COLUMNS), "their blends")])
+    below = grids.grid(blends, STRIP_COLUMNS, under=weight_texts(weights))
+    return grids.stack([above, grids.labelled(below, f"their blends, by the weight of {names[1]}")])
 
 
 def matrix_picture(blends: Tensor, names: Sequence[str]) -> np.ndarray:
-    """The blends (n * n, C, S, S) of `matrix_weights` as a labelled square."""
+    """The blends (n * n, C, S, S) of `matrix_weights` as a labelled square; below each: coarse, fine weight."""
     caption = f"down: coarse groups {names[0]} -> {names[1]}; right: fine groups {names[0]} -> {names[1]}"
-    return grids.labelled(grids.grid(blends, math.isqrt(len(blends))), caption)
+    side = math.isqrt(len(blends))
+    shares = [f"{share:.2g}" for share in torch.linspace(0, 1, side).tolist()]
+    under = [f"{coarse}, {fine}" for coarse in shares for fine in shares]
+    return grids.labelled(grids.grid(blends, side, under=under), caption)
 
 
 def save_animation(images: Tensor, path: Path, frame_seconds: float = 1 / 12) -> Path:

@@ -31,6 +31,7 @@ MIN_CELL_PIXELS = 56
 GRID_WIDTH_PIXELS = 1000
 BACKGROUND = 255
 CAPTION_PIXELS, CAPTION_MARGIN_PIXELS = 14, 5
+UNDER_PIXELS = 14
 
 PREVIEW_IMAGES, PREVIEW_PASSES = 16, 10  # of a grid in training: cheap enough to be drawn ten times in a CPU demo
 
@@ -48,19 +49,32 @@ def default_columns(image_pixels: int) -> int:
     return min(16, max(4, GRID_WIDTH_PIXELS // (image_pixels * _magnification(image_pixels))))
 
 
-def grid(images: Tensor, columns: int, padding: int = 2) -> np.ndarray:
-    """(B, C, S, S) in [0, 1], at most `columns` in a row -> (H, W, 3) uint8. Cells are at least 56 pixels wide."""
+def grid(images: Tensor, columns: int, padding: int = 2, under: Sequence[str] = ()) -> np.ndarray:
+    """(B, C, S, S) in [0, 1], at most `columns` in a row -> (H, W, 3) uint8. Cells are at least 56 pixels wide.
+
+    under: a few letters below each cell, none or one text per image.
+    """
     cells, columns = to_uint8(images), min(columns, len(images))
     factor = _magnification(cells.shape[1])
     cells = cells.repeat(factor, axis=1).repeat(factor, axis=2)
     count, height, width, _ = cells.shape
     rows = -(-count // columns)
-    step_y, step_x = height + padding, width + padding
+    step_y, step_x = height + padding + (UNDER_PIXELS if under else 0), width + padding
     canvas = np.full((rows * step_y + padding, columns * step_x + padding, 3), BACKGROUND, np.uint8)
     for i, cell in enumerate(cells):
         top, left = padding + i // columns * step_y, padding + i % columns * step_x
         canvas[top : top + height, left : left + width] = cell
+        if under:
+            canvas[top + height : top + height + UNDER_PIXELS, left : left + width] = _centred(under[i], width)
     return canvas
+
+
+def _centred(text: str, width: int) -> np.ndarray:
+    """A small text in the middle of a bar (UNDER_PIXELS, width, 3)."""
+    bar = Image.new("RGB", (width, UNDER_PIXELS), (BACKGROUND,) * 3)
+    font = ImageFont.load_default(size=UNDER_PIXELS - 3)
+    ImageDraw.Draw(bar).text((width // 2, UNDER_PIXELS // 2), text, fill=(0, 0, 0), font=font, anchor="mm")
+    return np.asarray(bar)
 
 
 def labelled(picture: np.ndarray, caption: str) -> np.ndarray:

@@ -15,16 +15,29 @@ from nvae_lowmem.config.sections import Profile
 from nvae_lowmem.data.image_files import load_images
 from nvae_lowmem.errors import ConfigError
 from nvae_lowmem.generation import grids
-from nvae_lowmem.generation.blend import animation_weights, blend_images, path_weights, save_animation, strip_picture
+from nvae_lowmem.generation.blend import (
+    animation_weights,
+    blend_images,
+    path_weights,
+    save_animation,
+    strip_picture,
+    weight_texts,
+)
 
 # --- pictures ---------------------------------------------------------------------------------------------------------
 
 
 def test_strip_shows_the_images_above_their_blends() -> None:
     images = torch.rand(7, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    picture = strip_picture(images[:2], images[2:], ["a", "b"])
-    blends = grids.grid(images[2:], 5)
+    weights = torch.linspace(0, 1, 5)[:, None].expand(5, 3)
+    picture = strip_picture(images[:2], images[2:], ["a", "b"], weights)
+    blends = grids.grid(images[2:], 5, under=["0", "0.25", "0.5", "0.75", "1"])
     assert np.array_equal(picture[-blends.shape[0] :], blends)
+
+
+def test_what_stands_below_a_blend_says_how_much_of_the_second_image_is_in_it() -> None:
+    points = torch.tensor([[0.25, 0.25, 0.25], [0, 1, 1], [0, 0.5, 1], [1, 1, 1]])
+    assert weight_texts(points) == ["0.25", "B: 2", "~0.5", "1"]
 
 
 @pytest.mark.parametrize(("ending", "kind"), [(".gif", "GIF"), (".webp", "WEBP"), (".PNG", "PNG")])
@@ -65,13 +78,14 @@ def test_command_writes_strip_matrix_and_animation(tmp_path: Path, capsys: pytes
     assert capsys.readouterr().out.splitlines()[1:] == [str(path) for path in written]
     pair = load_images(paths, Profile(model=RGB))
     images = blend_images(responsive(RGB), pair, path_weights(RGB, "linear", "1", "", 3), seed=4, micro_batch=4)
-    strip, expected = np.asarray(Image.open(written[0])), grids.grid(images, 16)
-    assert np.abs(strip[-expected.shape[0] :].astype(int) - expected).max() <= 1
+    strip, expected = np.asarray(Image.open(written[0])), grids.grid(images, 16, under=["0", "0.5", "1"])
+    shown = strip[-expected.shape[0] :, : expected.shape[1]].astype(int)
+    assert np.abs(shown - expected).max() <= 1
     corners = grids.grid(images[[0, 0, 2, 2]], 2)  # of which the first and the last are the ends of the strip, too
-    matrix = np.asarray(Image.open(written[1]))[-corners.shape[0] :, : corners.shape[1]]
-    assert np.array_equal(matrix[:58, :58], corners[:58, :58]) and np.array_equal(
-        matrix[-58:, -58:], corners[-58:, -58:]
-    )
+    under = grids.UNDER_PIXELS
+    matrix = np.asarray(Image.open(written[1]))[-corners.shape[0] - 2 * under :, : corners.shape[1]]
+    assert np.array_equal(matrix[:58, :58], corners[:58, :58])
+    assert np.array_equal(matrix[-58 - under : -2 - under, -58:], corners[-58:-2, -58:])
 
 
 @pytest.mark.parametrize(

@@ -126,8 +126,10 @@ def test_unmoved_picture_of_a_traversal_is_the_reconstruction(tmp_path: Path) ->
     strip = state.traverse(path, 2, 0, 2.0, 3, heard.report)
     reconstruction = reconstruct(state.run.model, state.image(path), 0, DEMO_MICRO_BATCH).images
     cell = grids.grid(enlarged(reconstruction, 250), 1, padding=0)  # 1000 pixels for three steps and their difference
-    side = cell.shape[0]
-    assert np.array_equal(strip[-side - 2 : -2, side + 4 : 2 * side + 4], cell)  # the middle one of -2, 0, 2 sigmas
+    side, under = cell.shape[0], 2 + grids.UNDER_PIXELS
+    assert np.array_equal(
+        strip[-side - under : -under, side + 4 : 2 * side + 4], cell
+    )  # the middle one of -2, 0, 2 sigmas
     assert not np.array_equal(strip[-side - 2 : -2, 2 : side + 2], cell)
     state.traverse(path, 0, 2, 2.0, 3, heard.report)
     assert heard.names.count("measuring KL") == 1

@@ -76,3 +76,12 @@ def test_training_pictures_are_drawn_and_leave_the_model_alone(tmp_path: Path) -
     assert np.array_equal(reals, pictures["reconstructed"][: len(reals)])  # originals above reconstructions
     draw(model, images.flip(0), tmp_path, 8)
     assert (tmp_path / "reals.png").stat().st_mtime_ns == written["reals.png"]
+
+
+def test_texts_stand_below_their_cells_and_leave_the_cells_as_they_are() -> None:
+    images = torch.rand(3, 3, 60, 60, generator=torch.Generator().manual_seed(0))
+    bare, written = grids.grid(images, 2), grids.grid(images, 2, under=["a", "", "c"])
+    assert written.shape == (bare.shape[0] + 2 * grids.UNDER_PIXELS, *bare.shape[1:])
+    assert np.array_equal(written[:62], bare[:62])
+    bar = written[62 : 62 + grids.UNDER_PIXELS]
+    assert bar[:, 2:62].min() < 128 and bar[:, 64:124].min() == grids.BACKGROUND  # "a", and nothing

@@ -181,12 +181,13 @@ def test_map_is_brightest_where_the_row_differs_most() -> None:
     images = torch.full((5, 1, 60, 60), 0.5)
     images[2, 0, 10, 20], images[1, 0, 30, 30] = 0.9, 0.4  # of the first row; the second differs nowhere
     rows = [Row(0, None, "moved"), Row(1, None, "still")]
-    picture = traversal_picture(rows, images, "caption")
-    cells = grids.grid(images[1:3], 2)
+    picture = traversal_picture(rows, images, "caption", [-1.0, 1.0])
+    cells, under = grids.grid(images[1:3], 2), grids.UNDER_PIXELS
     caption = grids.CAPTION_PIXELS + 2 * grids.CAPTION_MARGIN_PIXELS
     height = cells.shape[0]
-    assert picture.shape[0] == 3 * (caption + height)
-    first, second = (picture[caption + i * (caption + height) :][:height, 124:186] for i in (1, 2))
+    assert picture.shape[0] == 3 * (caption + height) + 2 * under
+    tops = (2 * caption + height, 3 * caption + 2 * height + under)
+    first, second = (picture[top:][:height, 124:186] for top in tops)
     heat = first[2:62, 2:62].astype(int)
     assert heat[10, 20].tolist() == [255, 255, 255]
     assert heat[30, 30].tolist() == pytest.approx([191, 0, 0], abs=1)  # a quarter as much: three quarters of red
@@ -203,7 +204,7 @@ def test_command_shows_every_group_around_a_held_out_image(tmp_path: Path, capsy
     out = capsys.readouterr().out
     assert "over 6 images" in out and out.count(" of 3\n") == 3
     picture = Image.open(run / "samples" / "traverse-held-out-0.png")
-    assert picture.height == 4 * (grids.CAPTION_PIXELS + 2 * grids.CAPTION_MARGIN_PIXELS + 60)
+    assert picture.height == 4 * (grids.CAPTION_PIXELS + 2 * grids.CAPTION_MARGIN_PIXELS + 60) + 3 * grids.UNDER_PIXELS
 
 
 def test_without_its_data_activity_is_that_of_the_image(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
