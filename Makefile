@@ -10,7 +10,7 @@ RUN := $(VENV)/bin/python
 TEST_EXTRAS := deepspeed,faces,metrics,test
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-faces test test-slow test-cuda lint format env env-faces env-test clean
+.PHONY: help demo demo-faces test test-slow test-faults test-cuda lint format env env-faces env-test clean
 
 help:
 	@echo "make demo         train a small NVAE on real MNIST digits and draw samples from it"
@@ -18,6 +18,7 @@ help:
 	@echo "make test         lint, types, spelling and the whole test suite (PYTEST_ARGS=... is passed on)"
 	@echo "make test-slow    the checks that take long, for every night rather than every change"
 	@echo "make test-cuda    the tests of the CUDA paths, on this machine's card or on a phantom that stands in for one"
+	@echo "make test-faults  kill trainings 200 times, at random and while they save; none may be lost"
 	@echo "make lint         lint, types and spelling only"
 	@echo "make format       put every file into the house style"
 	@echo "make env          only make the environment in $(VENV)"
@@ -52,6 +53,10 @@ test-slow: env-test
 
 test-cuda:
 	@OMP_NUM_THREADS=1 $(PYTHON) tests/phantom/run_tests.py --jobs $(JOBS) $(PYTEST_ARGS)
+
+# 200 kills of trainings and what became of them (docs/reliability.md): a quarter of an hour on two idle cores.
+test-faults: env-test
+	$(RUN) tests/faults/campaign.py --kills 200
 
 lint: env-test
 	$(RUN) -m ruff check

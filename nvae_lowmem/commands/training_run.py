@@ -85,6 +85,19 @@ def train(
 
     Raises ConfigError, NothingFits, Diverged, OutOfMemory, LostProcess; what was not begun leaves no folder behind.
     """
+    with patient_output():
+        return _train(profile, folder, device, auto_fit, gpu_mem, dry_run, local_rank)
+
+
+def _train(
+    profile: Profile,
+    folder: Folder,
+    device: DeviceChoice,
+    auto_fit: bool,
+    gpu_mem: str,
+    dry_run: bool,
+    local_rank: int,
+) -> ExitCode:
     where = choose_device(device)
     if auto_fit:
         profile = auto_fitted(profile, gpu_mem, where)
@@ -118,8 +131,7 @@ def train(
         print(profiles.dumps(run.profile))
         return ExitCode.DONE
     try:
-        with patient_output():
-            return _train_on(folder, run, data, engine_name, where, rank)
+        return _train_on(folder, run, data, engine_name, where, rank)
     except RuntimeError as error:
         if not distributed.is_lost_process(error):
             raise

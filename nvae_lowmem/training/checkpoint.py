@@ -35,7 +35,8 @@ from nvae_lowmem.training.checkpoint_files import (
     verify,
     write_checkpoint,
 )
-from nvae_lowmem.training.engines.torch_engine import persistent_buffers
+from nvae_lowmem.training.engines import distributed
+from nvae_lowmem.training.engines.torch_engine import GOOD_STEPS, persistent_buffers
 
 T = TypeVar("T")
 
@@ -335,8 +336,10 @@ def _load_matching(path: Path, model: NVAE) -> tuple[dict[str, Tensor], dict[str
     if any(name.startswith("exp_avg.") for name in training):  # none before the first step
         expected |= {f"{key}.{name}": p for key in ("exp_avg", "exp_inf") for name, p in model.named_parameters()}
         expected |= {f"step.{name}": torch.zeros(()) for name, _ in model.named_parameters()}
-    by_name = ("buffer.", "weight.", "exp_avg.", "exp_inf.", "step.")
-    _matching(expected, {k: v for k, v in training.items() if k.startswith(by_name)}, path)
+    single = {name: torch.zeros(()) for name in ("loss_scale", GOOD_STEPS) if name in training}
+    by_name = ("buffer.", "weight.", "exp_avg.", "exp_inf.", "step.", *single)
+    _matching(expected | single, {k: v for k, v in training.items() if k.startswith(by_name)}, path)
+    distributed.check_statistics(model, training, path)
     return training, _matching(model.state_dict(), weights, path)
 
 

@@ -7,8 +7,9 @@ import json
 import os
 import re
 import sys
+import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +34,12 @@ class Monitor:
         self.run_dir, self.total_steps = run_dir, total_steps
         self._began, self._first_step = time.monotonic(), first_step
         self._bar: Any = None
-        self._failing = False
+        self._failing: set[str] = set()
         if run_dir is None:
             return
         self._purge_step: int | None = None
         self._events: Any = None
-        with self._never_fatal():
+        with self._never_fatal("stats.jsonl"):
             self._purge_step = first_step + 1 if _forget_after(first_step, run_dir / "stats.jsonl") else None
         if sys.stderr.isatty():
             from tqdm import tqdm
@@ -66,9 +67,7 @@ class Monitor:
         if self.run_dir is None:
             return
         self.record(step, {name: float(value) for name, value in values.items()})
-        with self._tensorboard() as events:
-            for name, value in values.items():
-                events.add_scalar(_chart(name), value, step)
+        self._tensorboard(lambda e: [e.add_scalar(_chart(name), value, step) for name, value in values.items()])
 
     def record(self, step: int, values: Mapping[str, Any]) -> None:
         """A line of stats.jsonl: figures, or what happened at step `step`."""
@@ -80,28 +79,22 @@ class Monitor:
         """Something people should know of: said, a record {"event": kind}, and a text in TensorBoard."""
         self.say(text)
         self.record(step, {"event": kind, "text": text})
-        if self.run_dir is not None:
-            with self._tensorboard() as events:
-                events.add_text(f"events/{kind}", text, step)
+        self._tensorboard(lambda events: events.add_text(f"events/{kind}", text, step))
 
     def configuration(self, step: int, profile: Profile) -> None:
         """The whole configuration as a text in TensorBoard, beside the charts that it led to."""
-        if self.run_dir is not None:
-            with self._tensorboard() as events:
-                events.add_text("configuration", f"```toml\n{profile_file.dumps(profile)}\n```", step)
+        text = f"```toml\n{profile_file.dumps(profile)}\n```"
+        self._tensorboard(lambda events: events.add_text("configuration", text, step))
 
     def outcome(self, profile: Profile, figures: Mapping[str, float]) -> None:
         """A row of TensorBoard's table of runs: every setting of a finished run, and its final figures."""
-        if self.run_dir is not None:
-            with self._tensorboard() as events:
-                # run_name: the table's file lies in the run's own folder
-                events.add_hparams(_flat(profile), {k: float(v) for k, v in figures.items()}, run_name=".")
+        row = {k: float(v) for k, v in figures.items()}
+        # run_name: the table's file lies in the run's own folder
+        self._tensorboard(lambda events: events.add_hparams(_flat(profile), row, run_name="."))
 
     def picture(self, step: int, name: str, image: np.ndarray) -> None:
         """A picture (H, W, 3) uint8 to TensorBoard."""
-        if self.run_dir is not None:
-            with self._tensorboard() as events:
-                events.add_image(name, image, step, dataformats="HWC")
+        self._tensorboard(lambda events: events.add_image(name, image, step, dataformats="HWC"))
 
     def progress(self, step: int, line: str, show: bool) -> None:
         """Step `step` is done. A bar on a terminal; plain lines with ETA where `show`, in a log."""
@@ -129,19 +122,21 @@ class Monitor:
     def _append(self, name: str, line: str) -> None:
         """One line to a file of the run, opened anew each time: the folder may have been moved, the disk full."""
         assert self.run_dir is not None
-        with self._never_fatal():
+        with self._never_fatal(name):
             append_line(self.run_dir / name, line)
 
-    @contextlib.contextmanager
-    def _tensorboard(self) -> Iterator[Any]:
-        with self._never_fatal():
+    def _tensorboard(self, write: Callable[[Any], object]) -> None:
+        if self.run_dir is None:
+            return
+        with self._never_fatal("TensorBoard"):
             try:
                 if self._events is None:
                     from torch.utils.tensorboard import SummaryWriter  # slow to import, and only rank 0 needs it
 
+                    _quieten_tensorboard()
                     self._events = SummaryWriter(str(self.run_dir), purge_step=self._purge_step)
                     self._purge_step = None
-                yield self._events
+                write(self._events)
                 self._events.flush()
             except OSError:
                 self._close_tensorboard()  # its thread is dead: the next figures go to a new file
@@ -154,14 +149,28 @@ class Monitor:
                 events.close()
 
     @contextlib.contextmanager
-    def _never_fatal(self) -> Iterator[None]:
+    def _never_fatal(self, what: str) -> Iterator[None]:
         try:
             yield
-            self._failing = False
+            self._failing.discard(what)
         except OSError as error:
-            if not self._failing:
-                print(f"{self.run_dir}: figures and log lines are lost: {error}; training goes on", file=sys.stderr)
-            self._failing = True
+            if what not in self._failing:
+                print(f"{self.run_dir}: lines for {what} are lost: {error}; training goes on", file=sys.stderr)
+            self._failing.add(what)
+
+
+def _quieten_tensorboard() -> None:
+    """Let its writing thread die of a full disk without a traceback: the error is raised in the next call, too."""
+    before = threading.excepthook
+    if getattr(before, "quiet", False):
+        return
+
+    def hook(args: threading.ExceptHookArgs) -> None:
+        if not (isinstance(args.exc_value, OSError) and type(args.thread).__module__.startswith("tensorboard.")):
+            before(args)
+
+    hook.quiet = True  # type: ignore[attr-defined]
+    threading.excepthook = hook
 
 
 def _chart(name: str) -> str:

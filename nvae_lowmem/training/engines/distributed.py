@@ -350,6 +350,15 @@ def gather_statistics(model: NVAE) -> dict[str, Tensor]:
     return {STATISTICS: torch.stack(rows).cpu()}
 
 
+def check_statistics(model: NVAE, state: Mapping[str, Tensor], where: object) -> None:
+    """Raises ConfigError where gathered statistics are not this model's."""
+    rows, size = state.get(STATISTICS), sum(t.numel() for t in _running_statistics(model))
+    if rows is not None and (rows.ndim != 2 or rows.shape[1] != size):
+        raise ConfigError(
+            f"{where}: {STATISTICS} has shape {[*rows.shape]}, not (processes, {size}) as the model needs"
+        )
+
+
 @torch.no_grad()
 def load_statistics(model: NVAE, state: Mapping[str, Tensor]) -> None:
     """This process' running statistics out of a checkpoint; their mean where the number of processes is another."""
