@@ -1,4 +1,4 @@
-"""Finds the images that do not belong to what a model was trained on."""
+"""Find the images that do not belong to what a model was trained on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Restores images with a trained model: missing pixels, noise, low resolution."""
+"""Restore images with a trained model: missing pixels, noise, low resolution."""
 
 from __future__ import annotations
 
