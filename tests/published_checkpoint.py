@@ -47,7 +47,7 @@ def published_state(model: NVAE, synchronised: str = "some") -> dict[str, Tensor
         state["prior_ftr0"] = model.blocks["start"].h.detach().clone()
     for path, module, role in _network(model):
         if role == "norm":
-            plain = path.endswith(("bn_act", ".conv.1"))
+            plain = path.endswith(("bn_act", ".conv.1")) and not path.endswith("_ops.0.conv.1")
             path += ".bn" if synchronised == "all" or (synchronised == "some" and not plain) else ""
             state[f"{path}.num_batches_tracked"] = torch.tensor(7)
         for theirs, ours in FIELDS[role].items():

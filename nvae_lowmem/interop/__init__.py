@@ -1,1 +1,1 @@
-"""Reading checkpoints of other programs."""
+"""Reading and writing checkpoints of other programs."""

@@ -19,15 +19,15 @@ from nvae_lowmem.errors import ConfigError, raise_problems
 from nvae_lowmem.interop.nvlabs_weights import START, indices_of, layers_of
 from nvae_lowmem.model.cells import CELLS, InvertedResidual, Kind, Residual, Side
 
-_PADDED_BINARY = ("mnist", "omniglot")  # 28 x 28 images in a 32 x 32 network
-_PADDING = 2
+PADDED_BINARY = ("mnist", "omniglot")  # 28 x 28 images in a 32 x 32 network
+PADDING = 2
 _NETWORK_SIZES = {"mnist": 32, "omniglot": 32, "cifar10": 32, "ffhq": 256}  # others end in _SIZE
 _SOURCES = {"mnist": "mnist5k"}
 _MOST = 1 << 16  # of anything that args count
 _LONGEST_TEXT = 1000
 
 # our field -> (name in args, default for files that lack it, smallest)
-_NUMBERS: dict[str, tuple[str, int | None, int]] = {
+NUMBERS: dict[str, tuple[str, int | None, int]] = {
     "scales": ("num_latent_scales", None, 1),
     "groups": ("num_groups_per_scale", None, 1),
     "min_groups": ("min_groups_per_scale", 1, 1),
@@ -44,14 +44,14 @@ _NUMBERS: dict[str, tuple[str, int | None, int]] = {
     "mixtures": ("num_mixture_dec", 10, 1),
     "bits": ("num_x_bits", 8, 1),
 }
-_FLAGS: dict[str, tuple[str, bool | None]] = {
+FLAGS: dict[str, tuple[str, bool | None]] = {
     "adaptive": ("ada_groups", False),
     "squeeze_excitation": ("use_se", None),
     "residual_posterior": ("res_dist", None),
 }
 _MOST_HALVINGS = 16
 CONVOLUTIONS_PER_FLOW_CELL = 3
-_SIDES: dict[Side, tuple[str, str]] = {  # our side -> (key in arch_instance, part of the network)
+SIDES: dict[Side, tuple[str, str]] = {  # our side -> (key in arch_instance, part of the network)
     "encoder": ("normal_enc", "enc_tower"),
     "preprocess": ("normal_pre", "pre_process"),
     "decoder": ("normal_dec", "dec_tower"),
@@ -96,13 +96,13 @@ def architecture_of(arch_instance: Any, name: Any, tensors: Mapping[str, Tensor]
     Raises ConfigError where no architecture fits, or shapes alone leave more than one (dilation does not show).
     """
     operations = arch_instance if isinstance(arch_instance, Mapping) else {}
-    named = {side: _kind_of_operations(operations.get(key)) for side, (key, _) in _SIDES.items()}
+    named = {side: _kind_of_operations(operations.get(key)) for side, (key, _) in SIDES.items()}
     if all(named.values()):
         fits = [a for a, row in CELLS.items() if row == named]
     else:
         fits = [a for a in CELLS if a in (arch_instance, name)]
     if not fits:
-        found = {side: _kind_of_layers(tensors, part) for side, (_, part) in _SIDES.items()}
+        found = {side: _kind_of_layers(tensors, part) for side, (_, part) in SIDES.items()}
         fits = [
             a for a, row in CELLS.items() if all(k is None or k == _undilated(row[side]) for side, k in found.items())
         ]
@@ -119,13 +119,13 @@ def _options(args: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Our fields from args alone."""
     values: dict[str, Any] = {}
     problems = []
-    for field, (name, default, least) in _NUMBERS.items():
+    for field, (name, default, least) in NUMBERS.items():
         value = args.get(name, default)
         most = _MOST_HALVINGS if field in ("scales", "preprocess_blocks", "postprocess_blocks") else _MOST
         if type(value) is not int or not least <= value <= most:
             problems.append(f"args.{name} = {value!r} must be a whole number from {least} to {most}")
         values[field] = value
-    for field, (name, flag_default) in _FLAGS.items():
+    for field, (name, flag_default) in FLAGS.items():
         value = args.get(name, flag_default)
         if type(value) is not bool:
             problems.append(f"args.{name} = {value!r} must be True or False")
@@ -141,10 +141,10 @@ def _image(dataset: str, values: Mapping[str, Any], tensors: Mapping[str, Tensor
     if start is not None and start.dim() == 3:
         size = start.shape[-1] << _halvings(values["preprocess_blocks"], values["scales"])
     else:
-        size = _size_by_name(dataset)  # a plain VAE has no learned start
+        size = size_by_name(dataset)  # a plain VAE has no learned start
     if not size:
         raise ConfigError(f"{where}: neither a tensor {START} (C, h, w) nor dataset = {dataset!r} tells the image size")
-    padding = _PADDING if dataset in _PADDED_BINARY else 0
+    padding = PADDING if dataset in PADDED_BINARY else 0
     likelihood: LikelihoodName = "normal" if values["mixtures"] == 1 else "logistic_mixture"
     if _convolution(tensors, "image_conditional", where).shape[0] == channels:
         likelihood, bits = "bernoulli", 1  # num_x_bits plays no part in published binary models
@@ -161,7 +161,7 @@ def _is_plain(value: Any) -> bool:
     return isinstance(value, float) or (isinstance(value, str) and value.isprintable() and len(value) <= _LONGEST_TEXT)
 
 
-def _size_by_name(dataset: str) -> int:
+def size_by_name(dataset: str) -> int:
     """Pixels per side inside the network by the dataset's name; 0 where the name does not tell."""
     suffix = dataset.rpartition("_")[2]
     return _NETWORK_SIZES.get(dataset, int(suffix) if re.fullmatch(r"[0-9]{1,4}", suffix) else 0)
@@ -204,7 +204,7 @@ def _disagreements(model: ModelConfig, dataset: str, tensors: Mapping[str, Tenso
         for what, (part, count, found) in widths.items()
         if count != found
     ]
-    if (by_name := _size_by_name(dataset)) not in (0, c.network_size):
+    if (by_name := size_by_name(dataset)) not in (0, c.network_size):
         out.append(f"args.dataset = {dataset!r} means {by_name} pixels per side, {START} means {c.network_size}")
     return out
 

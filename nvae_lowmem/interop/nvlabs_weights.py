@@ -23,6 +23,7 @@ Kind = Literal["normalisation", "convolution", "linear layer", "unknown layer"]
 
 START = "prior_ftr0"
 TOWERS = ("pre_process", "enc_tower", "enc_sampler", "dec_sampler", "nf_cells", "dec_tower", "post_process")
+DECODER_STEM = "stem_decoder"
 PARTS = (START, "stem", *TOWERS, "enc0", "image_conditional")
 # `weight_normalized` is an alias of `weight`; the count of batches is used with a momentum of None only, ours is 0.05.
 _NOT_WEIGHTS = ("weight_normalized", "num_batches_tracked")
@@ -94,8 +95,11 @@ def translate(model: NVAE, tensors: Mapping[str, Tensor], where: str) -> dict[st
     problems: list[str] = []
     if "start" in model.blocks:
         sources["blocks.start.h"] = START
-    for place in _places(model, tensors):
-        pairs, lacking = _pair(place, layers_of(tensors, place.path), names)
+    for place in places(model, _decoder_stem(tensors)):
+        paths: dict[Kind, list[str]] = {}
+        for layer in layers_of(tensors, place.path):
+            paths.setdefault(layer.kind, []).append(layer.path)
+        pairs, lacking = pair(place, paths, names)
         sources |= pairs
         problems += lacking
     for ours, theirs in sources.items():
@@ -115,8 +119,11 @@ def translate(model: NVAE, tensors: Mapping[str, Tensor], where: str) -> dict[st
     return {ours: tensors[theirs] for ours, theirs in sources.items()}
 
 
-def _places(model: NVAE, tensors: Mapping[str, Tensor]) -> Iterator[Place]:
-    """Every published module except the learned start, with what it is in our network."""
+def places(model: NVAE, decoder_stem: str = DECODER_STEM) -> Iterator[Place]:
+    """Every published module except the learned start, with what it is in our network.
+
+    decoder_stem: the name of a plain VAE's 1x1 convolution from z.
+    """
     blocks = model.blocks
     groups = [block for block in blocks.values() if isinstance(block, DecoderGroup)]  # top first
     yield Place("stem", [blocks["stem"]])
@@ -127,7 +134,7 @@ def _places(model: NVAE, tensors: Mapping[str, Tensor]) -> Iterator[Place]:
     yield from _numbered("dec_sampler", (group.prior for group in groups if group.prior is not None))
     yield Place("nf_cells", [group.flow for group in groups if group.flow is not None])
     if model.config.vanilla:
-        yield Place(_decoder_stem(tensors), [groups[0].combiner])
+        yield Place(decoder_stem, [groups[0].combiner])
     else:
         yield from _numbered("dec_tower", _decoder_tower(model))
     yield from _numbered("post_process", (block for name, block in blocks.items() if name.startswith("post_")))
@@ -165,22 +172,25 @@ def _decoder_tower(model: NVAE) -> Iterator[nn.Module]:
 def _decoder_stem(tensors: Mapping[str, Tensor]) -> str:
     """A plain VAE's 1x1 convolution from z: the one module that other networks do not have."""
     others = sorted({key.partition(".")[0] for key in tensors} - set(PARTS))
-    return others[0] if len(others) == 1 else "stem_decoder"
+    return others[0] if len(others) == 1 else DECODER_STEM
 
 
-def _pair(place: Place, layers: list[Layer], names: Mapping[nn.Module, str]) -> tuple[dict[str, str], list[str]]:
-    """Our keys with the published ones for one place, and what the place lacks."""
-    queues: dict[Kind, list[Layer]] = {"normalisation": [], "convolution": [], "linear layer": [], "unknown layer": []}
-    for layer in layers:
-        queues[layer.kind].append(layer)
+def pair(
+    place: Place, paths: Mapping[Kind, list[str]], names: Mapping[nn.Module, str]
+) -> tuple[dict[str, str], list[str]]:
+    """Our keys with the published ones for one place, and what the place lacks.
+
+    paths: of the published layers of each kind, in the order of computation. names: of our modules.
+    """
+    queues = {kind: iter(found) for kind, found in paths.items()}
     pairs: dict[str, str] = {}
     lacking: list[str] = []
     for module in place.modules:
         for unit, kind, fields in _parameters(module):
-            if not queues[kind]:
+            path = next(queues.get(kind, iter(())), None)
+            if path is None:
                 lacking.append(f"{place.path}: a {kind} is missing (ours: {names[unit]})")
                 continue
-            path = queues[kind].pop(0).path
             pairs |= {
                 f"{names[unit]}.{ours}": f"{path}.{theirs}"
                 for ours, theirs in fields.items()

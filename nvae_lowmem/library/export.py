@@ -10,11 +10,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import platform
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +32,15 @@ from nvae_lowmem.files import partial_file
 from nvae_lowmem.generation import grids
 from nvae_lowmem.generation.recalibrate import RECALIBRATION_SEED, default_passes, recalibrate_once
 from nvae_lowmem.generation.sample import reconstruct_images, sample_images
+from nvae_lowmem.interop import nvlabs_export
 from nvae_lowmem.model.nvae import NVAE
 from nvae_lowmem.progress import OnProgress
+from nvae_lowmem.training import checkpoint
 from nvae_lowmem.training.open_run import OpenRun, held_out_batches
 
 FORMAT = "nvae-lowmem export 1"
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
+PUBLISHED = "checkpoint.pt"
 SHOWN_IMAGES = 16
 
 
@@ -54,19 +58,37 @@ def export_run(
     (0: enough). licence: what the model card says of it. Held-out images are shown where the run's data are there.
     Raises ConfigError for a folder that holds something already or cannot be written.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out}: exists and is not an empty folder; name a new one")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
+    with _new_folder(out):
         state = {name: value.detach().cpu().contiguous() for name, value in run.model.state_dict().items()}
         safetensors.torch.save_file(state, out / WEIGHTS, metadata={"format": FORMAT})
         about = _about(run)
         (out / CONFIG).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
         pictures = _pictures(run, out, temperatures, passes, progress)
         (out / CARD).write_text(_card(run.profile, about, pictures, licence), encoding="utf-8")
+    return out
+
+
+def export_published(run: OpenRun, out: Path) -> Path:
+    """Write the run's newest checkpoint as OUT/checkpoint.pt in the published NVAE code's format; returns the file.
+
+    Raises ConfigError for a folder as `export_run`, and naming what that format cannot hold, before anything is made.
+    """
+    nvlabs_export.check(run.profile.model)
+    with _new_folder(out):
+        path = out / PUBLISHED
+        return nvlabs_export.save(path, run.profile, run.model, checkpoint.step_of(run.checkpoint))
+
+
+@contextlib.contextmanager
+def _new_folder(out: Path) -> Iterator[None]:
+    """Inside, `out` is an empty folder. Raises ConfigError where it holds something or cannot be written."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out}: exists and is not an empty folder; name a new one")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        yield
     except OSError as error:
         raise ConfigError(f"{out}: cannot be written: {error.strerror or error}; name a folder that can") from None
-    return out
 
 
 def read_export(folder: Path) -> tuple[Profile, NVAE]:

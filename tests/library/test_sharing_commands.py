@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from data_files import write_folder
-from generation_runs import RGB, responsive, write_run
+from generation_runs import DIGITS, RGB, responsive, write_run
 from PIL import Image
 
 import nvae_lowmem as nl
-from nvae_lowmem.commands import decode, encode, export
+from nvae_lowmem.commands import decode, encode, export, import_nvlabs
 
 
 @pytest.fixture
@@ -32,6 +33,36 @@ def test_an_export_can_be_zipped_and_loaded(run: str, capsys: pytest.CaptureFixt
     assert torch.equal(nl.load("out.zip").sample(1, passes=1), nl.load("out").sample(1, passes=1))
     assert export.main(["out", "--run", run]) == 2
     assert "not an empty folder" in capsys.readouterr().err
+
+
+def test_a_published_checkpoint_of_a_run_gives_the_same_samples(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = str(write_run(tmp_path / "run", responsive(DIGITS)))
+    assert export.main([str(tmp_path / "out"), "--run", run, "--to", "published"]) == 0
+    path = tmp_path / "out" / "checkpoint.pt"
+    assert capsys.readouterr().out.splitlines()[-1] == str(path) and list(path.parent.iterdir()) == [path]
+    assert import_nvlabs.main([str(path), "--out", str(tmp_path / "back")]) == 0
+    first, back = nl.load(run), nl.load(str(tmp_path / "back"))
+    back.micro_batch = first.micro_batch  # which BatchNorm statistics depend on
+    assert torch.equal(first.sample(4, passes=2), back.sample(4, passes=2))
+    assert export.main([str(tmp_path / "out"), "--run", run, "--to", "published"]) == 2
+    assert "not an empty folder" in capsys.readouterr().err
+
+
+def test_what_a_published_checkpoint_has_no_place_for_is_one_message(
+    run: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["out", "--run", run, "--to", "published"]
+    assert export.main([*arguments, "--zip"]) == 2
+    assert "--zip belongs to --to folder" in capsys.readouterr().err
+    assert export.main([*arguments, "--temperatures", "0.7"]) == 2
+    assert "--temperatures belongs to --to folder" in capsys.readouterr().err
+    other = str(write_run(tmp_path / "grey", responsive(replace(RGB, image_channels=1)), source="elsewhere"))
+    assert export.main(["out", "--run", other, "--to", "published"]) == 2
+    message = capsys.readouterr().err
+    assert "cannot hold model.image_channels = 1" in message and message.count("\n") == 1
+    assert not Path("out").exists()
 
 
 def test_latents_go_to_files_and_come_back_as_pictures(run: str, pictures: Path) -> None:
