@@ -9,7 +9,9 @@ import torch
 
 from nvae_lowmem.config.sections import EngineName, Profile
 from nvae_lowmem.errors import ConfigError, NothingFits, command_line
-from nvae_lowmem.hardware.budget import chosen_card, this_os
+from nvae_lowmem.hardware.budget import Budget, chosen_card, this_os, usable_bytes
+from nvae_lowmem.hardware.card import Card, OsName
+from nvae_lowmem.hardware.find_card import detect_card
 from nvae_lowmem.memory.plan.candidates import Wishes
 from nvae_lowmem.memory.plan.explain import planned, reasons, refusals
 from nvae_lowmem.memory.plan.fit import fit
@@ -50,11 +52,24 @@ def auto_fitted(profile: Profile, gpu_mem: str, device: torch.device) -> Profile
     return out if device.type == "cuda" else out.with_plan(precision=profile.plan.precision)
 
 
+def _of_size(gpu_mem: str, on: OsName) -> tuple[Card, Budget]:
+    chosen = chosen_card(None, gpu_mem, on)
+    assert chosen is not None  # a size is given
+    return chosen
+
+
+def _left_here(on: OsName) -> tuple[Card, Budget]:
+    """This machine's GPU, and what other programs leave of it now. Raises ConfigError where it is nothing."""
+    card = detect_card()
+    budget = usable_bytes(card, on)
+    free, total = torch.cuda.mem_get_info(0)
+    outside = total - free - torch.cuda.memory_reserved(0)
+    return card, usable_bytes(card, on, overhead_bytes=outside) if outside > budget.context_bytes else budget
+
+
 def _fitted(profile: Profile, gpu_mem: str, engine: EngineName) -> Profile:
     on = this_os()
-    chosen = chosen_card(None if gpu_mem else "auto", gpu_mem or None, on)
-    assert chosen is not None  # one of both is given
-    card, budget = chosen
+    card, budget = _of_size(gpu_mem, on) if gpu_mem else _left_here(on)
     wishes = Wishes(host_mem_bytes=int(_HOST_SHARE * psutil.virtual_memory().available), engine=engine)
     found = fit(profile, card, budget, wishes, predictor_for(card, budget), say=say)
     if found.prediction is None:

@@ -70,12 +70,12 @@ def logged(profile: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run_folder(profile) / "stats.jsonl").read_text().splitlines()]
 
 
-def process(*arguments: str | Path, card: Sequence[str] = (), **environment: str) -> Finished:
+def process(*arguments: str | Path, card: Sequence[str] = (), timeout: float = 280, **environment: str) -> Finished:
     """A Python program in a process of its own; card: flags of phantom-run, such as ("--cc", "8.6")."""
     command = [sys.executable, *map(str, arguments)]
     if card:
         command = [str(PHANTOM_RUN), *card, "--", *command]
     done = subprocess.run(
-        command, cwd=REPOSITORY, env={**os.environ, **environment}, capture_output=True, text=True, timeout=280
+        command, cwd=REPOSITORY, env={**os.environ, **environment}, capture_output=True, text=True, timeout=timeout
     )
     return Finished(done.returncode, done.stdout, done.stderr)

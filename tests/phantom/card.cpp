@@ -205,8 +205,21 @@ bool is_pinned(const void* address) {
 
 // --- contents --------------------------------------------------------------------------------------------------------
 
+// Infinity or NaN as a single float: it would stay in the card's memory, and look like a result where no kernel writes.
+static bool is_not_finite(const void* value, size_t nbytes) {
+  uint32_t bits;
+  if (nbytes != sizeof bits) return false;
+  memcpy(&bits, value, nbytes);
+  return (bits & 0x7fffffff) == 0x7f800000 || bits == 0x7fc00000;
+}
+
 void copy(void* to, const void* from, size_t nbytes) {
-  if (nbytes && (nbytes <= config().copy_limit_bytes || card_of(to) < 0)) memmove(to, from, nbytes);
+  const bool to_host = card_of(to) < 0;
+  if (!nbytes || (!to_host && nbytes > config().copy_limit_bytes)) return;
+  if (to_host || !is_not_finite(from, nbytes))
+    memmove(to, from, nbytes);
+  else
+    memset(to, 0, nbytes);
 }
 
 void fill(void* to, int value, size_t nbytes) {

@@ -148,7 +148,7 @@ static void fill_if_small(const char* kernel, void** arguments) {
   const void* value = arguments[1];
   char* to = *(char**)arguments[2];
   if (!nbytes || count <= 0 || count * nbytes > config().copy_limit_bytes || card_of(to) < 0) return;
-  for (int i = 0; i < count; i++) memcpy(to + i * nbytes, value, nbytes);
+  for (int i = 0; i < count; i++) copy(to + i * nbytes, value, nbytes);
 }
 
 PHANTOM int cudaLaunchKernel(

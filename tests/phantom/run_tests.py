@@ -2,7 +2,7 @@
 
 For the phantom it makes an environment of its own, once: torch's CUDA build without NVIDIA's libraries, and the
 package with what it and its tests need. Needs nothing but Python's standard library. NVAE_CUDA=phantom asks for the
-phantom though there is a card. What is not a flag goes to pytest.
+phantom though there is a card. What is not a flag goes to pytest: -m "cuda and slow" runs the slow ones among them.
 """
 
 from __future__ import annotations
@@ -96,7 +96,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"run_tests: {error}", file=sys.stderr)
         return 1
     failed = subprocess.run([*pytest, str(HERE / "check.py")], cwd=REPOSITORY).returncode
-    failed = failed or subprocess.run([*pytest, "-m", "cuda", *pytest_arguments], cwd=REPOSITORY).returncode
+    failed = (
+        failed or subprocess.run([*pytest, "-m", "cuda and not slow", *pytest_arguments], cwd=REPOSITORY).returncode
+    )
     print(f"== tests marked cuda {'FAILED' if failed else 'passed'} {TELLS[card]}")
     return failed
 
