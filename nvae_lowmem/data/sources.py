@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from nvae_lowmem.config.model import ModelConfig
-from nvae_lowmem.config.recipes import PUBLISHED_RECIPES, WHERE_FROM
+from nvae_lowmem.config.recipes import WHERE_FROM
 from nvae_lowmem.config.sections import EMBEDDED_SETS, DataConfig
 from nvae_lowmem.data import cifar, idx, lmdb_store
 from nvae_lowmem.data.cache import cache_folder
@@ -172,14 +172,12 @@ def _find_faces(config: DataConfig, model: ModelConfig, log: Log) -> _Found:
 
 
 def _nothing_there(name: str, key: str) -> str:
-    if name in PUBLISHED_RECIPES:
-        return (
-            f"{key} {name!r}: these images do not come with the package, and there is no file or folder of that name "
-            "here: name yours with --data; docs/data.md says where the published ones come from and how to give them"
-        )
     published = Path(name).name  # of a recipe, whose data a profile names, and which somebody has to fetch
     if published in WHERE_FROM:
-        return f"{key} {published!r} is data that you bring: {WHERE_FROM[published]}; or any other of {_FORMS}"
+        return (
+            f"{key} {published!r}: these images do not come with the package, and there is no file or folder of that "
+            f"name here. They are {WHERE_FROM[published]}; or name any other of {_FORMS} (docs/data.md says more)"
+        )
     if "/" not in name and "\\" not in name and "." not in name:
         unknown = unknown_name("embedded set", name, EMBEDDED_SETS)
         return f"{key} {name!r}: there is no such file or folder here, and it is an {unknown}. Give {_FORMS} (--data)"
