@@ -67,7 +67,7 @@ def predicted(profile: Profile, peak: Peak, reserved_bytes: int, host: int) -> P
     return Prediction(
         micro_batch=profile.plan.micro_batch, accumulation=1, precision="bf16", peak=peak, overlay=(), oom=None,
         allocated_peak_bytes=peak.nbytes, reserved_peak_bytes=reserved_bytes, timeline=(), host_bytes=host,
-        pinned_bytes=0, context_bytes=0, init_peak_bytes=0, margin_bytes=0, retries=0,
+        pinned_bytes=0, context_bytes=0, init_peak_bytes=0, margin_bytes=0, retries=0, run_retries=0,
     )  # fmt: skip
 
 

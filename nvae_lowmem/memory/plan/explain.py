@@ -57,10 +57,11 @@ def _choices(found: Fit, prediction: Prediction) -> list[str]:
         f"peak {format_bytes(prediction.reserved_peak_bytes)} reserved + {format_bytes(prediction.margin_bytes)} margin"
         f" = {format_bytes(found.reserved_bytes)}, {format_bytes(cap - found.reserved_bytes)} below the cap"
     )
-    if prediction.retries:
+    if prediction.run_retries:
         out.append(
-            f"the allocator is expected to give back its cache {prediction.retries} times, counted as "
-            f"{chosen.seconds.retries:.1f} s per step: no plan without that was as good"
+            f"the allocator is expected to give back its cache {prediction.run_retries} times in the first steps and "
+            f"{prediction.retries} times in each later one, counted as {chosen.seconds.retries:.1f} s: no plan without "
+            "that was as good"
         )
     out.append(f"host memory {format_bytes(prediction.host_bytes)}")
     return out
@@ -222,4 +223,5 @@ def predicted(prediction: Prediction) -> dict[str, int]:
         "margin_bytes": prediction.margin_bytes,
         "predicted_host_bytes": prediction.host_bytes,
         "predicted_retries": prediction.retries,
+        "predicted_run_retries": prediction.run_retries,
     }

@@ -113,7 +113,7 @@ def _kept(
     """The earlier plan with today's prediction, where it is still good."""
     candidate = planner.priced(first.plan, first.model.scale_groups)
     prediction = predictor(candidate.profile, candidate.micro_batch, candidate.accumulation)
-    if prediction.retries or not prediction.fits(planner.budget.cap_bytes):
+    if prediction.run_retries or not prediction.fits(planner.budget.cap_bytes):
         return None
     overhead.observe(candidate.size, candidate.taken, prediction)
     return candidate, prediction
@@ -143,7 +143,7 @@ def _verified(
             accepted.append((candidate, prediction))
             unused = cap - prediction.reserved_peak_bytes - prediction.margin_bytes
             whole = candidate.groups == planner.group_options(False)[0]
-            if whole and not prediction.retries and unused < _GOOD_ENOUGH * cap:
+            if whole and not prediction.run_retries and unused < _GOOD_ENOUGH * cap:
                 break
         if accepted and ends > deadline:
             break

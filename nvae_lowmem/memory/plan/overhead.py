@@ -56,7 +56,7 @@ class OverheadModel:
         A plan that does not fit, or lives from the allocator giving back its cache, had too little left free.
         """
         before = self.estimate(size).card_bytes
-        suits = prediction.fits(self.cap_bytes) and not prediction.retries
+        suits = prediction.fits(self.cap_bytes) and not prediction.run_retries
         # how much more it would have needed is not known: ask for more and more, so that it comes to an end
         least = 0 if suits else before + (int(_STEP_SHARE * self.cap_bytes) << self._observations)
         needed = prediction.reserved_peak_bytes + prediction.margin_bytes

@@ -142,7 +142,7 @@ def test_a_refresh_keeps_a_plan_that_fits_and_needs_no_retry_and_looks_for_anoth
 
         def predicted(profile: Profile, micro_batch: int, accumulation: int) -> Prediction:
             found = predictor(profile, micro_batch, accumulation)
-            return replace(found, retries=2) if profile.plan.keep == "input" else found
+            return replace(found, run_retries=2) if profile.plan.keep == "input" else found
 
         return predicted
 

@@ -83,17 +83,20 @@ def test_a_plan_without_retries_is_looked_for_and_one_with_them_says_how_many() 
 
     def full(profile: Profile, micro_batch: int, accumulation: int) -> Prediction:
         found = priced(profile, micro_batch, accumulation)
-        return replace(found, retries=3 if found.reserved_peak_bytes > 0.9 * cap else 0)
+        count = 3 if found.reserved_peak_bytes > 0.9 * cap else 0
+        return replace(found, retries=count, run_retries=count)
 
     def always(profile: Profile, micro_batch: int, accumulation: int) -> Prediction:
-        return replace(priced(profile, micro_batch, accumulation), retries=2)
+        return replace(priced(profile, micro_batch, accumulation), retries=2, run_retries=5)
 
     whole, calm, restless = run(WIDE, cap), run(WIDE, cap, full), run(WIDE, cap, always)
     assert whole.reserved_bytes > 0.9 * cap
     assert calm.prediction is not None and calm.prediction.retries == 0 and calm.reserved_bytes > 0.8 * cap
     assert calm.chosen.seconds.retries == 0 and "give back" not in "\n".join(reasons(calm))
     assert restless.prediction is not None and restless.prediction.retries == 2
-    assert any("give back its cache 2 times" in line for line in reasons(restless))
+    assert any(
+        "give back its cache 5 times in the first steps and 2 times in each" in line for line in reasons(restless)
+    )
     assert restless.chosen.seconds.total == pytest.approx(
         restless.chosen.seconds.with_retries(0).total + 2 * RETRY_SECONDS
     )

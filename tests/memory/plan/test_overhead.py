@@ -17,7 +17,7 @@ CAP, SIZE = 4 * GIB, Size((2,), 8)
 
 def prediction(reserved_bytes: int, host_bytes: int = 0, retries: int = 0, oom: str | None = None) -> Prediction:
     found = predicted(SIX_BLOCKS, Peak(reserved_bytes, 0, "", "", "", {}, {}), reserved_bytes, host_bytes)
-    return replace(found, retries=retries, oom=oom)
+    return replace(found, run_retries=retries, oom=oom)
 
 
 def test_a_fitting_prediction_says_the_overhead_and_untried_sizes_are_taken_to_be_alike() -> None:
