@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from nvae_lowmem.config import profile_file
+from nvae_lowmem.config.paths import storable
 from nvae_lowmem.config.sections import Profile
 from nvae_lowmem.files import write_atomically
 from nvae_lowmem.units import format_seconds
@@ -183,7 +184,7 @@ def _flat(profile: Profile) -> dict[str, int | float | str | bool]:
     table = profile_file.to_dict(profile)
     sections = {key: values for key, values in table.items() if isinstance(values, dict) and key != "provenance"}
     return {
-        f"{section}.{name}": value if isinstance(value, (int, float, str, bool)) else str(value)
+        f"{section}.{name}": value if isinstance(value, (int, float, bool)) else storable(str(value))
         for section, values in sections.items()
         for name, value in values.items()
     }
