@@ -2,13 +2,15 @@
 
     python benchmarks/restoration.py --run runs/mnist --run runs/faces --out benchmarks/results/restoration.json
 
-Pixels are missing at random; PSNR is over the missing ones alone. Mean fill: the mean known colour of an image; blur: the
-known pixels blurred by a Gaussian, weights normalised, with the deviation that is best for these very images.
+Missing are single pixels at random, or one square at a random place; PSNR is over the missing pixels alone. Mean fill:
+the mean known colour of an image; blur: the known pixels under a Gaussian, weights normalised, with the deviation that
+is best for these very images.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 from pathlib import Path
@@ -31,6 +33,12 @@ def psnr_of_missing(images: Tensor, originals: Tensor, known: Tensor) -> float:
     return -10 * math.log10(float((images - originals)[missing].double().square().mean()))
 
 
+def mean_fill(measured: KnownPixels) -> Tensor:
+    """Missing pixels in each image's mean known colour."""
+    count = measured.known.sum((2, 3), keepdim=True).clamp(min=1)
+    return measured.put_in((measured.images * measured.known).sum((2, 3), keepdim=True) / count)
+
+
 def blurred(measured: KnownPixels, sigma: float) -> Tensor:
     """Missing pixels from a Gaussian of the known ones around them."""
     radius = max(1, math.ceil(3 * sigma))
@@ -46,7 +54,20 @@ def blurred(measured: KnownPixels, sigma: float) -> Tensor:
 
     weight = blur(known)
     guess = blur(measured.images * known) / weight.clamp(min=1e-6)
-    return measured.put_in(torch.where(weight.expand(-1, channels, -1, -1) > 1e-6, guess, measured.first_guess()))
+    return measured.put_in(torch.where(weight.expand(-1, channels, -1, -1) > 1e-6, guess, mean_fill(measured)))
+
+
+def mask(kind: str, share: float, images: Tensor) -> Tensor:
+    """Which pixels are known (B, 1, S, S): all but single ones at random, or all but one square at a random place."""
+    generator = torch.Generator().manual_seed(0)
+    count, size = len(images), images.shape[-1]
+    if kind == "pixels":
+        return torch.rand((count, 1, size, size), generator=generator) >= share
+    known, side = torch.ones(count, 1, size, size, dtype=torch.bool), round(size * share**0.5)
+    for i in range(count):
+        top, left = torch.randint(0, size - side + 1, (2,), generator=generator).tolist()
+        known[i, :, top : top + side, left : left + side] = False
+    return known
 
 
 def rows_of(run_folder: str, count: int, iterations: int) -> list[dict[str, object]]:
@@ -54,9 +75,8 @@ def rows_of(run_folder: str, count: int, iterations: int) -> list[dict[str, obje
     run = open_run(run_folder, "runs", "cpu")
     images = without_padding(torch.cat(list(held_out_batches(run, count))), run.profile.model)
     rows: list[dict[str, object]] = []
-    for share in SHARES:
-        generator = torch.Generator().manual_seed(0)
-        known = torch.rand((len(images), 1, *images.shape[2:]), generator=generator) >= share
+    for kind, share in itertools.product(("pixels", "square"), SHARES):
+        known = mask(kind, share, images)
         measured = KnownPixels(images, known)
         blurs = {sigma: psnr_of_missing(blurred(measured, sigma), images, known) for sigma in SIGMAS}
         restored = restore(run.model, measured, iterations, micro_batch=run.micro_batch)
@@ -64,8 +84,9 @@ def rows_of(run_folder: str, count: int, iterations: int) -> list[dict[str, obje
             "run": run.profile.name,
             "checkpoint": run.checkpoint.name,
             "images": len(images),
-            "missing": share,
-            "mean_fill_db": round(psnr_of_missing(measured.first_guess(), images, known), 2),
+            "missing": kind,
+            "share": share,
+            "mean_fill_db": round(psnr_of_missing(mean_fill(measured), images, known), 2),
             "blur_db": round(max(blurs.values()), 2),
             "restore_db": round(psnr_of_missing(restored, images, known), 2),
         }

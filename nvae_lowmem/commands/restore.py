@@ -80,7 +80,7 @@ def _restore(command: RestoreCommand) -> None:
     restored = restore(
         run.model, measured, command.iterations, command.seed, run.micro_batch, progress_bar("restoring")
     )
-    rows = {"original": originals, "what is known": measured.first_guess(), "restored": restored}
+    rows = {"original": originals, "what is known": measured.shown(), "restored": restored}
     if originals is not None:
         print(_table(names, originals, measured.first_guess(), restored))
     columns = grids.default_columns(restored.shape[-1])
@@ -128,4 +128,4 @@ def _table(names: Sequence[str], originals: Tensor, known: Tensor, restored: Ten
     columns = [psnr(known, originals), psnr(restored, originals)]
     rows = [[name, *(f"{c[i]:.1f}" for c in columns)] for i, name in enumerate(names)]
     rows.append(["mean", *(f"{c.mean():.1f}" for c in columns)])
-    return "\n".join(text_table("<>", [["image", "PSNR of what is known, dB", "restored, dB"], *rows], rule=False))
+    return "\n".join(text_table("<>", [["image", "PSNR of a simple guess, dB", "restored, dB"], *rows], rule=False))
