@@ -154,7 +154,7 @@ def test_every_network_is_refused_or_comes_back(
         path = exported(model, tmp_path_factory.mktemp("export"))
     except ConfigError:
         return
-    back = nvlabs.load(path)
+    back = nvlabs.restore(path)[1]
     assert back.likelihood.describe() == model.likelihood.describe()
     sizes = ("image_channels", "image_size", "padding", "scale_groups")
     assert [getattr(back.config, name) for name in sizes] == [getattr(config, name) for name in sizes]
