@@ -1,4 +1,4 @@
-"""Show a trained model on a web page of this machine."""
+"""Show a trained model, or one in training, on a web page of this machine."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from nvae_lowmem.commands.flags import RunFlags
 @dataclass(frozen=True, kw_only=True)
 class DemoCommand(RunFlags):
     """Sample, blend and traverse a trained model with sliders, on a web page of this machine. Ctrl+C ends it.
+
+    A run in training is shown as it goes on: losses, KL per group, samples, memory against plan, and time left.
 
     Needs gradio (pip install "gradio>=6,<7"). The page loads nothing from the network.
 
@@ -36,14 +38,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _demo(command: DemoCommand) -> None:
-    command.find()
+    folder = command.find()
     from nvae_lowmem.commands.image_inputs import opened
     from nvae_lowmem.demo import page as demo_page
+    from nvae_lowmem.demo.story import RunStory
+    from nvae_lowmem.training.checkpoint import all_checkpoints
 
     demo_page.check_gradio()
     address = demo_page.Address(host=command.host, port=command.port, public=command.share == "public")
     demo_page.check_address(address)
     try:
-        demo_page.serve(opened(command), address)
+        run = opened(command) if all_checkpoints(folder) else None
+        demo_page.serve(RunStory(folder), run, address)
     except KeyboardInterrupt:
         print("\nthe page is closed", flush=True)

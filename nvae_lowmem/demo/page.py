@@ -1,4 +1,6 @@
-"""The demo as a web page (gradio): tabs to sample, blend and traverse with sliders. Nothing comes from the network.
+"""The demo as a web page (gradio): tabs to sample, blend and traverse with sliders, and one on the training.
+
+Nothing comes from the network.
 
 gradio is imported where the page is made: this module can be imported without it.
 """
@@ -17,9 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from nvae_lowmem.demo import training_tab
 from nvae_lowmem.demo.state import PICTURE_PIXELS, DemoState, Report, group_names, scale_names
-from nvae_lowmem.errors import ConfigError
+from nvae_lowmem.demo.story import RunStory
+from nvae_lowmem.errors import ConfigError, printable
 from nvae_lowmem.progress import OnProgress
+from nvae_lowmem.training.checkpoint import step_of
 from nvae_lowmem.training.open_run import OpenRun
 from nvae_lowmem.training.out_of_memory import is_out_of_memory
 
@@ -78,20 +83,21 @@ def check_address(address: Address) -> None:
             ) from None
 
 
-def serve(run: OpenRun, address: Address) -> None:
+def serve(story: RunStory, run: OpenRun | None, address: Address) -> None:
     """Show the page of a run until Ctrl+C, whose KeyboardInterrupt is let out; no files of the page stay behind.
 
+    run: None for one that has no checkpoint yet; its training is shown.
     SIGTERM interrupts in the same way. Raises OSError where the address was taken since `check_address`.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix="nvae-demo-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder  # what is dropped on the page
-        page = build(DemoState(run, Path(folder)))
+        page = build(story, None if run is None else DemoState(run, Path(folder)))
         try:
             _, local, public = page.launch(
                 server_name=address.host, server_port=address.port or None, share=address.public,
                 prevent_thread_lock=True, quiet=True, ssr_mode=False, run_history=False, enable_monitoring=False,
-                footer_links=[], theme=_theme(), css=STYLE,
+                footer_links=[], theme=_theme(), css=STYLE + training_tab.STYLE,
             )  # fmt: skip
             print(f"{public or local}  (Ctrl+C ends it)", flush=True)
             while True:
@@ -100,22 +106,30 @@ def serve(run: OpenRun, address: Address) -> None:
             page.close(verbose=False)
 
 
-def build(state: DemoState) -> Any:
-    """The page, a gradio.Blocks."""
+def build(story: RunStory, state: DemoState | None) -> Any:
+    """The page, a gradio.Blocks. state: None for a run without a checkpoint, whose training alone is shown."""
     import gradio as gr
 
-    run = state.run
-    title = f"{run.profile.name}: what an NVAE makes"
-    with gr.Blocks(title=title, analytics_enabled=False) as page:
+    name, config = story.profile.name, story.profile.model
+    where = "" if state is None else f", on {state.run.device}"
+    with gr.Blocks(title=f"{name}: what an NVAE makes", analytics_enabled=False) as page:
         gr.Markdown(
-            f"## {html.escape(run.profile.name)}\n{html.escape(run.folder.name)}, {run.model.config.total_groups} "
-            f"latent groups on {run.model.config.scales} scales, on {run.device}"
+            f"## {html.escape(name)}\n{html.escape(printable(story.folder.name))}, {config.total_groups} "
+            f"latent groups on {config.scales} scales{where}"
         )
-        if state.data_problem:
-            gr.Markdown(f"The run's data cannot be opened, so bring pictures: {html.escape(state.data_problem)}")
-        _sample_tab(state, page)
-        _blend_tab(state)
-        _traverse_tab(state)
+        if state is None:
+            note = (
+                "There is no checkpoint yet: after the first one, start the page again to sample, blend and traverse."
+            )
+        else:
+            if state.data_problem:
+                gr.Markdown(f"The run's data cannot be opened, so bring pictures: {html.escape(state.data_problem)}")
+            _sample_tab(state, page)
+            _blend_tab(state)
+            _traverse_tab(state)
+            step = step_of(state.run.checkpoint)
+            note = f"The other tabs show the checkpoint of step {step:,}; start the page again for a newer one."
+        training_tab.training_tab(story, page, note)
     return page
 
 

@@ -28,6 +28,7 @@ from nvae_lowmem.generation.sample import Temperature, sample_images, temperatur
 from nvae_lowmem.model.nvae import NVAE
 from nvae_lowmem.progress import OnProgress
 from nvae_lowmem.training.open_run import OpenRun, held_out_batches
+from nvae_lowmem.training.runs import trained_by
 
 Report = Callable[[str], OnProgress]
 """Given what the work is called, where to report its progress."""
@@ -120,7 +121,8 @@ class DemoState:
         text, passes = temperature_text(temperature, decimals=2), default_passes(self.run.device, size)
         with _own_buffers_afterwards(model):
             # one number for all scales: launch/sample.py keeps those, too; the other choices are too many to keep
-            kept = self.run.checkpoint if isinstance(temperature, float) else self._folder
+            shared = isinstance(temperature, float) and not trained_by(self.run.folder)
+            kept = self.run.checkpoint if shared else self._folder  # nothing is written where others train
             statistics = report(f"BatchNorm statistics at temperature {text}")
             recalibrate_once(model, kept, temperature, passes, size, RECALIBRATION_SEED, statistics)
             images = sample_images(model, count, temperature, seed, size, progress=report("sampling"))

@@ -191,27 +191,35 @@ def _figure(caption: str, png: bytes) -> str:
 
 
 def kl_plot(found: Evaluation) -> bytes:
-    """A bar per group, coloured by its scale, with the number of active channels: a PNG."""
+    """`kl_bars` of what was found."""
+    return kl_bars(found.model, found.likelihood.kl_of_groups, found.likelihood.active_of_groups)
+
+
+def kl_bars(
+    model: ModelConfig, kl: Sequence[float], active: Sequence[int],
+    inches: tuple[float, float] = (10, 3.2), dpi: int = 100,
+) -> bytes:  # fmt: skip
+    """KL in nats of each group, top first: bars in a scale's colour, active channels above them: a PNG."""
     # the object interface: pyplot would keep global state, and look for a display
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    sizes = scale_of_groups(found.model)
-    figure = Figure(figsize=(10, 3.2), layout="constrained")
+    sizes = scale_of_groups(model)
+    figure = Figure(figsize=inches, dpi=dpi, layout="constrained")
     axes = figure.add_subplot()
     for colour, size in enumerate(sorted(set(sizes))):
         members = [i for i, s in enumerate(sizes) if s == size]
         bars = axes.bar(
             [i + 1 for i in members],
-            [found.likelihood.kl_of_groups[i] for i in members],
+            [kl[i] for i in members],
             color=f"C{colour}",
             label=f"{size} x {size}",
         )
-        if len(sizes) <= 40:
-            axes.bar_label(bars, [str(found.likelihood.active_of_groups[i]) for i in members], fontsize=8)
+        if len(sizes) <= 4 * inches[0]:
+            axes.bar_label(bars, [str(active[i]) for i in members], fontsize=8)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    about = f"latent group, 1 is the coarsest (above it: active channels of {found.model.latents})"
+    about = f"latent group, 1 is the coarsest (above it: active channels of {model.latents})"
     axes.set(xlabel=about, ylabel="KL in nats per image")
     axes.legend(title="latents")
     out = io.BytesIO()

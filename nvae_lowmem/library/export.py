@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import platform
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,6 +35,7 @@ from nvae_lowmem.interop import nvlabs_export
 from nvae_lowmem.model.nvae import NVAE
 from nvae_lowmem.progress import OnProgress
 from nvae_lowmem.training import checkpoint
+from nvae_lowmem.training.figures import Figures
 from nvae_lowmem.training.open_run import OpenRun, held_out_batches
 
 FORMAT = "nvae-lowmem export 1"
@@ -137,24 +137,8 @@ def _about(run: OpenRun) -> dict[str, Any]:
         "parameters": sum(p.numel() for p in run.model.parameters()),
         "versions": {"nvae-lowmem": __version__, "torch": str(torch.__version__), "python": platform.python_version()},
         "profile": profile,
-        "figures": last_figures(run.folder / "stats.jsonl"),
+        "figures": Figures(run.folder / "stats.jsonl").refresh().latest,
     }
-
-
-def last_figures(stats: Path) -> dict[str, float]:
-    """The last value of every figure in a run's stats.jsonl; empty where there is none. Bad lines are passed over."""
-    found: dict[str, float] = {}
-    try:
-        lines = stats.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return found
-    for line in lines:
-        try:
-            row = json.loads(line)
-            found |= {str(k): float(v) for k, v in row.items() if math.isfinite(float(v))}
-        except (ValueError, TypeError, AttributeError, RecursionError):
-            continue
-    return found
 
 
 def _pictures(

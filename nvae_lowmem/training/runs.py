@@ -91,6 +91,21 @@ def locked(run_dir: Path) -> Iterator[None]:
         os.close(handle)
 
 
+def trained_by(run_dir: Path) -> str:
+    """Who trains in this folder, as `locked` wrote it down: "process 12 on host, since ..."; "" for nobody.
+
+    Nothing is locked: whoever looks is in nobody's way. Only processes of this machine can be told from dead ones.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        text = (run_dir / LOCK).read_text(errors="replace").strip()
+        who = re.fullmatch(r"process (\d{1,9}) on (\S+), since .{1,40}", text)
+        if who is not None and who[2] == socket.gethostname() and os.name == "posix":
+            with contextlib.suppress(PermissionError):  # another user's
+                os.kill(int(who[1]), 0)
+            return text
+    return ""
+
+
 def find_run(run: str | os.PathLike[str], runs_dir: str | os.PathLike[str] = "runs") -> Path:
     """A run folder by path, by number, by name, or "latest". Raises ConfigError with what there is."""
     given = Path(run)

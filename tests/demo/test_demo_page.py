@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from generation_runs import demo_run
+from generation_runs import RGB, demo_run
 
 from launch.demo import main
 from nvae_lowmem.demo import page as demo_page
 from nvae_lowmem.errors import ConfigError
+from nvae_lowmem.training.monitor import Monitor
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -140,6 +141,18 @@ def test_page_loads_nothing_from_elsewhere_and_ends_with_its_process(tmp_path: P
         ends_cleanly(process, signal.SIGTERM, tmp_path)
 
 
+@pytest.mark.skipif("gradio" in MISSING, reason="needs gradio: pip install 'nvae-lowmem[demo]'")
+@pytest.mark.skipif(os.name == "nt", reason="Windows sends no SIGTERM")
+def test_a_run_without_a_checkpoint_shows_its_training_alone(tmp_path: Path) -> None:
+    run = demo_run(tmp_path, with_data=False)
+    shutil.rmtree(run / "checkpoints")
+    with served(run, tmp_path) as (url, process):
+        with urllib.request.urlopen(f"{url}config", timeout=5) as config:
+            tabs = [c["props"]["label"] for c in json.load(config)["components"] if c["type"] == "tabitem"]
+        assert tabs == ["Training"]
+        ends_cleanly(process, signal.SIGTERM, tmp_path)
+
+
 class Page:
     """What a user does with the page, in a browser without a window."""
 
@@ -180,6 +193,14 @@ class Page:
         except StaleElementReferenceException:
             return []
 
+    def charts(self) -> list[str]:
+        return [e.get_attribute("src") or "" for e in self.find(".chart img")]
+
+    def row(self, what: str) -> str:
+        """The value of a row of the training's table; "" while there is none."""
+        cells = [cell.text for cell in self.find(".figures td")]
+        return cells[cells.index(what) + 1] if what in cells else ""
+
     def move_to_the_right_end(self, slider: int) -> None:
         from selenium.webdriver.common.action_chains import ActionChains
 
@@ -194,6 +215,12 @@ class Page:
     def requested(self) -> set[str]:
         messages = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
         return {m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"}
+
+
+def tell(monitor: Monitor, step: int) -> None:
+    """The figures of a step, as training writes them."""
+    kl = {f"kl_vals/layer_{i}": float(step + i) for i in range(RGB.total_groups)}
+    monitor.scalars(step, {"train/nelbo_iter": 1e4 / step, "train/loss": 9e3 / step, **kl})
 
 
 @pytest.mark.slow  # a browser and the command, both from cold: more than 20 seconds on a busy machine
@@ -220,6 +247,17 @@ def test_in_a_browser_moved_sliders_change_the_picture(tmp_path: Path) -> None:
 
             page.open_tab("Traverse")
             until(page.outputs, "a traversal")
+
+            page.open_tab("Training")
+            with Monitor(run, total_steps=700) as monitor:  # another process's training, as far as the page can tell
+                tell(monitor, 40)
+                charts = until(lambda: len(page.charts()) == 2 and page.charts(), "losses and KL")
+                assert "40" in page.row("step") and "no figures" not in page.row("state")
+                with (run / "stats.jsonl").open("a") as file:
+                    file.write('{"step": 41, "train/nel')
+                tell(monitor, 80)
+                until(lambda: page.row("step").startswith("80"), "the next figures, without a click")
+                until(lambda: not set(charts) & set(page.charts()), "other charts")
             assert all(wanted.startswith((url, "data:", "blob:")) for wanted in page.requested())
             ends_cleanly(process, signal.SIGINT, tmp_path)
         finally:
