@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
@@ -28,12 +29,13 @@ class TrainCommand:
       nvae-lowmem train --profile demo-mnist
       nvae-lowmem train --profile demo-faces --data ~/pictures
       nvae-lowmem train --profile gtx-970-celeba64 --data celeba.zip --steps 5
-      nvae-lowmem train --profile demo-mnist --run-dir runs/00003-demo-mnist
+      nvae-lowmem train --run-dir runs/00003-demo-mnist
+      nvae-lowmem train --run-dir runs/00003-demo-mnist --set training.learning_rate=1e-3
       deepspeed launch/train.py --profile profiles/demo-mnist.toml
     """
 
-    profile: str
-    """TOML file, or the name of a shipped profile (profiles/)."""
+    profile: str = ""
+    """TOML file, or the name of a shipped profile (profiles/); empty: the configuration of the run in --run-dir."""
     data: Annotated[str | None, tyro.conf.arg(metavar="PATH")] = None
     """Images to train on instead: a folder, a ZIP, an LMDB, MNIST or CIFAR-10 files, mnist5k, faces."""
     runs_dir: str = "runs"
@@ -72,7 +74,7 @@ class TrainCommand:
 
     def asked(self) -> Profile:
         """The profile with the command line's overrides. Raises ConfigError with every problem."""
-        profile = profiles.load(self.profile)
+        profile = profiles.load(self._profile())
         if self.name:
             profile = profiles.from_dict(profiles.to_dict(profile) | {"name": self.name}, "--name")
         shortcuts = {
@@ -85,6 +87,14 @@ class TrainCommand:
         }
         given = {key: value for key, value in shortcuts.items() if value is not None}
         return overridden(profile, self.set, given).with_absolute_paths()
+
+    def _profile(self) -> str:
+        if self.profile:
+            return self.profile
+        own = Path(self.run_dir) / "config.toml"
+        if self.run_dir and own.is_file():
+            return str(own)
+        raise ConfigError("--profile is missing: name a TOML file or a shipped profile, or a --run-dir to go on with")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -131,7 +131,9 @@ def _train(
         print(profiles.dumps(run.profile))
         return ExitCode.DONE
     try:
-        return _train_on(folder, run, data, engine_name, where, rank)
+        code = _train_on(folder, run, data, engine_name, where, rank)
+        distributed.barrier()  # nobody closes the groups while another still uses them
+        return code
     except RuntimeError as error:
         if not distributed.is_lost_process(error):
             raise

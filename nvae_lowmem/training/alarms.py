@@ -10,7 +10,9 @@ because a run has thousands of steps and not every one in a thousand is to raise
 and gradient norms change by factors. Values that raise an alarm do not enter the median.
 
 A loss that stays in alarm for BLOWN_UP_AFTER steps has blown up; training goes back to a state before it, as PaLM's
-authors did by hand (Chowdhery et al. 2022, arXiv 2204.02311, section 5.1).
+authors did by hand (Chowdhery et al. 2022, arXiv 2204.02311, section 5.1). So has one that, with beta at its largest,
+is for as long USELESS_FACTOR times worse than both the untrained model and the uniform code (bits * ln 2 nats for each
+number of an image). That finds weights that blew up before there was a median, or while a small beta hid their KL.
 """
 
 from __future__ import annotations
@@ -36,6 +38,8 @@ SMALLEST = {"loss": 1e-6, "kl": 10.0, "gradient norm": 1e-6}
 """Below it a figure raises no alarm: a group whose KL goes from 0.01 to 1 nat is a group that begins to be used."""
 BLOWN_UP_AFTER = 10
 """Steps in a row with a loss in alarm. A spike is over sooner."""
+USELESS_FACTOR = 2.0
+USEFUL = "median.useful"
 QUIET_AFTER = 20
 """Steps without an alarm that end an episode; the next alarm is then a new one."""
 
@@ -77,7 +81,10 @@ class RunningMedian:
 class Alarms:
     """Looks at every step's figures; says when an alarm begins and when the loss has blown up."""
 
-    def __init__(self, groups: int) -> None:
+    def __init__(self, groups: int, uniform_nats: float = math.inf, first_step: int = 0) -> None:
+        """uniform_nats: -log p of an image under the uniform distribution. first_step: the state there is trusted."""
+        self._uniform_nats, self._untrained_nats = uniform_nats, 0.0
+        self._useful_until, self._useless_in_a_row, self._full_beta = first_step, 0, False
         names = ["loss", *(f"kl of group {i}" for i in range(groups)), "gradient norm"]
         self._medians = {name: RunningMedian(FACTORS[_kind(name)], SMALLEST[_kind(name)]) for name in names}
         self._last: dict[str, int] = {}
@@ -85,8 +92,17 @@ class Alarms:
         self.episode_began: int | None = None
         """The step of the first alarm of an episode that is not over yet."""
 
-    def look(self, step: int, loss: float, kl: Sequence[float], gradient_norm: float | None) -> list[Alarm]:
+    def look(
+        self, step: int, loss: float, kl: Sequence[float], gradient_norm: float | None, nll: float = 0.0,
+        full_beta: bool = False,
+    ) -> list[Alarm]:  # fmt: skip
         """The alarms that begin with step `step` (from 1); one that goes on is not said again. Finite figures."""
+        if step == 1:
+            self._untrained_nats = nll + sum(kl)
+        if nll + sum(kl) <= self._useless_nats:
+            self._useful_until = step
+        self._useless_in_a_row = self._useless_in_a_row + 1 if full_beta and loss > self._useless_nats else 0
+        self._full_beta = full_beta
         figures = {"loss": loss, **{f"kl of group {i}": value for i, value in enumerate(kl)}}
         if gradient_norm is not None and math.isfinite(gradient_norm):
             figures["gradient norm"] = gradient_norm
@@ -108,17 +124,36 @@ class Alarms:
         return began
 
     @property
-    def blown_up(self) -> bool:
-        """Whether the loss has been in alarm for too long to be a spike."""
-        return self._in_a_row >= BLOWN_UP_AFTER
+    def blown_up(self) -> str:
+        """What has been so for too long to be a spike, in words; "" for nothing."""
+        if self._in_a_row >= BLOWN_UP_AFTER:
+            return f"the loss has been in alarm for {BLOWN_UP_AFTER} steps in a row, since step {self.episode_began}"
+        if self._useless_in_a_row >= BLOWN_UP_AFTER:
+            return (
+                f"the loss has been above {self._useless_nats:.0f} nats for {BLOWN_UP_AFTER} steps in a row, with beta "
+                "at its largest: far worse than a model that knows nothing"
+            )
+        return ""
+
+    @property
+    def _useless_nats(self) -> float:
+        return USELESS_FACTOR * max(self._uniform_nats, self._untrained_nats)
+
+    def good_until(self, step: int) -> int:
+        """The last step before `step` whose state is not suspect."""
+        quiet_until = (self.episode_began or step) - 1
+        return min(self._useful_until, quiet_until) if self._full_beta else quiet_until
 
     def state(self) -> dict[str, Tensor]:
         """The running medians' values, for a checkpoint: a resumed run is to notice what the other would have."""
         values = {_key(name): list(m.values) for name, m in self._medians.items()}
-        return {key: torch.tensor(v, dtype=torch.float64) for key, v in values.items() if v}
+        state = {key: torch.tensor(v, dtype=torch.float64) for key, v in values.items() if v}
+        return state | {USEFUL: torch.tensor([self._useful_until, self._untrained_nats], dtype=torch.float64)}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """The inverse of `state`; a figure of which nothing was saved starts anew."""
+        if USEFUL in state:
+            self._useful_until, self._untrained_nats = int(state[USEFUL][0]), float(state[USEFUL][1])
         for name, running in self._medians.items():
             running.values.clear()
             running.values.extend(state[_key(name)].flatten().tolist() if _key(name) in state else [])

@@ -35,8 +35,8 @@ def check_loss_is_finite(terms: LossTerms, step: int) -> None:
     else:
         cause = "the loss of another process is not finite"
     raise Diverged(
-        f"step {step}: {cause}. The last checkpoint is untouched. Try a lower --set training.learning_rate, a larger "
-        "training.regulariser, or --precision fp32."
+        f"step {step}: {cause}. The last checkpoint is untouched. Try a lower --set training.learning_rate or a larger "
+        "training.regulariser."
     )
 
 

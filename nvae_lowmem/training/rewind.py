@@ -89,7 +89,5 @@ def go_back(run_dir: Path, run: ResolvedRun, error: Diverged, most: int) -> Rewi
 def describe(rewind: Rewind, run: ResolvedRun) -> str:
     """A sentence for people; run: as it is trained from here on."""
     start = f"the checkpoint of step {rewind.back_to}" if rewind.back_to else "the initial weights"
-    return (
-        f"step {rewind.step}: going back to {start}, with a peak learning rate of {run.schedule.peak_rate:g} and other "
-        f"noise. {rewind.why}"
-    )
+    rate = f"{run.schedule.peak_rate:g}"
+    return f"step {rewind.step}: going back to {start}, with a peak learning rate of {rate} and other noise"

@@ -20,7 +20,7 @@ from nvae_lowmem.hardware import cuda_memory
 from nvae_lowmem.model.nvae import NVAE
 from nvae_lowmem.model.regularizers import regularisation_values
 from nvae_lowmem.training import checkpoint
-from nvae_lowmem.training.alarms import BLOWN_UP_AFTER, Alarms
+from nvae_lowmem.training.alarms import Alarms
 from nvae_lowmem.training.checkpoint_files import NotFinite
 from nvae_lowmem.training.divergence import DivergenceGuard
 from nvae_lowmem.training.engines import distributed
@@ -70,7 +70,9 @@ class Trainer:
             self.profile.training.seed,
         )
         self._guard = DivergenceGuard(self.profile.plan.precision)
-        self._alarms = Alarms(self.engine.model.config.total_groups)
+        image = self.profile.model
+        uniform_nats = image.image_dims * image.bits * math.log(2)
+        self._alarms = Alarms(image.total_groups, uniform_nats, self.first_step)
         if resumed is not None:
             self._alarms.load_state(resumed.training)
         self.stopped_by = 0
@@ -106,7 +108,8 @@ class Trainer:
                 try:
                     result = training_step(self.training, micro_batches, step)
                 except Diverged as error:
-                    raise self._diverged(monitor, f"{error} {self._first_bad(step)}", step + 1) from None
+                    half = "" if self.profile.plan.precision == "fp32" else " Or try --precision fp32."
+                    raise self._diverged(monitor, f"{error}{half} {self._first_bad(step)}", step + 1) from None
                 step += 1
                 self._look(monitor, result, step)
                 self._report(monitor, result, step, time.monotonic() - began)
@@ -132,17 +135,12 @@ class Trainer:
 
     def _agree(self, monitor: Monitor, step: int) -> None:
         """All processes learn whether one was asked to stop, and whether the loss of one has blown up."""
-        own = (self._wish.number, int(self._alarms.blown_up))
+        own = (self._wish.number, int(bool(self._alarms.blown_up)))
         self.stopped_by, blown_up = distributed.largest(own, self.engine.device)
         if blown_up:
-            began = self._alarms.episode_began or step
-            raise self._diverged(
-                monitor,
-                f"step {step}: the loss has blown up: it has been in alarm for {BLOWN_UP_AFTER} steps in a row, since "
-                f"step {began}. Try a lower --set training.learning_rate, or clipped gradients (--set "
-                "training.clip_norm=200).",
-                step,
-            )
+            cause = self._alarms.blown_up or "the loss of another process has blown up"
+            advice = "Try a lower --set training.learning_rate, or clipped gradients (--set training.clip_norm=200)."
+            raise self._diverged(monitor, f"step {step}: training has blown up: {cause}. {advice}", step)
 
     def _look(self, monitor: Monitor, r: StepResult, step: int) -> None:
         """Alarms and divergence of a step that is done."""
@@ -151,11 +149,13 @@ class Trainer:
         except Diverged as error:
             raise self._diverged(monitor, str(error), step, error.curable) from None
         norm = r.update.gradient_norm
-        kl = r.kl.tolist()
+        nll, kl = float(r.nll), r.kl.tolist()
+        full_beta = r.beta == self.profile.training.kl_beta_max
+        figures = (step, float(r.loss), kl, None if norm is None else float(norm), nll, full_beta)
         before = self._alarms.episode_began
-        for alarm in self._alarms.look(step, float(r.loss), kl, None if norm is None else float(norm)):
+        for alarm in self._alarms.look(*figures):
             most = max(range(len(kl)), key=kl.__getitem__)
-            text = f"{alarm} (reconstruction {float(r.nll):.4g}, most KL in group {most}: {kl[most]:.4g} nats)"
+            text = f"{alarm} (reconstruction {nll:.4g}, most KL in group {most}: {kl[most]:.4g} nats)"
             monitor.event(step, "alarm", text)
             if before is None and self.run_dir is not None and self.engine.rank == 0:
                 with contextlib.suppress(OSError):
@@ -165,7 +165,7 @@ class Trainer:
     def _diverged(self, monitor: Monitor, text: str, step: int, curable: bool = True) -> Diverged:
         """The error to raise, written down; states up to the first alarm are good."""
         monitor.event(step, "diverged", text)
-        return Diverged(text, step, (self._alarms.episode_began or step) - 1, curable)
+        return Diverged(text, step, self._alarms.good_until(step), curable)
 
     def _first_bad(self, step: int) -> str:
         """Where in the network the first number of step `step` (from 0) arose that is none; all processes take part."""

@@ -78,3 +78,27 @@ def test_a_group_that_begins_to_be_used_raises_none(kl: float) -> None:
     for step in range(1, ENOUGH + 10):
         look(alarms, step, 100.0, kl)
     assert look(alarms, ENOUGH + 11, 100.0, 9.0) == [] and look(alarms, ENOUGH + 12, 100.0, 900.0) == ["kl of group 0"]
+
+
+def test_a_model_that_is_worse_than_none_has_blown_up_once_nothing_hides_its_kl() -> None:
+    """It blew up at step 4, and beta, which rises slowly, hides that from every median."""
+    alarms = Alarms(1, uniform_nats=150.0)
+    for step in range(1, 301):
+        beta = step / 300
+        alarms.look(step, 100.0 + beta * 1e4, [20.0 if step < 4 else 1e4], None, 90.0, False)
+        assert not alarms.blown_up
+    saved = alarms.state()
+    other = Alarms(1, 150.0, first_step=300)
+    other.load_state(saved)
+    for watching in (alarms, other):
+        for step in range(301, 301 + BLOWN_UP_AFTER):
+            assert not watching.blown_up
+            watching.look(step, 1e4, [1e4], None, 90.0, True)
+        assert "a model that knows nothing" in watching.blown_up and watching.good_until(311) == 3
+
+
+def test_a_model_that_is_not_trained_yet_has_not_blown_up() -> None:
+    alarms = Alarms(1, uniform_nats=150.0)
+    for step in range(1, 50):
+        alarms.look(step, 290.0, [90.0], None, 200.0, True)
+        assert not alarms.blown_up
