@@ -180,7 +180,7 @@ def measure(row: Row, launcher: list[str], workspace_mib: int) -> dict[str, Any]
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
         if done.returncode or not out.exists():
-            return {"code": done.returncode, "error": (done.stderr or done.stdout)[-2000:]}
+            return {"code": done.returncode, "error": (done.stderr or done.stdout).strip().splitlines()[-1][:300]}
         return {**json.loads(out.read_text()), "seconds": round(time.monotonic() - began, 1)}
 
 

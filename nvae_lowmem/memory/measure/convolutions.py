@@ -75,8 +75,8 @@ def workspaces(convolutions: Iterable[Convolution], device: torch.device, extra:
 
 @torch.no_grad()
 def _workspaces(c: Convolution, device: torch.device, extra: Extra) -> Workspaces:
-    x = torch.empty_strided(c.input, c.input_stride, dtype=c.dtype, device=device).zero_()
-    weight = torch.empty_strided(c.weight, c.weight_stride, dtype=c.dtype, device=device).zero_()
+    x = _zeros(c.input, c.input_stride, c.dtype, device)
+    weight = _zeros(c.weight, c.weight_stride, c.dtype, device)
     slope = torch.zeros_like(aten.convolution(x, weight, None, *c.options))  # d loss / d output
 
     def backward(*wanted: bool) -> Any:
@@ -93,3 +93,9 @@ def _workspaces(c: Convolution, device: torch.device, extra: Extra) -> Workspace
 def largest_bytes(measured: Iterable[Workspaces]) -> int:
     """The largest workspace among those measured."""
     return max((nbytes for one in measured for nbytes in one.sizes), default=0)
+
+
+def _zeros(size: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros of that layout; of a slice a copy without gaps, or the one that cuDNN makes would pass for a workspace."""
+    zeros = torch.empty_strided(size, stride, dtype=dtype, device=device).zero_()
+    return zeros if aten.is_non_overlapping_and_dense(zeros) else zeros.contiguous()

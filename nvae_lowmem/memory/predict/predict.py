@@ -30,6 +30,7 @@ from nvae_lowmem.memory.predict.untraced import (
     IN_ALLOCATOR,
     Entry,
     entries,
+    flattened_weights,
     overlaid,
     pinned_bytes,
     runs_deepspeed,
@@ -122,6 +123,8 @@ def predict(
     plan = profile.plan
     if runs_deepspeed(plan) and plan.offload_parameters:
         trace = without_weights(trace, 4 * (plan.bucket_elements // 500))  # smaller ones stay: see deepspeed_config
+    elif runs_deepspeed(plan) and plan.zero_stage in (1, 2):
+        trace = flattened_weights(trace)
     held = [entry for entry in overlay if entry.when in IN_ALLOCATOR]
     between = _traced_between(profile, micro_batch)
     known = overlaid(trace, [entry for entry in held if not entry.is_bound])
@@ -251,10 +254,9 @@ def _timeline(trace: Trace, start: int, points: int) -> Iterator[tuple[int, dict
 
 
 def _at_setup(trace: Trace) -> int:
-    """Bytes in the allocator when the engine is built; libraries' buffers come with the first step."""
+    """Most bytes in the allocator while the engine is built; libraries' buffers come with the first step."""
     end = trace.marks["setup done"]
-    kept = (a for a in trace.allocations if a.born < end and a.on_card)
-    return sum(round_to_block(a.nbytes) for a in kept)
+    return max((live for i, live in trace.live_bytes() if i < end), default=0)
 
 
 def _parked_bytes(trace: Trace) -> int:

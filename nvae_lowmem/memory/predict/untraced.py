@@ -44,6 +44,9 @@ _PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::mv"
 
 _DEFAULT_CUBLAS_CONFIG, _HOPPER_CUBLAS_CONFIG = ":4096:2:16:8", ":4096:8"
 
+CUBLASLT_WORKSPACE_BYTES = 1 * MIB
+"""What torch asks for at a matrix product with a bias where CUBLASLT_WORKSPACE_SIZE does not say otherwise."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
@@ -97,12 +100,13 @@ def _libraries(plan: MemoryPlan, card: Card | None, context_bytes: int | None) -
             source=f"CUBLAS_WORKSPACE_CONFIG={config}: {workspace} bytes for each of the forward and backward threads",
         ),
         Entry(
-            name="cublaslt-workspace", nbytes=1 * MIB, when="biased product",
+            name="cublaslt-workspace", nbytes=CUBLASLT_WORKSPACE_BYTES, when="biased product",
             source="torch asks for 1 MiB at each matrix product with a bias, and frees it (CUBLASLT_WORKSPACE_SIZE)",
         ),
         Entry(
             name="cudnn-workspace", nbytes=CUDNN_WORKSPACE_BYTES, when="convolution", is_bound=True,
-            source=f"what CUDNN_CONV_WSCAP_DBG={CUDNN_WORKSPACE_BYTES // MIB} allows; many algorithms take none",
+            source=f"assumed: what CUDNN_CONV_WSCAP_DBG={CUDNN_WORKSPACE_BYTES // MIB} asks for (cuDNN 9.5.1 has "
+            "the key conv_wscap_dbg in its libraries; whether an old card's heuristics obey it was not seen)",
         ),
         Entry(
             name="reductions", nbytes=1 * MIB, when="always", is_bound=True,
@@ -198,8 +202,9 @@ def _zero(plan: MemoryPlan, parameter_bytes: Sequence[int], accumulation: int) -
         return [entry("reduce", n, "update", "all gradients are flattened to be reduced")]
     out = [
         entry("bucket", bucket, "always" if stage == 3 else "backward", "reduce bucket of plan.bucket_elements floats"),
-        entry("flatten", n, "setup", "the flat copy of the weights beside them, while partitions are made"),
     ]
+    if stage == 3:  # in the trace of the other stages: see flattened_weights
+        out.append(entry("flatten", n, "setup", "the flat copy of the weights beside them, while partitions are made"))
     if off:
         gradients = n if accumulation > 1 and stage < 3 else 0
         host = 3 * n + largest + gradients
@@ -318,6 +323,29 @@ class _Buffers:
         if self._phase is not None:
             self.release(self._phase)
             self._phase = None
+
+
+def flattened_weights(trace: Trace) -> Trace:
+    """The trace in which the engine lays all parameters into one flat tensor as it is built: ZeRO stages 1 and 2.
+
+    The flat tensor is made beside the parameters, which are freed then; a second one of its size, the optimiser's copy
+    on its way to the host or an empty gradient, comes and goes. What all that leaves in the cache is what steps meet.
+    """
+    end, left, parameters = trace.marks["setup done"], Counter(trace.parameter_bytes), []
+    for number, a in enumerate(trace.allocations):
+        # whatever they are counted as: a learned start is the input of the first block
+        if a.born < end and a.category not in ("host", "buffer", "data") and left[a.nbytes] > 0:
+            left[a.nbytes] -= 1
+            parameters.append(number)
+    writer = TraceWriter(trace)
+    writer.copy_span(0, end)
+    n = sum(trace.parameter_bytes)
+    writer.trace.allocate(n, "weight", "", "setup", "aten::cat")
+    for number in parameters:
+        writer.trace.free(writer.current[number])
+    writer.trace.free(writer.trace.allocate(n, "buffer", "zero-copy", "setup", "aten::clone"))
+    writer.copy_span(end, len(trace.events))
+    return writer.finished()
 
 
 def without_weights(trace: Trace, smallest_bytes: int) -> Trace:

@@ -12,8 +12,9 @@ from nvae_lowmem.hardware.budget import Budget, find_card
 from nvae_lowmem.memory.allocator.allocator import AllocatorSettings, CachingAllocator, Replay
 from nvae_lowmem.memory.predict import predict as predicting
 from nvae_lowmem.memory.predict.predict import predict, predictor_for
-from nvae_lowmem.memory.predict.untraced import IN_ALLOCATOR
+from nvae_lowmem.memory.predict.untraced import IN_ALLOCATOR, flattened_weights
 from nvae_lowmem.memory.predict.whole_run import WholeRun
+from nvae_lowmem.memory.trace.training import trace_training
 from nvae_lowmem.units import GIB, MIB
 from profiles import budget_of, profile_of
 
@@ -68,3 +69,16 @@ def test_every_zero_stage_is_predicted_with_its_bounds_in_the_margin(
     assert found.oom is None and found.fits(4 * GIB)
     bounds = [entry.nbytes for entry in found.overlay if entry.is_bound and entry.when in IN_ALLOCATOR]
     assert max(bounds) <= found.margin_bytes <= 2 * sum(bounds)
+
+
+def test_what_zero_leaves_cached_while_it_flattens_the_weights_is_replayed() -> None:
+    """The flat weights, and beside them in the cache their originals and a second copy."""
+    profile = profile_of(engine="deepspeed", zero_stage=2, offload_optimizer=True, bucket_elements=10_000)
+    trace = trace_training(profile, 2)
+    n, end = sum(trace.parameter_bytes), trace.marks["setup done"]
+    flat = flattened_weights(trace)
+    live = [live for i, live in flat.live_bytes(rounded=False) if i < flat.marks["setup done"]]
+    before = [live for i, live in trace.live_bytes(rounded=False) if i < end][-1]
+    assert (max(live), live[-1]) == (before + n, before)
+    assert next(flat.requests(flat.marks["step 1"]))[0] == next(trace.requests(end))[0]
+    assert predict(profile, 2).init_peak_bytes >= max(live)
