@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import math
 import re
 import time
 from collections.abc import Iterator
@@ -123,12 +124,15 @@ class RunStory:
     def _state(self, total: int | None) -> str:
         if total is not None and self.figures.step >= total:
             return "finished"
-        try:
+        seconds, heard = math.inf, "no figures yet"
+        with contextlib.suppress(OSError):
             seconds = max(0, time.time() - self.figures.path.stat().st_mtime)
             heard = f"newest figures {format_seconds(seconds)} old"
-        except OSError:
-            heard = "no figures yet"
-        return f"{'training' if trained_by(self.folder) else 'not trained on this machine now'}; {heard}"
+        if trained_by(self.folder):
+            return f"training; {heard}"
+        # who trains elsewhere, or on Windows, cannot be known: there the age of the figures has to tell
+        expected = self.profile.training.log_every * (self.figures.seconds_per_step() or 0)
+        return f"{'training, or just stopped' if seconds < 60 + 2 * expected else 'not training'}; {heard}"
 
     def _checkpoint(self) -> str:
         try:

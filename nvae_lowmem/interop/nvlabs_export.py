@@ -7,7 +7,7 @@ would not fit, so it can be evaluated and sampled from, not trained on.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -137,13 +137,19 @@ def published_args(profile: Profile) -> dict[str, Any]:
     likelihood = _likelihood(config)
     if isinstance(likelihood, DiscretisedNormal):
         values["mixtures"] = 1
-    came_with = dict(profile.provenance.get("published_args", {}))
+    came_with = _came_with(profile)
     if isinstance(likelihood, Bernoulli):
         values["bits"] = came_with.get("num_x_bits", _PUBLISHED_BITS)
     names = {field: name for field, (name, *_) in (NUMBERS | FLAGS).items()}
     own = {names[field]: value for field, value in values.items()}
     own |= {"dataset": dataset_name(profile), "arch_instance": config.architecture}
     return came_with | own | {"batch_size": profile.training.total_batch}
+
+
+def _came_with(profile: Profile) -> dict[str, Any]:
+    """The options of an imported network; {} for one of ours."""
+    options = profile.provenance.get("published_args")
+    return dict(options) if isinstance(options, Mapping) else {}
 
 
 def dataset_name(profile: Profile) -> str:
@@ -154,7 +160,7 @@ def dataset_name(profile: Profile) -> str:
     """
     config = profile.model
     size = config.network_size
-    came_with = str(profile.provenance.get("published_args", {}).get("dataset", ""))
+    came_with = str(_came_with(profile).get("dataset", ""))
     sizes = (size,) if config.vanilla else (size, 0)  # a plain VAE has no learned start that tells the size
     if came_with and size_by_name(came_with) in sizes and (came_with in PADDED_BINARY) == bool(config.padding):
         return came_with

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -86,10 +87,20 @@ def test_a_run_without_any_figures_has_rows(tmp_path: Path) -> None:
     story = RunStory(begun(tmp_path))
     story.refresh()
     rows = dict(story.rows())
-    assert (
-        rows["state"] == "not trained on this machine now; no figures yet" and rows["newest checkpoint"] == "none yet"
-    )
+    assert rows["state"] == "not training; no figures yet" and rows["newest checkpoint"] == "none yet"
     assert story.kl() is None and story.pictures() == [] and loss_chart(story.figures.series) is None
+
+
+@pytest.mark.parametrize(("age_seconds", "state"), [(5, "training, or just stopped"), (5000, "not training")])
+def test_the_age_of_the_figures_tells_where_nobody_is_known_to_train(
+    age_seconds: float, state: str, tmp_path: Path
+) -> None:
+    story = RunStory(begun(tmp_path))
+    add(tmp_path, 1, 1, **{"timing/sec_per_step": 2})
+    then = time.time() - age_seconds
+    os.utime(tmp_path / "stats.jsonl", (then, then))
+    story.refresh()
+    assert dict(story.rows())["state"].startswith(f"{state}; newest figures ")
 
 
 def test_memory_stands_beside_its_plan(tmp_path: Path) -> None:
