@@ -14,6 +14,7 @@ from training_runs import run, write_profile
 from nvae_lowmem.config import profile_file as profiles
 from nvae_lowmem.data.pipeline import Batches
 from nvae_lowmem.training import checkpoint
+from nvae_lowmem.training.engines.torch_engine import TorchEngine
 from nvae_lowmem.training.rewind import RECORD, SEED_STRIDE, rewinds
 
 STEPS = 8
@@ -128,3 +129,21 @@ def test_a_gradient_that_is_too_large_is_skipped_counted_and_not_for_ever(tmp_pa
     assert all(torch.equal(saved[0][name], saved[-1][name]) for name in weights)
     result = run(path, "--run-dir", str(folder), *QUIET, "--set", "training.skip_gradient_norm=1e-6", "--steps", "60")
     assert result.code == 4 and "steps were skipped" in result.complained
+
+
+def test_an_overflow_storm_is_gone_back_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From step 4 on every gradient of the first engine overflows, whatever the loss scale."""
+    engines: list[TorchEngine] = []
+    real, calls = TorchEngine.backward, [0]
+
+    def backward(self: TorchEngine, loss: Tensor, last: bool) -> None:
+        if self not in engines:
+            engines.append(self)
+        calls[0] += 1
+        real(self, loss * 1e38 * 1e38 if self is engines[0] and calls[0] > 6 else loss, last)
+
+    monkeypatch.setattr(TorchEngine, "backward", backward)
+    folder = tmp_path / "run"
+    result = run(profile(tmp_path, steps=60), "--run-dir", str(folder), "--precision", "fp16", *QUIET)
+    assert (result.code, result.complained) == (0, "") and len(engines) == 2
+    assert "50 steps in a row had a gradient that is not finite" in result.said and len(rewinds(folder)) == 1
