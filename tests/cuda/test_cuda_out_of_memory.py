@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from card_runs import needs_phantom, process, train, write_profile
+from card_runs import needs_phantom, process, write_profile
+from training_runs import Finished
 
 from nvae_lowmem.errors import ExitCode
 from nvae_lowmem.units import MIB
@@ -27,6 +29,13 @@ CASES = {
     "the backward pass": (HEAVY, 40, ["plan.keep=input", "offload_optimizer"], []),
     "the update of the weights": (HEAVY, 92, ["offload_optimizer"], ["plan.keep", "--micro-batch"]),
 }
+
+
+def train(profile: Path, *arguments: str, card: Sequence[str] = ()) -> Finished:
+    """The training command in a process of its own: what others have left on the card would count against the cap."""
+    return process(
+        "launch/train.py", "--profile", profile, "--runs-dir", profile.parent / "runs", *arguments, card=card
+    )
 
 
 @pytest.mark.parametrize("phase", CASES)
@@ -63,10 +72,7 @@ def test_deepspeed_runs_out_in_its_set_up(tmp_path: Path) -> None:
 
 @needs_phantom
 def test_other_programs_on_the_card_are_named_first(tmp_path: Path) -> None:
-    profile = write_profile(tmp_path)
-    done = process(
-        "launch/train.py", "--profile", profile, "--runs-dir", tmp_path / "runs", card=("--others", "4132000000")
-    )
+    done = train(write_profile(tmp_path), card=("--others", "4132000000"))
     assert done.code == ExitCode.OUT_OF_MEMORY, done.said + done.complained
     first = done.complained.partition("try next: ")[2]
     assert first.startswith("close the other programs on the card, which take 3.85 GiB"), done.complained
