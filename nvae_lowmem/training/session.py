@@ -69,7 +69,7 @@ class Session:
                 try:
                     return self._train_from(run, model, resumed, said)
                 except Diverged as error:
-                    raised = error.with_traceback(None)  # it holds the engine, and so the card's memory
+                    raised = Diverged(*error.args)  # the one that was raised holds frames, and so the card's memory
                 except Exception as error:
                     if not is_out_of_memory(error):
                         raise
@@ -79,6 +79,7 @@ class Session:
                 last = self._go_back(raised)
                 run = rewind.after_rewinds(self.run, [*made, last])
                 said = [("rewind", rewind.describe(last, run))]
+                del model
                 gc.collect()  # engines hold themselves in circles
                 if self.device.type == "cuda":
                     torch.cuda.empty_cache()
@@ -97,6 +98,9 @@ class Session:
             if resumed is not None:
                 _load(training, resumed)
             trainer = Trainer(training, self.data, self.run_dir, self.pictures, resumed, self.run.profile.training.seed)
+            if resumed is not None:  # it is on the device now, and the host may have little to spare
+                resumed.training.clear()
+                resumed.weights.clear()
             trainer.train(said)
             return trainer.stopped_by
         finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from training_runs import run, write_profile
 
 from nvae_lowmem.config import profile_file as profiles
 from nvae_lowmem.data.pipeline import Batches
+from nvae_lowmem.model.nvae import NVAE
 from nvae_lowmem.training import checkpoint
 from nvae_lowmem.training.engines.torch_engine import TorchEngine
 from nvae_lowmem.training.rewind import RECORD, SEED_STRIDE, rewinds
@@ -147,3 +149,21 @@ def test_an_overflow_storm_is_gone_back_from(tmp_path: Path, monkeypatch: pytest
     result = run(profile(tmp_path, steps=60), "--run-dir", str(folder), "--precision", "fp16", *QUIET)
     assert (result.code, result.complained) == (0, "") and len(engines) == 2
     assert "50 steps in a row had a gradient that is not finite" in result.said and len(rewinds(folder)) == 1
+
+
+def test_what_blew_up_is_gone_from_memory_before_training_goes_on(
+    tmp_path: Path, poison: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two models and their optimisers at once would not fit the card that one was planned for."""
+    poison.append(5)
+    models: list[weakref.ref[NVAE]] = []
+    real = TorchEngine.__init__
+
+    def watched(self: TorchEngine, objective: Any, *arguments: Any) -> None:
+        assert [ref() for ref in models] == [None] * len(models)
+        models.append(weakref.ref(objective.model))
+        real(self, objective, *arguments)
+
+    monkeypatch.setattr(TorchEngine, "__init__", watched)
+    result = run(profile(tmp_path), "--run-dir", str(tmp_path / "run"), *QUIET)
+    assert (result.code, result.complained) == (0, "") and len(models) == 2
