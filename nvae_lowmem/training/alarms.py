@@ -38,7 +38,7 @@ SMALLEST = {"loss": 1e-6, "kl": 10.0, "gradient norm": 1e-6}
 """Below it a figure raises no alarm: a group whose KL goes from 0.01 to 1 nat is a group that begins to be used."""
 BLOWN_UP_AFTER = 10
 """Steps in a row with a loss in alarm. A spike is over sooner."""
-USELESS_FACTOR = 2.0
+USELESS_FACTOR = 1.25
 USEFUL = "median.useful"
 QUIET_AFTER = 20
 """Steps without an alarm that end an episode; the next alarm is then a new one."""
