@@ -15,6 +15,7 @@ import argparse
 import dataclasses
 import datetime
 import fnmatch
+import hashlib
 import json
 import os
 import subprocess
@@ -165,6 +166,15 @@ def profile_of(row: Row) -> Any:
     return profiles.override(profile, [*often, *batches, "training.log_every=1"])
 
 
+def fingerprint(row: Row) -> str:
+    """Tells the row's profile from another, such as the same shipped plan fitted anew."""
+    from nvae_lowmem.config import profile_file as profiles
+
+    table = profiles.to_dict(profile_of(row))
+    table.pop("provenance", None)
+    return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()[:12]
+
+
 def measure(row: Row, launcher: list[str], workspace_mib: int) -> dict[str, Any]:
     """The row's run on the phantom; its figures in bytes, or why there are none."""
     from nvae_lowmem.config import profile_file as profiles
@@ -222,16 +232,23 @@ def main() -> int:
     parser.add_argument("--workspaces", action="store_true", help=f"with {WORKSPACE_MIB} MiB at every convolution")
     parser.add_argument("--json", type=Path, default=RESULTS)
     parser.add_argument("--launcher", nargs="*", default=["tests/phantom/phantom-run", ".venv-cuda/bin/python"])
+    parser.add_argument("--table", action="store_true", help="print the file as a table, and do nothing else")
     args = parser.parse_args()
     report = json.loads(args.json.read_text()) if args.json.exists() else {"rows": {}}
+    if args.table:
+        print(table(report))
+        return 0
     key = "measured_with_workspaces" if args.workspaces else "measured"
     for row in rows():
         if not any(fnmatch.fnmatch(row.name, pattern) for pattern in args.only):
             continue
         entry = report["rows"].setdefault(row.name, {})
         entry |= {"base": row.base, "sets": list(row.sets), "flags": list(row.flags), "total_bytes": row.total_bytes}
-        if not args.predict and (args.again or not entry.get(key, {}).get("allocated_bytes")):
-            entry[key] = measure(row, args.launcher, WORKSPACE_MIB if args.workspaces else 0)
+        known = entry.get(key, {})
+        measured = known.get("allocated_bytes") and known.get("profile") == fingerprint(row)
+        if not args.predict and (args.again or not measured):
+            workspace_mib = WORKSPACE_MIB if args.workspaces else 0
+            entry[key] = {"profile": fingerprint(row)} | measure(row, args.launcher, workspace_mib)
             entry[key]["date"] = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
         if args.predict:
             began = time.monotonic()
@@ -241,6 +258,22 @@ def main() -> int:
         args.json.write_text(json.dumps(report, indent=1) + "\n")
         print(_line(row.name, entry), flush=True)
     return 0
+
+
+def table(report: dict[str, Any]) -> str:
+    """The rows that are both measured and predicted, as docs/performance.md has them."""
+    lines = ["| run | allocated | error | reserved | error | margin |", "|---|---|---|---|---|---|"]
+    for name, entry in report["rows"].items():
+        m, p = entry.get("measured", {}), entry.get("predicted", {})
+        if not (m.get("allocated_bytes") and p):
+            continue
+        cells = [name]
+        for kind in ("allocated", "reserved"):
+            difference = p[f"{kind}_bytes"] - m[f"{kind}_bytes"]
+            exact = f"{difference:+,} B" if abs(difference) < 1000 else f"{difference / m[f'{kind}_bytes']:+.2%}"
+            cells += [f"{m[f'{kind}_bytes'] / 2**20:,.1f} MiB", exact if difference else "0"]
+        lines.append(f"| {' | '.join(cells)} | {p['margin_bytes'] / 2**20:.0f} MiB |")
+    return "\n".join(lines)
 
 
 def _percent(entry: dict[str, Any], key: str, kind: str) -> str:
