@@ -47,6 +47,34 @@ FLOORS = {
     "tools": 13,
 }
 LONGEST_FILE = 450
+LARGEST_SHARE = 0.26
+SHORT_FILES = {  # under 60 lines, and why
+    "__main__.py": "python -m nvae_lowmem",
+    "commands/decode.py": "a command: flags and one call",
+    "commands/demo.py": "a command: flags and one call",
+    "commands/doctor.py": "a command: flags and one call",
+    "commands/image_inputs.py": "what the commands on images share; flags.py must not import torch",
+    "config/choices.py": "names that flags need before torch is imported",
+    "config/paths.py": "one subject: paths that come back as they were",
+    "data/cache.py": "one subject: files that are whole or not there",
+    "data/digits.py": "one embedded set",
+    "data/split.py": "one rule: which images are held out",
+    "generation/series.py": "one subject: many images into files",
+    "hardware/cpu.py": "before torch is imported, so nothing else may stand here",
+    "memory/allocator/__main__.py": "python -m nvae_lowmem.memory.allocator",
+    "memory/predict/figures.py": "the type that predictions and measurements share",
+    "model/data_init.py": "one algorithm, for one kind of network",
+    "model/hooks.py": "the list of all that is set on a model from outside",
+    "model/host.py": "a mark that model and tracer share",
+    "model/regularizers.py": "what a step tells the layers",
+    "progress.py": "a root module: every room may say how far it is",
+    "text_table.py": "a root module: every room may draw a table",
+    "training/batch_split.py": "one equation: total = micro-batch x accumulation x processes",
+    "training/engines/gradient_gate.py": "one decision, the same on every engine",
+    "training/first_bad.py": "one search: the first number that is none",
+    "training/patient_output.py": "one subject: printing to who no longer listens",
+}
+SHORTEST_FILE = 60
 
 FILES = sorted(path for top in (PACKAGE, "launch", "tools") for path in (REPOSITORY / top).rglob("*.py"))
 IDS = [str(path.relative_to(REPOSITORY)) for path in FILES]
@@ -183,6 +211,25 @@ def test_no_test_module_imports_another() -> None:
     importing = re.compile(r"^\s*(?:from|import) test_\w+", re.MULTILINE)
     paths = sorted((REPOSITORY / "tests").rglob("*.py"))
     assert [path.name for path in paths if importing.search(path.read_text(encoding="utf-8"))] == []
+
+
+def test_a_file_is_short_only_for_a_reason() -> None:
+    package = REPOSITORY / PACKAGE
+    short = {
+        str(path.relative_to(package))
+        for path in package.rglob("*.py")
+        if path.name != "__init__.py" and len(path.read_text(encoding="utf-8").splitlines()) < SHORTEST_FILE
+    }
+    assert short - SHORT_FILES.keys() == set(), "give it a reason, or a room where it belongs"
+    assert SHORT_FILES.keys() - short == set(), "no longer short: take the reason away"
+
+
+def test_no_room_holds_more_than_its_share() -> None:
+    lines: dict[str, int] = {}
+    for path in (REPOSITORY / PACKAGE).rglob("*.py"):
+        room = path.relative_to(REPOSITORY / PACKAGE).parts[0]
+        lines[room] = lines.get(room, 0) + len(path.read_text(encoding="utf-8").splitlines())
+    assert max(lines.values()) / sum(lines.values()) <= LARGEST_SHARE, lines
 
 
 @pytest.mark.parametrize("path", FILES, ids=IDS)
