@@ -2,9 +2,9 @@
 
     python benchmarks/restoration.py --run runs/mnist --run runs/faces --out benchmarks/results/restoration.json
 
-Missing are single pixels at random, or one square at a random place; PSNR is over the missing pixels alone, its mean over images. Mean fill:
-the mean known colour of an image; blur: the known pixels under a Gaussian, weights normalised, with the deviation that
-is best for these very images.
+Missing are single pixels at random, or one square at a random place. PSNR is over the missing pixels alone, its mean
+over images. Mean fill: the mean known colour of an image; blur: the known pixels under a Gaussian, weights normalised,
+with the deviation that is best for these very images.
 """
 
 from __future__ import annotations
