@@ -1,7 +1,8 @@
 """Which images do not belong to what a model was trained on: a score per image, and a map of where.
 
-A plain likelihood is a poor judge: simple images of another kind can be more likely than the data. A hierarchy tells
-more (arXiv 2102.08248): compare the ELBO with one whose later groups, nearest to the pixels, come from the prior given
+A plain likelihood can be a poor judge: simple images of another kind can be more likely than the data. (On the pairs of
+docs/quality.md it was a good one, so the ELBO stands beside the score.) A hierarchy tells more (arXiv 2102.08248):
+compare the ELBO with one whose later groups, nearest to the pixels, come from the prior given
 the earlier ones, as they would for an image that the model knows well,
 
     score = ELBO(x) - ELBO_k(x),
