@@ -29,7 +29,8 @@ from nvae_lowmem.training.ema import WeightEma
 from nvae_lowmem.training.engines import distributed
 from nvae_lowmem.training.engines.deepspeed_engine import ZeroEngine
 from nvae_lowmem.training.engines.torch_engine import TorchEngine
-from nvae_lowmem.training.resolve import ResolvedRun, Schedule
+from nvae_lowmem.training.resolve import ResolvedRun
+from nvae_lowmem.training.schedule import Schedule
 from nvae_lowmem.training.step import StepResult, Training, training_step
 
 MODEL = ModelConfig(

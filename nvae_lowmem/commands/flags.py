@@ -36,7 +36,7 @@ def overridden(
     return override(profile, [one for several in given for one in several], values)
 
 
-def at_least(lowest: int, **values: int | None) -> None:
+def at_least(lowest: int, **values: float | None) -> None:
     """Raise ConfigError for the first flag below `lowest`; None: not given. micro_batch=0 is --micro-batch 0."""
     for name, value in values.items():
         if value is not None and value < lowest:

@@ -28,6 +28,7 @@ class TrainCommand:
     Examples:
       nvae-lowmem train --profile demo-mnist
       nvae-lowmem train --profile demo-faces --data ~/pictures
+      nvae-lowmem train --profile demo-mnist --minutes 8
       nvae-lowmem train --profile gtx-970-celeba64 --data celeba.zip --steps 5
       nvae-lowmem train --run-dir runs/00003-demo-mnist
       nvae-lowmem train --run-dir runs/00003-demo-mnist --set training.learning_rate=1e-3
@@ -56,6 +57,10 @@ class TrainCommand:
     """Images per forward pass; 0: the profile's, or the whole share of a process."""
     steps: int = 0
     """Optimiser steps; 0: the profile's."""
+    hours: float | None = None
+    """Hours that training may take, over all interruptions; it chooses the number of steps. 0: no limit."""
+    minutes: float | None = None
+    """The same in minutes."""
     precision: Precision | None = None
     """Dtype of activations instead of the profile's."""
     engine: EngineName | None = None
@@ -82,11 +87,22 @@ class TrainCommand:
             "training.total_batch": self.total_batch or None,
             "plan.micro_batch": self.micro_batch or None,
             "training.steps": self.steps or None,
+            "training.hours": self.asked_hours(),
             "plan.precision": self.precision,
             "plan.engine": self.engine,
         }
         given = {key: value for key, value in shortcuts.items() if value is not None}
         return overridden(profile, self.set, given).with_absolute_paths()
+
+    def asked_hours(self) -> float | None:
+        """What --hours or --minutes says, no limit with --steps; None: nothing said. Raises ConfigError for several."""
+        given = [name for name in ("hours", "minutes", "steps") if getattr(self, name)]
+        if len(given) > 1:
+            flags = " and ".join(f"--{name} {getattr(self, name):g}" for name in given)
+            raise ConfigError(f"{flags} each say how long training goes on: give one of them")
+        if self.steps:
+            return 0.0
+        return self.minutes / 60 if self.minutes is not None else self.hours
 
     def _profile(self) -> str:
         if self.profile:
@@ -103,7 +119,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(command: TrainCommand) -> ExitCode:
-    at_least(0, total_batch=command.total_batch, micro_batch=command.micro_batch, steps=command.steps)
+    at_least(
+        0,
+        total_batch=command.total_batch,
+        micro_batch=command.micro_batch,
+        steps=command.steps,
+        hours=command.hours,
+        minutes=command.minutes,
+    )
     profile = command.asked()
     if command.gpu_mem:
         parse_gpu_mem(command.gpu_mem)

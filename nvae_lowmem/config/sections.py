@@ -19,6 +19,7 @@ Precision = Literal["auto", "fp32", "bf16", "fp16"]
 EngineName = Literal["auto", "torch", "deepspeed"]
 Crop = Literal["centre", "none", "celeba"]
 Keep = Literal["all", "cheap", "input", "host"]
+Cosine = Literal["epoch", "step"]
 EMBEDDED_SETS = ("mnist5k", "faces")
 KEEPS: tuple[Keep, ...] = ("all", "cheap", "input", "host")
 
@@ -69,6 +70,9 @@ class TrainConfig:
     """Passes over the training images; used when steps is 0."""
     steps: Annotated[int, Range(0, LARGEST_STEPS)] = 0
     """Optimiser steps; 0: from epochs."""
+    hours: Annotated[float, Range(0, 100_000)] = 0.0
+    """Hours that training may take altogether, over all interruptions; the number of steps then follows from the
+    measured speed, whatever steps and epochs say, and every schedule ends at that hour; 0: no limit."""
     learning_rate: Annotated[float, Range(0, 1000)] = 0.0
     """Peak learning rate of Adamax; 0: derived from the total batch and the next two, with the reason printed."""
     published_total_batch: Annotated[int, Range(1, 1 << 20)] = 256
@@ -77,6 +81,9 @@ class TrainConfig:
     """Peak learning rate of the recipe as published."""
     learning_rate_min: Annotated[float, Range(0, 1000, above_least=True)] = 1e-4
     """Where the cosine ends."""
+    cosine: Cosine = "epoch"
+    """When the cosine moves: epoch, as published; step: with every step, so that only the last one is at the minimum.
+    With hours it moves with every step."""
     warmup_epochs: Annotated[float, Range(0, 10**9)] = 5.0
     """Epochs of linear warm-up."""
     weight_decay: Annotated[float, Range(0, 1000)] = 3e-4

@@ -34,6 +34,7 @@ _EFFECTS = {
     "total_batch": "an optimiser step has another number of images, and an epoch another number of steps",
     "epochs": "the schedules of learning rate and beta stretch to the new end",
     "steps": "the schedules of learning rate and beta stretch to the new end",
+    "hours": "the schedules of learning rate and beta stretch to the new end",
     "weight_decay": "acts from the next step on; the optimiser's states stay",
     "adamax_eps": "acts from the next step on; the optimiser's states stay",
     "clip_norm": "acts from the next step on",
@@ -45,7 +46,7 @@ _EFFECTS = {
     "ema_decay": "the average goes on from where it is; without one so far, from the present weights",
     "seed": "another order of the images and other noise; the weights stay",
 }
-_SCHEDULES = ("learning_rate", "warmup_epochs", "published_", "kl_")
+_SCHEDULES = ("learning_rate", "cosine", "warmup_epochs", "published_", "kl_")
 _DATA = (
     "other training data from the next step on; figures on held-out images can no longer be compared with earlier ones"
 )

@@ -27,11 +27,20 @@ def learning_rate(
     if step < 0 or warmup_steps < 0 or steps_per_epoch < 1 or total_steps < 1:
         raise ValueError(f"no such schedule: {step=}, {warmup_steps=}, {steps_per_epoch=}, {total_steps=}")
     if step < warmup_steps:
-        return peak * ((step + 1) / warmup_steps)
+        return warm_up(step, peak, warmup_steps)
     first_epoch = warmup_steps // steps_per_epoch
     last_epoch = math.ceil(total_steps / steps_per_epoch) - 1
-    progress = min(1.0, (step // steps_per_epoch - first_epoch) / max(1, last_epoch - first_epoch))
-    return minimum + (peak - minimum) * (1 + math.cos(math.pi * progress)) / 2
+    return cosine_at((step // steps_per_epoch - first_epoch) / max(1, last_epoch - first_epoch), peak, minimum)
+
+
+def warm_up(step: int, peak: float, warmup_steps: int) -> float:
+    """The learning rate of step `step` (from 0) of the warm-up, whose last one is at `peak`."""
+    return peak * ((step + 1) / warmup_steps)
+
+
+def cosine_at(progress: float, peak: float, minimum: float) -> float:
+    """The learning rate on the way from `peak` (progress 0) to `minimum` (progress 1, and beyond)."""
+    return minimum + (peak - minimum) * (1 + math.cos(math.pi * min(1.0, progress))) / 2
 
 
 def suggest_learning_rate(total_batch: int, published_total_batch: int, published_rate: float) -> tuple[float, str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import torch
 
@@ -13,16 +12,8 @@ from nvae_lowmem.data.pipeline import steps_per_epoch
 from nvae_lowmem.errors import command_line
 from nvae_lowmem.hardware.precision import precision_here
 from nvae_lowmem.training.batch_split import BatchSplit, split_batch
-from nvae_lowmem.training.learning_rate import learning_rate, suggest_learning_rate
-
-
-class Schedule(NamedTuple):
-    """Counts of optimiser steps, and the peak learning rate."""
-
-    total_steps: int
-    steps_per_epoch: int
-    warmup_steps: int
-    peak_rate: float
+from nvae_lowmem.training.learning_rate import suggest_learning_rate
+from nvae_lowmem.training.schedule import Schedule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,15 +27,7 @@ class ResolvedRun:
 
     def learning_rate(self, step: int) -> float:
         """The learning rate of optimiser step `step`, counted from 0."""
-        s = self.schedule
-        return learning_rate(
-            step,
-            peak=s.peak_rate,
-            minimum=min(s.peak_rate, self.profile.training.learning_rate_min),
-            warmup_steps=s.warmup_steps,
-            steps_per_epoch=s.steps_per_epoch,
-            total_steps=s.total_steps,
-        )
+        return self.schedule.learning_rate(step, self.profile.training.learning_rate_min)
 
 
 def total_steps(training: TrainConfig, images: int) -> int:
@@ -72,9 +55,8 @@ def resolve_run(profile: Profile, images: int, device: torch.device, processes: 
             f"nothing is predicted: fit it anew (--auto-fit, or {command_line('fit_memory')})"
         )
     decided = profile.with_plan(precision=precision, micro_batch=split.micro)
-    return ResolvedRun(
-        profile=decided, split=split, schedule=Schedule(total, epoch, warmup, rate), reasons=tuple(reasons)
-    )
+    schedule = Schedule(total, epoch, warmup, rate, training.cosine)
+    return ResolvedRun(profile=decided, split=split, schedule=schedule, reasons=tuple(reasons))
 
 
 def run_without_data(

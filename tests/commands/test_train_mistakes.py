@@ -32,6 +32,17 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(working_directory: Path, t
         assert printed == profiles.loads(profiles.dumps(printed)) and printed.plan.micro_batch == 4
 
 
+@pytest.mark.parametrize(
+    ("arguments", "hours"), [(["--hours", "48"], 48), (["--minutes", "8"], 8 / 60), (["--steps", "9"], 0), ([], 1.5)]
+)
+def test_hours_and_minutes_are_one_setting_and_steps_lift_it(
+    arguments: list[str], hours: float, tmp_path: Path
+) -> None:
+    profile = write_profile(tmp_path, steps="hours = 1.5")
+    result = run(profile, "--dry-run", *arguments)
+    assert profiles.loads(result.said[result.said.index("name = ") :]).training.hours == hours
+
+
 def test_a_dry_run_allocates_no_weights(tmp_path: Path) -> None:
     """Those of this model would take more than 100 GB."""
     result = run(write_profile(tmp_path), "--dry-run", "--set", "model.channels_encoder=8192")
@@ -86,6 +97,10 @@ def bad_inputs(tmp_path: Path) -> dict[str, tuple[list[str], list[str]]]:
         "size bomb": (["--dry-run", "--set", "model.image_size=1000000"], ["image_size = 1000000 must be from 1"]),
         "batch bomb": (["--micro-batch", "1000000"], ["plan.micro_batch = 1000000 must be from 0 to 65,536"]),
         "infinite": (["--set", "training.epochs=inf"], ["training.epochs = inf must be from 0"]),
+        "two lengths": (["--hours", "2", "--minutes", "30"], ["--hours 2 and --minutes 30", "give one of them"]),
+        "steps and hours": (["--hours", "2", "--steps", "9"], ["--hours 2 and --steps 9", "give one of them"]),
+        "less than no time": (["--minutes", "-3"], ["--minutes -3", "must be at least 0"]),
+        "no time at all": (["--hours", "nan"], ["training.hours = nan must be from 0"]),
         "no place": (["--runs-dir", str(tmp_path / "file" / "runs")], ["--runs-dir", "cannot make a run folder"]),
         "no place for one": (["--run-dir", str(tmp_path / "file")], ["--run-dir", "cannot be made"]),
     }  # fmt: skip
@@ -96,7 +111,8 @@ BAD_INPUTS = (
     "nothing like it", "part of a name", "data to bring",
     "unknown profile", "broken profile", "unknown key", "unknown --set", "shapeless --set", "wrong type",
     "impossible model", "several at once", "not divisible", "no place", "no place for one", "no data", "emoji",
-    "no such block", "no such block, dry run", "size bomb", "batch bomb", "infinite",
+    "no such block", "no such block, dry run", "size bomb", "batch bomb", "infinite", "two lengths",
+    "steps and hours", "less than no time", "no time at all",
 )  # fmt: skip
 
 
