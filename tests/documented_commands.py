@@ -56,8 +56,8 @@ def documented(page: str, text: str) -> list[Documented]:
 
 
 def _parsed(page: str, line: str) -> Documented:
-    words = shlex.split(re.sub(r"^python |^deepspeed (--num_gpus \d+ )?", "", line), comments=True)
-    return Documented(page, line, words[0], tuple(word for word in words[1:] if not word.startswith(">")))
+    words = shlex.split(re.sub(r"^python |^deepspeed (--num_gpus \d+ )?| > \S+", "", line), comments=True)
+    return Documented(page, line, words[0], tuple(words[1:]))
 
 
 def of_pages() -> list[Documented]:

@@ -63,6 +63,21 @@ def test_too_few_iterations_are_refused() -> None:
         restore(responsive(RGB), NoisyPixels(images_of(), 0.1), iterations=1)
 
 
+def test_the_mean_of_guesses_lies_between_them_and_is_nearer_to_all_of_them() -> None:
+    measured = KnownPixels(images_of(), random_mask())
+    first, more = (restore(responsive(RGB), measured, iterations=3, guesses=n) for n in (1, 4))
+    again = restore(responsive(RGB), measured, iterations=3)
+    others = [restore(responsive(RGB), measured, iterations=3, seed=seed) for seed in (1, 2, 3, 4)]
+    assert torch.equal(first, again) and not torch.equal(first, more)
+    distance = [torch.stack([psnr(x, other) for other in others]).mean() for x in (first, more)]
+    assert distance[1] > distance[0]
+
+
+def test_no_more_guesses_than_there_is_noise_for() -> None:
+    with pytest.raises(ConfigError, match="--guesses 32768: must be from 1 to 21845"):
+        restore(responsive(RGB), NoisyPixels(images_of(), 0.1), iterations=3, guesses=32768)
+
+
 @pytest.fixture
 def run(tmp_path: Path) -> str:
     return str(demo_run(tmp_path / "run"))
@@ -84,7 +99,16 @@ def test_a_mask_says_which_pixels_of_a_file_are_missing(run: str, tmp_path: Path
     arguments = ["inpaint", str(tmp_path / "red.png"), "--mask", str(tmp_path / "mask.png"), "--out", str(tmp_path)]
     assert command.main([*arguments, "--run", run, "--iterations", "2"]) == 0
     restored = Image.open(tmp_path / "restored-inpaint-red.png").convert("RGB")
-    assert restored.getpixel((restored.width - 1, 0)) == (255, 0, 0)
+    assert restored.size == (16, 16) and restored.getpixel((15, 0)) == (255, 0, 0)
+
+
+def test_files_of_one_name_do_not_overwrite_each_other(run: str, tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        Image.new("RGB", (16, 16), "red").save(tmp_path / folder / "x.png")
+    files = [str(tmp_path / folder / "x.png") for folder in ("a", "b")]
+    assert command.main(["denoise", *files, "--out", str(tmp_path), "--run", run, "--iterations", "2"]) == 0
+    assert {path.name for path in tmp_path.glob("*-x*.png")} == {"restored-denoise-x.png", "restored-denoise-x-2.png"}
 
 
 @pytest.mark.parametrize(
@@ -94,6 +118,7 @@ def test_a_mask_says_which_pixels_of_a_file_are_missing(run: str, tmp_path: Path
         (["denoise", "--sigma", "0"], "--sigma 0"),
         (["denoise", "--mask", "m.png"], "belongs to inpaint"),
         (["upscale", "--iterations", "1"], "--iterations 1"),
+        (["upscale", "--guesses", "0"], "--guesses 0"),
         (["inpaint", "--mask", "missing.png"], "missing.png"),
     ],
 )
