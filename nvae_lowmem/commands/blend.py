@@ -80,10 +80,10 @@ def _blend(command: BlendCommand) -> None:
         return blend.blend_images(run.model, pair, weights, mode, command.posterior, command.seed, size, bar)
 
     path = out / f"blend-{mode}-{names[0]}-{names[1]}.png"
-    picture = blend.strip_picture(without_padding(pair, config), blended("strip", strip), names, strip)
+    picture = blend.strip_picture(without_padding(pair, config), blended("strip", strip), names, strip, command.scale)
     print(grids.save_png(picture, path))
     if matrix is not None:
-        picture = blend.matrix_picture(blended("matrix", matrix), names)
+        picture = blend.matrix_picture(blended("matrix", matrix), names, command.scale)
         print(grids.save_png(picture, path.with_name(f"{path.stem}-matrix.png")), flush=True)
     if frames is not None:
-        print(blend.save_animation(blended("animation", frames), Path(command.animation)))
+        print(blend.save_animation(blended("animation", frames), Path(command.animation), scale=command.scale))

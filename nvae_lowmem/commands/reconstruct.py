@@ -60,5 +60,5 @@ def _reconstruct(command: ReconstructCommand) -> None:
         progress_bar("reconstructing"),
     )  # fmt: skip
     print(error_table(result, names, run.model.config.bits))
-    picture = picture_of(result, run.model.config.total_groups, command.temperature)
+    picture = picture_of(result, run.model.config.total_groups, command.temperature, command.scale)
     print(grids.save_png(picture, out / "reconstructions.png"))

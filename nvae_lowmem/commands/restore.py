@@ -89,9 +89,13 @@ def _restore(command: RestoreCommand) -> None:
     rows = {"original": originals, "what is known": measured.shown(), "restored": restored}
     if originals is not None:
         print(_table(names, originals, measured.first_guess(), restored))
-    columns = grids.default_columns(restored.shape[-1])
+    columns = grids.default_columns(restored.shape[-1], command.scale)
     figure = grids.stack(
-        [grids.labelled(grids.grid(images, columns), text) for text, images in rows.items() if images is not None]
+        [
+            grids.labelled(grids.grid(images, columns, scale=command.scale), text)
+            for text, images in rows.items()
+            if images is not None
+        ]
     )
     print(grids.save_png(figure, out / f"restored-{command.task}.png"))
     for name, image in zip(_stems(names), grids.to_uint8(restored), strict=True):

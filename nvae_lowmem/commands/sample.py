@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from nvae_lowmem.commands.command_line import run_command
-from nvae_lowmem.commands.flags import RunFlags, at_least
+from nvae_lowmem.commands.flags import RunFlags, Scale, at_least, check_scale
 from nvae_lowmem.errors import ConfigError
 from nvae_lowmem.progress import progress_bar
 from nvae_lowmem.units import format_seconds
@@ -58,6 +58,8 @@ class SampleCommand(RunFlags):
     format: Literal["grid", "png", "zip"] = "grid"
     """grid: one figure per temperature and overview.png; png: a folder of single images per temperature; zip: the same
     in one file per temperature."""
+    scale: Scale = 0
+    """How many times as large as in their files images are shown in grids; 0: at least 56 pixels wide."""
     out: str = ""
     """Folder to write to; empty: samples/ in the run's folder."""
 
@@ -70,6 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _sample(command: SampleCommand) -> None:
     at_least(1, count=command.count)
     at_least(0, passes=command.passes)
+    check_scale(command.scale)
     command.find()
     import torch
 
@@ -87,7 +90,7 @@ def _sample(command: SampleCommand) -> None:
     out = image_inputs.output_folder(command.out, run)
     print(run.describe(), flush=True)
     # before the statistics are fitted to samples: the posterior wants those of training
-    sections = _held_out_sections(run) if command.format == "grid" else []
+    sections = _held_out_sections(run, command.scale) if command.format == "grid" else []
     for temperature in temperatures:
         if command.recalibrate:
             _recalibrate(command, run, temperature)
@@ -98,9 +101,9 @@ def _sample(command: SampleCommand) -> None:
         )  # fmt: skip
         name = f"generated-t{text.replace(',', '-')}"
         if command.format == "grid":
-            images, columns = torch.cat(list(chunks)), grids.default_columns(model.config.image_size)
-            print(grids.save_png(grids.grid(images, columns), out / f"{name}.png"), flush=True)
-            shown = grids.grid(images[: OVERVIEW_ROWS * columns], columns)
+            images, columns = torch.cat(list(chunks)), grids.default_columns(model.config.image_size, command.scale)
+            print(grids.save_png(grids.grid(images, columns, scale=command.scale), out / f"{name}.png"), flush=True)
+            shown = grids.grid(images[: OVERVIEW_ROWS * columns], columns, scale=command.scale)
             sections.append((f"samples at temperature {text}", shown))
         elif command.format == "zip":
             print(f"{series.write_zip(chunks, out / f'{name}.zip')}: {command.count} images", flush=True)
@@ -129,7 +132,7 @@ def _recalibrate(command: SampleCommand, run: OpenRun, temperature: Temperature)
     print(f"BatchNorm statistics at temperature {text}: {source}", flush=True)
 
 
-def _held_out_sections(run: OpenRun) -> list[tuple[str, np.ndarray]]:
+def _held_out_sections(run: OpenRun, scale: int) -> list[tuple[str, np.ndarray]]:
     """(caption, figure) of held-out images and their reconstructions, or of what training saw of them."""
     import numpy as np
     import torch
@@ -140,7 +143,7 @@ def _held_out_sections(run: OpenRun) -> list[tuple[str, np.ndarray]]:
     from nvae_lowmem.generation.sample import reconstruct_images
     from nvae_lowmem.training.open_run import held_out_batches
 
-    model, columns = run.model, grids.default_columns(run.model.config.image_size)
+    model, columns = run.model, grids.default_columns(run.model.config.image_size, scale)
     try:
         images = torch.cat(list(held_out_batches(run, columns)))
     except ConfigError as error:
@@ -152,6 +155,6 @@ def _held_out_sections(run: OpenRun) -> list[tuple[str, np.ndarray]]:
             return [("held-out images", np.asarray(picture.convert("RGB")))]
     reconstructions = reconstruct_images(model, images, run.profile.training.seed, run.micro_batch)
     return [
-        ("held-out images", grids.grid(without_padding(images, model.config), columns)),
-        ("their reconstructions", grids.grid(reconstructions, columns)),
+        ("held-out images", grids.grid(without_padding(images, model.config), columns, scale=scale)),
+        ("their reconstructions", grids.grid(reconstructions, columns, scale=scale)),
     ]

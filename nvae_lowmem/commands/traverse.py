@@ -67,7 +67,7 @@ def _traverse(command: TraverseCommand) -> None:
     moves, size = traverse.moves_of(rows, sigmas), run.micro_batch
     images = traverse.traverse(run.model, image, moves, command.posterior, command.seed, size, bar)
     picture = traverse.traversal_picture(
-        rows, images, f"{name}: from {-command.sigmas:g} to {command.sigmas:g} sigmas", sigmas
+        rows, images, f"{name}: from {-command.sigmas:g} to {command.sigmas:g} sigmas", sigmas, command.scale
     )
     print(grids.save_png(picture, out / f"traverse-{Path(name).stem.replace(' ', '-')}.png"))
 

@@ -264,26 +264,28 @@ def weight_texts(weights: Tensor) -> list[str]:
     return texts
 
 
-def strip_picture(originals: Tensor, blends: Tensor, names: Sequence[str], weights: Tensor) -> np.ndarray:
+def strip_picture(
+    originals: Tensor, blends: Tensor, names: Sequence[str], weights: Tensor, scale: int = 0
+) -> np.ndarray:
     """The two images (2, C, S, S) above their blends (P, C, S, S), at most sixteen in a row, each above its weight."""
-    above = grids.labelled(grids.grid(originals, 2), f"{names[0]} and {names[1]}")
-    below = grids.grid(blends, STRIP_COLUMNS, under=weight_texts(weights))
+    above = grids.labelled(grids.grid(originals, 2, scale=scale), f"{names[0]} and {names[1]}")
+    below = grids.grid(blends, STRIP_COLUMNS, under=weight_texts(weights), scale=scale)
     return grids.stack([above, grids.labelled(below, f"their blends, by the weight of {names[1]}")])
 
 
-def matrix_picture(blends: Tensor, names: Sequence[str]) -> np.ndarray:
+def matrix_picture(blends: Tensor, names: Sequence[str], scale: int = 0) -> np.ndarray:
     """The blends (n * n, C, S, S) of `matrix_weights` as a labelled square; below each: coarse, fine weight."""
     caption = f"down: coarse groups {names[0]} -> {names[1]}; right: fine groups {names[0]} -> {names[1]}"
     side = math.isqrt(len(blends))
     shares = [f"{share:.2g}" for share in torch.linspace(0, 1, side).tolist()]
     under = [f"{coarse}, {fine}" for coarse in shares for fine in shares]
-    return grids.labelled(grids.grid(blends, side, under=under), caption)
+    return grids.labelled(grids.grid(blends, side, under=under, scale=scale), caption)
 
 
-def save_animation(images: Tensor, path: Path, frame_seconds: float = 1 / 12) -> Path:
+def save_animation(images: Tensor, path: Path, frame_seconds: float = 1 / 12, scale: int = 0) -> Path:
     """Images (F, C, S, S) there and back again, endlessly, as a GIF, WebP or animated PNG by the ending of `path`."""
     there_and_back = [*images, *images[1:-1].flip(0)]
-    first, *others = (Image.fromarray(grids.grid(image[None], 1, padding=0)) for image in there_and_back)
+    first, *others = (Image.fromarray(grids.grid(image[None], 1, padding=0, scale=scale)) for image in there_and_back)
     kind, milliseconds = _animation_format(str(path)), max(1, round(1000 * frame_seconds))
     options = {"lossless": True} if kind == "WEBP" else {}
     buffer = io.BytesIO()

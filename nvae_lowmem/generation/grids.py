@@ -44,18 +44,19 @@ def to_uint8(images: Tensor) -> np.ndarray:
     return (as_rgb(images).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
-def default_columns(image_pixels: int) -> int:
+def default_columns(image_pixels: int, scale: int = 0) -> int:
     """Columns of a grid that is about a thousand pixels wide, from 4 to 16."""
-    return min(16, max(4, GRID_WIDTH_PIXELS // (image_pixels * _magnification(image_pixels))))
+    return min(16, max(4, GRID_WIDTH_PIXELS // (image_pixels * _magnification(image_pixels, scale))))
 
 
-def grid(images: Tensor, columns: int, padding: int = 2, under: Sequence[str] = ()) -> np.ndarray:
-    """(B, C, S, S) in [0, 1], at most `columns` in a row -> (H, W, 3) uint8. Cells are at least 56 pixels wide.
+def grid(images: Tensor, columns: int, padding: int = 2, under: Sequence[str] = (), scale: int = 0) -> np.ndarray:
+    """(B, C, S, S) in [0, 1], at most `columns` in a row -> (H, W, 3) uint8.
 
-    under: a few letters below each cell, none or one text per image.
+    under: a few letters below each cell, none or one text per image. scale: screen pixels per pixel of an image and
+    side; 0: as many as make cells of at least 56.
     """
     cells, columns = to_uint8(images), min(columns, len(images))
-    factor = _magnification(cells.shape[1])
+    factor = _magnification(cells.shape[1], scale)
     cells = cells.repeat(factor, axis=1).repeat(factor, axis=2)
     count, height, width, _ = cells.shape
     rows = -(-count // columns)
@@ -109,8 +110,8 @@ def save_png(picture: np.ndarray, path: Path) -> Path:
     return write_atomically(path, png_bytes(picture))
 
 
-def _magnification(image_pixels: int) -> int:
-    return max(1, -(-MIN_CELL_PIXELS // image_pixels))
+def _magnification(image_pixels: int, scale: int) -> int:
+    return scale or max(1, -(-MIN_CELL_PIXELS // image_pixels))
 
 
 # --- what a run shows while it trains ---------------------------------------------------------------------------------

@@ -184,9 +184,9 @@ def _mean_square(difference: Tensor) -> Tensor:
     return difference.square().mean((1, 2, 3))
 
 
-def picture_of(result: Reconstructions, groups: int, temperature: float) -> np.ndarray:
+def picture_of(result: Reconstructions, groups: int, temperature: float, scale: int = 0) -> np.ndarray:
     """Labelled rows, one below the other: originals, reconstructions, reconstructions from the first groups alone."""
-    columns = grids.default_columns(result.images.shape[-1])
+    columns = grids.default_columns(result.images.shape[-1], scale)
     rows = {"original": result.originals, f"reconstruction from all {groups} groups": result.images}
     for count, images in result.from_first.items():
         groups_text = "the first group" if count == 1 else f"the first {count} groups"
@@ -194,7 +194,7 @@ def picture_of(result: Reconstructions, groups: int, temperature: float) -> np.n
     blocks = zip(*(images.split(columns) for images in rows.values()), strict=True)
     return grids.stack(
         [
-            grids.labelled(grids.grid(images, columns), caption)
+            grids.labelled(grids.grid(images, columns, scale=scale), caption)
             for block in blocks
             for caption, images in zip(rows, block, strict=True)
         ]

@@ -225,7 +225,9 @@ def moves_of(rows: Sequence[Row], sigmas: Sequence[float]) -> list[Move]:
     return [Move(0, None, 0.0), *(Move(row.group, row.channels, sigma) for row in rows for sigma in sigmas)]
 
 
-def traversal_picture(rows: Sequence[Row], images: Tensor, caption: str, sigmas: Sequence[float]) -> np.ndarray:
+def traversal_picture(
+    rows: Sequence[Row], images: Tensor, caption: str, sigmas: Sequence[float], scale: int = 0
+) -> np.ndarray:
     """The picture of the images (1 + rows * steps, C, S, S) of `moves_of`: unmoved, moved, and where they differ.
 
     A row ends in a map of every pixel's largest difference in that row, averaged over colours and as bright as it can
@@ -233,15 +235,14 @@ def traversal_picture(rows: Sequence[Row], images: Tensor, caption: str, sigmas:
     """
     under = [*(f"{sigma:+.2g}" if sigma else "0" for sigma in sigmas), "differs"]
     unmoved, moved = images[:1], images[1:]
-    parts = [grids.labelled(grids.grid(unmoved, 1), caption)]
+    parts = [grids.labelled(grids.grid(unmoved, 1, scale=scale), caption)]
     for row, pictures in zip(rows, moved.chunk(len(rows)), strict=True):
         difference = (pictures - unmoved).abs().mean(1).amax(0)  # (S, S)
         largest = float(difference.max())
         heat = heat_colours(difference / largest if largest else difference)
         cells = torch.cat([as_rgb(pictures), heat[None]])
-        parts.append(
-            grids.labelled(grids.grid(cells, len(cells), under=under), f"{row.caption}; differs by up to {largest:.2f}")
-        )
+        pictures_of_row = grids.grid(cells, len(cells), under=under, scale=scale)
+        parts.append(grids.labelled(pictures_of_row, f"{row.caption}; differs by up to {largest:.2f}"))
     return grids.stack(parts)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from generation_runs import DEEP, GREY, RGB, picture_file, responsive, write_run
+from generation_runs import DEEP, GREY, RGB, demo_run, picture_file, responsive, write_run
 from PIL import Image
 
 from launch.blend import main
@@ -104,6 +104,7 @@ def test_command_writes_strip_matrix_and_animation(tmp_path: Path, capsys: pytes
         (["A", "A", "--animation", "a.mp4"], "--animation a.mp4: must end in one of .gif, .webp, .png"),
         (["A", "A", "--box", "0,0,99,99"], "--box 0,0,99,99 reaches beyond image"),
         (["A", "A", "--micro-batch", "-2"], "--micro-batch -2: must be at least 0"),
+        (["A", "A", "--scale", "65"], "--scale 65: must be from 1 to 64"),
     ],
 )
 def test_bad_input_is_one_message_and_exit_code_2(
@@ -115,6 +116,19 @@ def test_bad_input_is_one_message_and_exit_code_2(
     assert main(["--runs-dir", str(tmp_path / "runs"), *(files.get(word, word) for word in arguments)]) == 2
     error = capsys.readouterr().err
     assert message in error and error.startswith("blend.py: ") and error.count("\n") == 1
+
+
+def test_scale_says_how_large_images_are_in_every_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = demo_run(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    sides: dict[int, list[int]] = {}
+    for scale in (1, 10):
+        common = ["--run", str(run), "--scale", str(scale), "--out", str(tmp_path / str(scale))]
+        assert main(["--steps", "3", "--matrix", "2", "--animation", "morph.gif", "--frames", "2", *common]) == 0
+        strip, matrix = sorted((tmp_path / str(scale)).iterdir(), key=lambda path: "matrix" in path.name)
+        sides[scale] = [Image.open(path).height for path in (strip, matrix, tmp_path / "morph.gif")]
+    assert sides[1][2] == 16 and sides[10][2] == 160
+    assert sides[10][0] - sides[1][0] == sides[10][1] - sides[1][1] == 2 * 9 * 16  # two rows of 16 x 16 images each
 
 
 def test_two_images_are_needed(capsys: pytest.CaptureFixture[str]) -> None:

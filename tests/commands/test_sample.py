@@ -68,6 +68,17 @@ def test_without_the_data_the_overview_has_what_training_left(
     assert heights[1] - heights[0] == 40 + grids.CAPTION_PIXELS + 2 * grids.CAPTION_MARGIN_PIXELS
 
 
+def test_scale_says_how_large_images_are_in_grids(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", seasoned(RGB), source=str(tmp_path / "gone"))
+    sizes = []
+    for scale in ("0", "1", "10"):
+        arguments = ["--run", str(run), "--out", str(tmp_path / "out"), "--no-recalibrate", "--temperature", "1"]
+        assert main([*arguments, "--count", "2", "--scale", scale]) == 0
+        sizes.append(Image.open(tmp_path / "out" / "generated-t1.0.png").size)
+    gaps = 2 * 3, 2 * 2  # around two images in a row
+    assert sizes == [(2 * side + gaps[0], side + gaps[1]) for side in (64, 16, 160)]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -77,6 +88,7 @@ def test_without_the_data_the_overview_has_what_training_left(
         (["--passes", "-1"], "--passes -1: must be at least 0"),
         (["--micro-batch", "-4"], "--micro-batch -4: must be at least 0"),
         (["--temperature", "-0.5"], "--temperature -0.5: must be a number from 0 up"),
+        (["--scale", "-1"], "--scale -1: must be from 1 to 64"),
         (["--temperature", "hot"], "--temperature hot: must be a number from 0 up"),
         (["--temperatures", "0.7", "0.7,0.8,0.9"], "3 temperatures for a model of 2 scales"),
     ],
