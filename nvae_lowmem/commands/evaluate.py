@@ -49,7 +49,7 @@ class EvaluateCommand(RunFlags):
     temperature: str = "1.0"
     """Of the samples: one number, or one per scale with commas, highest resolution first. 1.0 is the model itself."""
     likelihood: Literal["mean", "sample"] = "sample"
-    """Pixels of the samples: drawn from p(x|z) as the model has it, or its mean."""
+    """Pixels of the samples that are compared: drawn from p(x|z) as the model has it, or its mean, which is shown."""
     fid_weights: str = ""
     """TorchScript file of an Inception network that takes uint8 RGB images of any size and returns features (B, d), for
     example inception-2015-12-05.pt; with it, KID and FID have their usual meaning."""
@@ -77,10 +77,10 @@ def _evaluate(command: EvaluateCommand) -> None:
     command.find()
     from nvae_lowmem.data.pipeline import evaluation_batches
     from nvae_lowmem.data.sources import open_source
-    from nvae_lowmem.evaluation.likelihood import compare_samples, measure_likelihood
+    from nvae_lowmem.evaluation.likelihood import SHOWN_IMAGES, compare_samples, measure_likelihood
     from nvae_lowmem.evaluation.report import Evaluation, to_html, to_json, to_text
     from nvae_lowmem.generation import grids
-    from nvae_lowmem.generation.sample import group_temperatures, parse_temperature
+    from nvae_lowmem.generation.sample import group_temperatures, parse_temperature, sample_images
     from nvae_lowmem.hardware.precision import precision_here
     from nvae_lowmem.training.open_run import choose_device, open_run
 
@@ -110,7 +110,10 @@ def _evaluate(command: EvaluateCommand) -> None:
     # Samples, last of all: they need other BatchNorm statistics than the posterior.
     if command.samples:
         caption = f"samples at temperature {command.temperature}, {command.likelihood} of p(x|z)"
-        shown[caption] = compare_samples(_prior_samples(run, command, temperature), caption, comparison)
+        _recalibrate(run, temperature)
+        compare_samples(_prior_samples(run, command, temperature), caption, comparison)
+        means = sample_images(model, min(SHOWN_IMAGES, command.samples), temperature, command.seed, micro_batch)
+        shown[f"samples at temperature {command.temperature}, means of p(x|z)"] = means
 
     found = Evaluation(
         run=str(run.folder),
@@ -133,20 +136,25 @@ def _evaluate(command: EvaluateCommand) -> None:
         tell(f"figures: {write_output('--json', figures, to_json(found) + chr(10))}")
 
 
+def _recalibrate(run: OpenRun, temperature: Temperature) -> None:
+    """BatchNorm statistics of samples at the temperature, kept where they are known."""
+    from nvae_lowmem.generation.recalibrate import RECALIBRATION_SEED, default_passes, recalibrate_once
+
+    passes = default_passes(run.device, run.micro_batch)
+    progress = Progress("BatchNorm statistics", passes, say)
+    recalibrate_once(
+        run.model, run.checkpoint, temperature, passes, run.micro_batch, RECALIBRATION_SEED,
+        lambda *_: progress.advance(),
+    )  # fmt: skip
+
+
 def _prior_samples(run: OpenRun, command: EvaluateCommand, temperature: Temperature) -> Iterator[Tensor]:
     """Images (b, C, S, S) fp32 in [0, 1] on the host, as the command sample draws them."""
-    from nvae_lowmem.generation.recalibrate import RECALIBRATION_SEED, default_passes, recalibrate_once
     from nvae_lowmem.generation.sample import sample_chunks
 
-    model, micro_batch = run.model, run.micro_batch
-    passes = default_passes(run.device, micro_batch)
-    statistics, drawing = Progress("BatchNorm statistics", passes, say), Progress("samples", command.samples, say)
-    recalibrate_once(
-        model, run.checkpoint, temperature, passes, micro_batch, RECALIBRATION_SEED, lambda *_: statistics.advance()
-    )
-    drawn = command.likelihood == "sample"
-    for images in sample_chunks(model, command.samples, temperature, command.seed, micro_batch, drawn):
-        drawing.advance(len(images))
+    progress, drawn = Progress("samples", command.samples, say), command.likelihood == "sample"
+    for images in sample_chunks(run.model, command.samples, temperature, command.seed, run.micro_batch, drawn):
+        progress.advance(len(images))
         yield images
 
 

@@ -79,11 +79,8 @@ def _figures(parts: Sequence[ElboOfImages], bounds: Tensor, draws: int) -> Likel
     )
 
 
-def compare_samples(chunks: Iterable[Tensor], caption: str, comparison: Comparison | None) -> Tensor:
-    """Give the samples to the comparison, and return the first of them."""
-    shown: list[Tensor] = []
-    for images in chunks:
-        shown.append(images[: max(0, SHOWN_IMAGES - sum(map(len, shown)))])
-        if comparison is not None:
+def compare_samples(chunks: Iterable[Tensor], caption: str, comparison: Comparison | None) -> None:
+    """Give the samples (b, C, S, S) to the comparison, under this name; without one, nothing is drawn."""
+    if comparison is not None:
+        for images in chunks:
             comparison.add(caption, images)
-    return torch.cat(shown)

@@ -9,9 +9,9 @@ arXiv 2303.11217; for missing pixels this is the imputation of arXiv 1401.4082, 
 One guess is the mean of the last half of all r, with what is known put in. Where pixels are missing, the mean is also
 moved by what it is off at the known pixels around them: a small model gets the shapes right before the shades.
 
-Where much is missing, a guess is one of several images that could have been. Nearest to all of these in squared error is
-their mean, E[x | y], which the mean of `guesses` with different noise estimates: closer to the original in PSNR, and
-less sharp.
+Where much is missing, a guess is one of several images that could have been. The nearest to all of these in squared
+error is their mean, E[x | y], which the mean of `guesses` with different noise estimates: closer to the original in
+PSNR, and less sharp.
 A step takes what a reconstruction takes, which is less than training (docs/performance.md).
 Legend: B images, C image channels, S pixels per side, S' = S + 2 padding pixels per side inside the network.
 """

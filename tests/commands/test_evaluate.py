@@ -53,6 +53,8 @@ def test_command_writes_figures_and_a_page(run_dir: Path, capsys: pytest.Capture
     assert [d["images"] for d in table["distances"]] == [[10, 10], [10, 10], [5, 5]]
     page = (run_dir / "evaluation" / "report.html").read_text(encoding="utf-8")
     assert page.count("data:image/png") == 4  # KL of groups, images, reconstructions, samples
+    assert "samples at temperature 1.0, means of p(x|z)" in page  # the draws, which KID compares, have pixel noise
+    assert "samples at temperature 1.0, sample of p(x|z)" in json.dumps(table["distances"])
     assert "-ELBO" in capsys.readouterr().out
 
 
