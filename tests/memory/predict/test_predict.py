@@ -282,7 +282,7 @@ def test_a_calibration_file_that_is_wrong_says_where(tmp_path: Path, text: str, 
 
 
 def run(*arguments: str) -> int:
-    path = Path(__file__).parent.parent / "tools" / "predict_memory.py"
+    path = Path(__file__).parents[3] / "tools" / "predict_memory.py"
     spec = importlib.util.spec_from_file_location("predict_memory", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
