@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-from nvae_lowmem.memory.trace.events import Trace
+from nvae_lowmem.memory.trace.events import Category, Phase, Trace
 from nvae_lowmem.memory.trace.training import trace_training
 from profiles import profile_of
 
@@ -24,7 +24,7 @@ def of_events(events: list[int], **more: Any) -> Trace:
     trace = Trace(**more)
     for event in events:
         if event >= 0:
-            trace.allocate(64, "temporary", "", "forward", "op")
+            trace.allocate(64, Category.TEMPORARY, "", Phase.FORWARD, "op")
         else:
             trace.free(~event)
     return trace

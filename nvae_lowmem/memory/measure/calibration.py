@@ -13,14 +13,8 @@ import tomli_w
 from nvae_lowmem.memory.measure.assess import Assessment
 from nvae_lowmem.memory.measure.convolutions import largest_bytes
 from nvae_lowmem.memory.measure.measurement import CardStatistics
-from nvae_lowmem.memory.predict.untraced import Entry, When
+from nvae_lowmem.memory.predict.untraced import MeasuredEntry
 
-_WHEN: dict[str, When] = {
-    "cublas-workspaces": "product",
-    "cudnn-workspace": "convolution",
-    "reductions": "always",
-    "cuda-context": "context",
-}
 _WHAT = {
     "cublas-workspaces": "workspaces still held at the end of",
     "cudnn-workspace": "largest workspace of all convolutions of",
@@ -29,18 +23,18 @@ _WHAT = {
 }
 
 
-def calibrate(runs: Sequence[Assessment], source: str) -> dict[str, Entry]:
+def calibrate(runs: Sequence[Assessment], source: str) -> dict[str, MeasuredEntry]:
     """Entries of untraced memory, by name, from runs on one card: of each the largest value of all runs.
 
     An entry that no run can tell is left out. source: "measured on <device>, torch <version>, <date>".
     """
-    out: dict[str, Entry] = {}
+    out: dict[str, MeasuredEntry] = {}
     for run in runs:
         for name, nbytes in _measured_bytes(run).items():
             if name not in out or nbytes > out[name].nbytes:
                 text = f"{source}: {_WHAT[name]} {run.outcome.job.name}"
-                out[name] = Entry(name=name, nbytes=nbytes, when=_WHEN[name], source=text)
-    return {name: out[name] for name in _WHEN if name in out}
+                out[name] = MeasuredEntry(nbytes, text)
+    return {name: out[name] for name in _WHAT if name in out}
 
 
 def _measured_bytes(run: Assessment) -> dict[str, int]:
@@ -63,7 +57,7 @@ def _context_bytes(statistics: CardStatistics) -> int:
     return max(0, statistics.outside_allocator_bytes - (statistics.used_before_context_bytes or 0))
 
 
-def save_calibration(path: Path, calibration: Mapping[str, Entry], header: str) -> None:
+def save_calibration(path: Path, calibration: Mapping[str, MeasuredEntry], header: str) -> None:
     """Write the entries as TOML below a comment. Raises OSError where the file cannot be written."""
     tables = {name: {"nbytes": entry.nbytes, "source": entry.source} for name, entry in calibration.items()}
     comment = "".join(f"# {line}\n" for line in header.splitlines())

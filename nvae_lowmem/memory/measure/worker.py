@@ -45,7 +45,7 @@ from nvae_lowmem.memory.measure.measurement import (
     traced_recording,
 )
 from nvae_lowmem.memory.predict.figures import MemoryFigures
-from nvae_lowmem.memory.predict.untraced import IN_ALLOCATOR, entries, overlaid
+from nvae_lowmem.memory.predict.untraced import entries, host_bytes, overlaid
 from nvae_lowmem.memory.trace.training import trace_training
 from nvae_lowmem.training.build import build_model, build_training, engine_factory
 from nvae_lowmem.training.divergence import Diverged
@@ -269,13 +269,13 @@ def _recorded_on_cpu(name: str, run: ResolvedRun, steps: int, settings: str) -> 
     profile, accumulation = run.profile, run.split.accumulation
     trace = trace_training(profile, run.split.micro, accumulation, steps, fake=False)
     overlay = entries(profile, trace, accumulation)
-    held = [e for e in overlay if e.when in IN_ALLOCATOR and not e.is_bound]
+    held = [e for e in overlay if e.is_replayed and not e.is_bound]
     allocator = CachingAllocator(AllocatorSettings.from_string(settings), UNLIMITED_BYTES >> 1)
     stats = allocator.replay(overlaid(trace, held).requests()).checkpoints[-1]
     peaks = MemoryFigures(
         allocated_peak_bytes=stats.peak_allocated_bytes,
         reserved_peak_bytes=stats.peak_reserved_bytes,
-        host_bytes=trace.host_bytes() + sum(e.nbytes for e in overlay if e.when in ("host", "pinned")),
+        host_bytes=trace.host_bytes() + host_bytes(overlay),
     )
     return traced_recording(name, trace, settings), peaks
 

@@ -24,6 +24,7 @@ from nvae_lowmem.config.sections import KEEPS, Keep, MemoryPlan, Profile
 from nvae_lowmem.errors import ConfigError
 from nvae_lowmem.memory.allocator.settings import MIN_BLOCK_BYTES, round_to_block
 from nvae_lowmem.memory.plan.roofline import OperationCosts, Rates, operation_costs
+from nvae_lowmem.memory.trace.events import Category, Phase
 from nvae_lowmem.memory.trace.storageless import StoragelessTensors
 from nvae_lowmem.memory.trace.tracer import StorageTracer, TracedRunner, paused_gc
 from nvae_lowmem.model.functional import as_on_card
@@ -103,22 +104,22 @@ class BlockRecorder(StorageTracer):
 
     def costs(self) -> dict[str, BlockCosts]:
         """What each block took, from all that was recorded."""
-        passes: dict[tuple[str, str], list[tuple[int, int]]] = {}
+        passes: dict[tuple[Phase, str], list[tuple[int, int]]] = {}
         host: dict[str, int] = {}
-        at = passes.setdefault(("forward", "stem"), [])
+        at = passes.setdefault((Phase.FORWARD, "stem"), [])
         for a, is_alloc in self.trace.walk():
             if is_alloc:
                 at = passes.setdefault((a.phase, a.block), [])
-            if a.category == "host":
+            if not a.on_card:
                 host[a.block] = host.get(a.block, 0) + (a.nbytes // self.batch if is_alloc and a.died >= 0 else 0)
-            elif a.category != "weight":
+            elif a.category is not Category.WEIGHT:
                 fixed, per_image = self._split(a.nbytes)
                 at.append((fixed, per_image) if is_alloc else (-fixed, -per_image))
         blocks = {block for _, block in passes}
         return {
             block: BlockCosts(
-                forward=_pass_bytes(passes.get(("forward", block), [])),
-                backward=_pass_bytes(passes.get(("backward", block), [])),
+                forward=_pass_bytes(passes.get((Phase.FORWARD, block), [])),
+                backward=_pass_bytes(passes.get((Phase.BACKWARD, block), [])),
                 host_bytes_per_image=host.get(block, 0),
                 operations=OperationCosts.of(self.operations.get(block, [])),
             )
@@ -276,15 +277,15 @@ def _record(model: NVAE, profile: Profile, keep: Keep, batch: int) -> dict[str, 
     hooks = [p.register_post_accumulate_grad_hook(_drop_gradient) for p in model.parameters()]
     begin_micro_batch(model, 1, 2, 1.0, 1)  # not the first of its step: power iterations belong to no batch size
     with recorder:
-        recorder.category = "weight"
+        recorder.category = Category.WEIGHT
         objective = Objective(model, profile.training, plan.precision)
         for tensor in [*objective.parameters(), *objective.buffers()]:
             recorder.record(tensor, "setup")
-        recorder.category = ""
-        recorder.phase, recorder.block = "forward", "stem"
+        recorder.category = None
+        recorder.phase, recorder.block = Phase.FORWARD, "stem"
         x = torch.rand(batch, profile.model.image_channels, *[profile.model.network_size] * 2)
         terms = objective(x, SeededNoise(1, 1, 0), 0.5)
-        recorder.phase = "backward"
+        recorder.phase = Phase.BACKWARD
         terms.loss.backward()
     for hook in hooks:
         hook.remove()

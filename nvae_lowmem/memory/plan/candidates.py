@@ -18,7 +18,7 @@ from nvae_lowmem.memory.plan.duration import StepTime, estimated
 from nvae_lowmem.memory.plan.overhead import Groups, OverheadModel, Size, Taken
 from nvae_lowmem.memory.plan.roofline import StepSeconds, rates_of, step_seconds
 from nvae_lowmem.memory.plan.search import Assignment, Rows, fastest, least_peak
-from nvae_lowmem.memory.predict.untraced import engine_entries, engine_host_bytes
+from nvae_lowmem.memory.predict.untraced import Place, Span, engine_entries, engine_host_bytes
 
 PLAIN_VAE: Groups = (1,)
 """No towers, so other blocks than those of the table."""
@@ -298,7 +298,7 @@ def resident_bytes(table: BlockTable, groups: Groups, plan: MemoryPlan, accumula
     return out + sum(
         entry.nbytes
         for entry in engine_entries(plan, sizes, accumulation)
-        if entry.when in ("always", "backward") and not entry.is_bound
+        if entry.place is Place.ALLOCATOR and entry.span in (Span.ALWAYS, Span.BACKWARD) and not entry.is_bound
     )
 
 

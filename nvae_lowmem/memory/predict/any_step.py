@@ -39,7 +39,7 @@ from nvae_lowmem.errors import ConfigError
 from nvae_lowmem.hardware.budget import Budget, chosen_card, memory_fraction, parse_gpu_mem, this_os
 from nvae_lowmem.memory.allocator.allocator import CHECKPOINT, CachingAllocator
 from nvae_lowmem.memory.allocator.settings import UNLIMITED_BYTES, AllocatorSettings
-from nvae_lowmem.memory.trace.events import Peak, Trace
+from nvae_lowmem.memory.trace.events import Category, Peak, Phase, Trace
 from nvae_lowmem.memory.trace.storageless import StoragelessTensors
 from nvae_lowmem.memory.trace.tracer import StorageTracer, paused_gc
 from nvae_lowmem.text_table import text_table
@@ -183,7 +183,7 @@ def trace_step(build: Build, steps: int = 3, storageless: bool = True, as_on_car
         tracer.mark("setup done")
         for number in range(1, steps + 1):
             tracer.mark(f"step {number}")
-            tracer.phase = "forward"
+            tracer.phase = Phase.FORWARD
             step()
         tracer.mark("end")
         trace = tracer.close()
@@ -204,11 +204,11 @@ class _StepTracer(StorageTracer):
         """As every tracer; the phase and the block are looked up first."""
         node = torch._C._current_autograd_node()
         if self.updating:
-            self.phase, self.block = "update", "optimizer"
+            self.phase, self.block = Phase.UPDATE, "optimizer"
         elif node is not None:
-            self.phase, self.block = "backward", self.running[-1] if self.running else node.name()
+            self.phase, self.block = Phase.BACKWARD, self.running[-1] if self.running else node.name()
         else:
-            self.phase = "setup" if "step 1" not in self.trace.marks else "forward"
+            self.phase = Phase.SETUP if "step 1" not in self.trace.marks else Phase.FORWARD
             self.block = self.running[-1] if self.running else ""
         super().record(tensor, operation)
 
@@ -294,16 +294,16 @@ def _hooks(tracer: _StepTracer, as_on_card: bool) -> Iterator[None]:
             if as_on_card and "foreach" in group and group["foreach"] is None and not group.get("fused"):
                 group["foreach"] = True  # its temporaries are larger than those of the loop that the CPU gets
             for parameter in group["params"]:
-                tracer.set_category(parameter, "weight")
+                tracer.set_category(parameter, Category.WEIGHT)
                 if parameter.grad is not None:
-                    tracer.set_category(parameter.grad, "gradient")
+                    tracer.set_category(parameter.grad, Category.GRADIENT)
 
     def end_update(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         tracer.updating = False
         for state in optimizer.state.values():
             for value in state.values() if isinstance(state, dict) else ():
                 if isinstance(value, Tensor):
-                    tracer.set_category(value, "optimizer state")
+                    tracer.set_category(value, Category.OPTIMIZER_STATE)
 
     handles = [
         nn.modules.module.register_module_forward_pre_hook(enter),

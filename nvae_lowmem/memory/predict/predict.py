@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import json
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from typing import Any
@@ -27,10 +27,13 @@ from nvae_lowmem.memory.allocator.allocator import (
 )
 from nvae_lowmem.memory.allocator.settings import round_to_block
 from nvae_lowmem.memory.predict.untraced import (
-    IN_ALLOCATOR,
     Entry,
+    MeasuredEntry,
+    Place,
+    Span,
     entries,
     flattened_weights,
+    host_bytes,
     overlaid,
     pinned_bytes,
     runs_deepspeed,
@@ -38,7 +41,7 @@ from nvae_lowmem.memory.predict.untraced import (
 )
 from nvae_lowmem.memory.predict.whole_run import last_step, last_step_retries, whole_run
 from nvae_lowmem.memory.trace.batch_scaling import NotAffine, affine
-from nvae_lowmem.memory.trace.events import ON_CARD, Peak, Trace
+from nvae_lowmem.memory.trace.events import ON_CARD, Category, Peak, Phase, Trace
 from nvae_lowmem.memory.trace.inference import trace_generation
 from nvae_lowmem.memory.trace.training import trace_training
 from nvae_lowmem.units import format_bytes
@@ -62,7 +65,7 @@ class Prediction:
     """Most bytes the allocator takes from the card: torch.cuda.max_memory_reserved(). Where `oom`: without the cap."""
     peak: Peak
     """The moment of the largest use: block, phase, operation, and the split by category and block."""
-    timeline: tuple[tuple[int, dict[str, int]], ...]
+    timeline: tuple[tuple[int, dict[Category, int]], ...]
     """The last step, thinned out so that every peak stays: (event, bytes by category), in order."""
     host_bytes: int
     """Host memory for weights, gradients, states, averages and parked activations, the page-locked part included."""
@@ -102,7 +105,7 @@ def predict(
     budget: Budget | None = None,
     settings: str = "",
     *,
-    calibration: Mapping[str, Entry] | None = None,
+    calibration: Mapping[str, MeasuredEntry] | None = None,
 ) -> Prediction:
     """Predict training of the profile's model under its plan, in one process.
 
@@ -125,7 +128,7 @@ def predict(
         trace = without_weights(trace, 4 * (plan.bucket_elements // 500))  # smaller ones stay: see deepspeed_config
     elif runs_deepspeed(plan) and plan.zero_stage in (1, 2):
         trace = flattened_weights(trace)
-    held = [entry for entry in overlay if entry.when in IN_ALLOCATOR]
+    held = [entry for entry in overlay if entry.is_replayed]
     between = _traced_between(profile, micro_batch)
     known = overlaid(trace, [entry for entry in held if not entry.is_bound])
     run, worst = (whole_run(trace, between, [e for e in held if sure or not e.is_bound]) for sure in (False, True))
@@ -141,7 +144,7 @@ def predict(
             oom = oom and f"with the unknown at its most: {oom}"
         if oom is None:
             replay, stats = capped, capped.checkpoints[-1]
-    locked = sum(entry.nbytes for entry in overlay if entry.when == "pinned") + _parked_bytes(trace)
+    locked = sum(entry.nbytes for entry in overlay if entry.place is Place.PINNED) + _parked_bytes(trace)
     return Prediction(
         micro_batch=micro_batch,
         accumulation=accumulation,
@@ -150,10 +153,10 @@ def predict(
         reserved_peak_bytes=stats.peak_reserved_bytes,
         peak=known.peak(),
         timeline=tuple(_timeline(known, last_step(known), _TIMELINE_POINTS)),
-        host_bytes=trace.host_bytes() + sum(e.nbytes for e in overlay if e.when in ("host", "pinned")),
+        host_bytes=trace.host_bytes() + host_bytes(overlay),
         pinned_bytes=locked,
-        context_bytes=sum(entry.nbytes for entry in overlay if entry.when == "context"),
-        init_peak_bytes=_at_setup(trace) + sum(entry.nbytes for entry in overlay if entry.when == "setup"),
+        context_bytes=sum(entry.nbytes for entry in overlay if entry.place is Place.CARD),
+        init_peak_bytes=_at_setup(trace) + sum(entry.nbytes for entry in overlay if entry.span is Span.SETUP),
         margin_bytes=margin,
         retries=last_step_retries(replay),
         run_retries=stats.retries,
@@ -236,10 +239,10 @@ def _margin_bytes(known: AllocatorStats, most: AllocatorStats) -> int:
 # --- what people ask --------------------------------------------------------------------------------------------------
 
 
-def _timeline(trace: Trace, start: int, points: int) -> Iterator[tuple[int, dict[str, int]]]:
+def _timeline(trace: Trace, start: int, points: int) -> Iterator[tuple[int, dict[Category, int]]]:
     """(event, bytes by category) at the highest moment of each of `points` equal stretches from event `start` on."""
     stretch = max(1, (len(trace.events) - start) // points)
-    live: dict[str, int] = dict.fromkeys(ON_CARD, 0)
+    live: dict[Category, int] = dict.fromkeys(ON_CARD, 0)
     total, best, at, moment = 0, -1, 0, dict(live)
     for i, (a, is_alloc) in enumerate(trace.walk()):
         if a.on_card:
@@ -263,7 +266,7 @@ def _parked_bytes(trace: Trace) -> int:
     """Most page-locked bytes of parked block inputs at once."""
     live = most = 0
     for a, is_alloc in trace.walk():
-        if a.category == "host" and a.phase == "forward":
+        if not a.on_card and a.phase is Phase.FORWARD:
             live += pinned_bytes(a.nbytes) * (1 if is_alloc else -1)
             most = max(most, live)
     return most
@@ -286,14 +289,14 @@ def as_text(prediction: Prediction, cap_bytes: int = 0) -> str:
     if cap_bytes:
         rows.append((f"fits {gib(cap_bytes)}", "yes" if p.fits(cap_bytes) else f"NO: {p.oom or 'more than the cap'}"))
     blocks = sorted(p.peak.by_block.items(), key=lambda item: -item[1])[:5]
-    tables = {
+    tables: dict[str, Sequence[tuple[str, str]]] = {
         "": rows,
         f"The peak comes in {p.peak.phase} of {p.peak.block}, {p.peak.operation}; then there are": [
             (name, gib(nbytes)) for name, nbytes in p.peak.by_category.items() if nbytes
         ],
         "Made by the blocks": [(name or "set-up", gib(nbytes)) for name, nbytes in blocks],
         "Not in the trace": [
-            (e.name, f"{'up to ' if e.is_bound else ''}{gib(e.nbytes)} ({e.when}): {e.source}") for e in p.overlay
+            (e.name, f"{'up to ' if e.is_bound else ''}{gib(e.nbytes)} ({e.held}): {e.source}") for e in p.overlay
         ],
     }
     lines = []
@@ -304,7 +307,7 @@ def as_text(prediction: Prediction, cap_bytes: int = 0) -> str:
 
 
 def predictor_for(
-    card: Card, budget: Budget, calibration: Mapping[str, Entry] | None = None
+    card: Card, budget: Budget, calibration: Mapping[str, MeasuredEntry] | None = None
 ) -> Callable[[Profile, int, int], Prediction]:
     """`predict` for one card, what is left of it, and what was measured on it."""
     return functools.partial(predict, card=card, budget=budget, calibration=calibration)

@@ -8,25 +8,25 @@ from collections.abc import Sequence
 from typing import Any
 
 from nvae_lowmem.memory.predict.predict import Prediction
-from nvae_lowmem.memory.trace.events import ON_CARD
+from nvae_lowmem.memory.trace.events import ON_CARD, Category
 from nvae_lowmem.units import GIB, format_bytes
 
 # Okabe-Ito and its tints: told apart with any colour vision, the lasting kinds at the bottom in calm colours
 COLOURS = {
-    "weight": "#7A8CA3",
-    "optimizer state": "#B4BFCC",
-    "gradient": "#D55E00",
-    "block input": "#F0B541",
-    "saved activation": "#56B4E9",
-    "temporary": "#D994BC",
-    "noise": "#3DBE95",
-    "data": "#404040",
-    "buffer": "#C9B79C",
+    Category.WEIGHT: "#7A8CA3",
+    Category.OPTIMIZER_STATE: "#B4BFCC",
+    Category.GRADIENT: "#D55E00",
+    Category.BLOCK_INPUT: "#F0B541",
+    Category.SAVED_ACTIVATION: "#56B4E9",
+    Category.TEMPORARY: "#D994BC",
+    Category.NOISE: "#3DBE95",
+    Category.DATA: "#404040",
+    Category.BUFFER: "#C9B79C",
 }
 _CAP_COLOUR = "#B00020"
 
 
-def used_categories(prediction: Prediction) -> list[str]:
+def used_categories(prediction: Prediction) -> list[Category]:
     """The kinds that the timeline has any bytes of, bottom of the stack first."""
     return [c for c in ON_CARD if any(moment.get(c, 0) for _, moment in prediction.timeline)]
 
@@ -131,7 +131,7 @@ def _html_table(rows: Sequence[Sequence[str]]) -> str:
     return "<table>\n" + "\n".join(out) + "\n</table>"
 
 
-def _stacks(prediction: Prediction, names: Sequence[str]) -> tuple[list[int], list[list[float]]]:
+def _stacks(prediction: Prediction, names: Sequence[Category]) -> tuple[list[int], list[list[float]]]:
     """(event numbers from 0, GiB per kind at each of them)."""
     first = prediction.timeline[0][0]
     events = [event - first for event, _ in prediction.timeline]

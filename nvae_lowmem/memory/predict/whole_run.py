@@ -14,7 +14,7 @@ from nvae_lowmem.hardware.budget import Budget, memory_fraction
 from nvae_lowmem.memory.allocator.allocator import CHECKPOINT, FREE_ID, AllocatorSettings, CachingAllocator, Replay
 from nvae_lowmem.memory.allocator.settings import UNLIMITED_BYTES
 from nvae_lowmem.memory.predict.untraced import AROUND, Entry, overlaid
-from nvae_lowmem.memory.trace.events import Allocation, Trace
+from nvae_lowmem.memory.trace.events import Allocation, Category, Trace
 from nvae_lowmem.units import format_bytes
 
 
@@ -49,7 +49,7 @@ def whole_run(steps: Trace, between: Trace, held: Sequence[Entry]) -> WholeRun:
     held: entries in the allocator, allocated and freed where they are.
     """
     steps = overlaid(steps, held)
-    between = overlaid(between, [entry for entry in held if entry.when in AROUND])
+    between = overlaid(between, [entry for entry in held if entry.span in AROUND])
     start, period = last_step(steps), len(steps.allocations) + len(between.allocations)
     first = sum(name.startswith("step ") for name in steps.marks) - 1
     again = [_step(steps, start, k, period) for k in range(3 - first)]
@@ -65,7 +65,7 @@ def _step(trace: Trace, start: int, time: int, period: int) -> Iterator[tuple[in
     What the step before leaves, each frees, and leaves the same again. What libraries take in their first step stays.
     """
     born = [(n, a) for n, a in enumerate(trace.allocations) if a.born >= start and a.died < 0 and a.on_card]
-    stays = {n for n, a in born if a.category == "buffer"}
+    stays = {n for n, a in born if a.category is Category.BUFFER}
     found = [n for n, a in enumerate(trace.allocations) if a.born < start <= a.died and a.on_card]
     carried = dict(zip(found, (n for n, _ in born if n not in stays), strict=True))
     for op, n in trace.requests(start):

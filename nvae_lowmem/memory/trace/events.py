@@ -12,23 +12,50 @@ from __future__ import annotations
 import bisect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple, get_args
+from enum import Enum
+from typing import Any, NamedTuple
 
 from nvae_lowmem.memory.allocator.allocator import FREE_ID
 from nvae_lowmem.memory.allocator.settings import round_to_block
 
-Phase = Literal["setup", "forward", "backward", "update", "evaluation"]
-"""The part of a step in which an allocation is made; evaluation: all work without gradients."""
 
-Category = Literal[
-    "weight", "optimizer state", "gradient", "block input", "saved activation", "temporary", "noise", "data", "buffer",
-    "host",
-]  # fmt: skip
-"""What an allocation is for. buffer: what engines and libraries hold, which no trace sees (predict/untraced.py); host:
-in the host's memory, whatever for."""
+class TextEnum(str, Enum):
+    """An enumeration whose members are texts, print as them and become them in JSON (Python 3.11's StrEnum)."""
 
-CATEGORIES: tuple[Category, ...] = get_args(Category)
-ON_CARD = CATEGORIES[:-1]
+    __str__ = str.__str__
+
+
+class Phase(TextEnum):
+    """The part of a step in which an allocation is made."""
+
+    SETUP = "setup"
+    FORWARD = "forward"
+    BACKWARD = "backward"
+    UPDATE = "update"
+    EVALUATION = "evaluation"
+    """All work without gradients."""
+
+
+class Category(TextEnum):
+    """What an allocation is for."""
+
+    WEIGHT = "weight"
+    OPTIMIZER_STATE = "optimizer state"
+    GRADIENT = "gradient"
+    BLOCK_INPUT = "block input"
+    SAVED_ACTIVATION = "saved activation"
+    TEMPORARY = "temporary"
+    NOISE = "noise"
+    DATA = "data"
+    BUFFER = "buffer"
+    """What engines and libraries hold, which no trace sees: see predict/untraced.py."""
+    HOST = "host"
+    """In the host's memory, whatever for."""
+
+
+CATEGORIES = tuple(Category)
+ON_CARD = tuple(category for category in Category if category is not Category.HOST)
+_HOST = Category.HOST  # read at every event
 
 
 @dataclass(slots=True)
@@ -44,14 +71,14 @@ class Allocation:
     died: int = -1
 
     @property
-    def kind(self) -> tuple[str, str, str, str]:
+    def kind(self) -> tuple[Category, str, Phase, str]:
         """All that is known of it but its size and its time."""
         return self.category, self.block, self.phase, self.operation
 
     @property
     def on_card(self) -> bool:
         """Whether it lies in the card's memory."""
-        return self.category != "host"
+        return self.category is not _HOST
 
 
 @dataclass(frozen=True)
@@ -63,7 +90,7 @@ class Peak:
     block: str
     phase: Phase
     operation: str
-    by_category: dict[str, int]
+    by_category: dict[Category, int]
     by_block: dict[str, int]
 
 
@@ -113,14 +140,14 @@ class Trace:
         for event in self.events[start:end]:
             number = event if event >= 0 else ~event
             a = self.allocations[number]
-            if a.category != "host":
+            if a.category is not _HOST:
                 yield (a.nbytes if event >= 0 else FREE_ID), number
 
     def live_bytes(self, rounded: bool = True) -> Iterator[tuple[int, int]]:
         """(event index, bytes on the card after it), each storage rounded up as the CUDA allocator does, or exact."""
         live = 0
         for i, (a, is_alloc) in enumerate(self.walk()):
-            if a.category != "host":
+            if a.category is not _HOST:
                 nbytes = round_to_block(a.nbytes) if rounded else a.nbytes
                 live += nbytes if is_alloc else -nbytes
             yield i, live
@@ -132,13 +159,13 @@ class Trace:
 
     def moment(self, at: int, nbytes: int) -> Peak:
         """What lives on the card after event `at`, where `nbytes` are in use; sizes of the split are not rounded."""
-        by_category: dict[str, int] = dict.fromkeys(ON_CARD, 0)
+        by_category: dict[Category, int] = dict.fromkeys(ON_CARD, 0)
         by_block: dict[str, int] = {}
         for a in self.allocations:
             if a.on_card and a.born <= at and (a.died < 0 or a.died > at):
                 by_category[a.category] += a.nbytes
                 by_block[a.block] = by_block.get(a.block, 0) + a.nbytes
-        nobody = (Allocation(0, "temporary", "", "setup", "", 0), True)
+        nobody = (Allocation(0, Category.TEMPORARY, "", Phase.SETUP, "", 0), True)
         owner, _ = next(self.walk(at), nobody)
         return Peak(nbytes, at, owner.block, owner.phase, owner.operation, by_category, by_block)
 
@@ -146,7 +173,7 @@ class Trace:
         """The largest number of bytes of host memory at once."""
         live = most = 0
         for a, is_alloc in self.walk():
-            if a.category == "host":
+            if a.category is _HOST:
                 live += a.nbytes if is_alloc else -a.nbytes
                 most = max(most, live)
         return most
@@ -274,19 +301,19 @@ def categorise_by_lifetime(trace: Trace) -> None:
     """
     phases, blocks = _starts(trace, lambda a: a.phase), _starts(trace, lambda a: (a.phase, a.block))
     for a in trace.allocations:
-        if a.category in ("temporary", "block input", "optimizer state"):
+        if a.category in (Category.TEMPORARY, Category.BLOCK_INPUT, Category.OPTIMIZER_STATE):
             died = a.died if a.died >= 0 else len(trace.events)
-            if a.phase == "update":
-                a.category = "optimizer state" if a.died < 0 else "temporary"
-            elif a.phase == "forward" and _crosses(phases, a.born, died):
-                if a.category != "block input":
-                    a.category = "noise" if "normal" in a.operation else "saved activation"
-            elif a.phase == "backward" and _crosses(phases, a.born, died):
-                a.category = "gradient"
-            elif a.phase == "evaluation" and _crosses(blocks, a.born, died):
-                a.category = "block input"
+            if a.phase is Phase.UPDATE:
+                a.category = Category.OPTIMIZER_STATE if a.died < 0 else Category.TEMPORARY
+            elif a.phase is Phase.FORWARD and _crosses(phases, a.born, died):
+                if a.category is not Category.BLOCK_INPUT:
+                    a.category = Category.NOISE if "normal" in a.operation else Category.SAVED_ACTIVATION
+            elif a.phase is Phase.BACKWARD and _crosses(phases, a.born, died):
+                a.category = Category.GRADIENT
+            elif a.phase is Phase.EVALUATION and _crosses(blocks, a.born, died):
+                a.category = Category.BLOCK_INPUT
             else:
-                a.category = "temporary"
+                a.category = Category.TEMPORARY
 
 
 def _starts(trace: Trace, part: Callable[[Allocation], Any]) -> list[int]:

@@ -29,7 +29,7 @@ from nvae_lowmem.generation.recalibrate import recalibrate
 from nvae_lowmem.generation.reconstruct import parse_first_groups, reconstruct
 from nvae_lowmem.generation.sample import reconstruct_images, sample_chunks
 from nvae_lowmem.generation.traverse import Move, channel_kl, traverse
-from nvae_lowmem.memory.trace.events import Peak, Trace
+from nvae_lowmem.memory.trace.events import Category, Peak, Phase, Trace
 from nvae_lowmem.memory.trace.storageless import StoragelessTensors
 from nvae_lowmem.memory.trace.tracer import StorageTracer, attach_tracer, paused_gc
 from nvae_lowmem.memory.trace.training import complete_trace, traced_engines
@@ -82,7 +82,7 @@ def trace_generation(profile: Profile, work: Work, micro_batch: int, draws: int 
         task = _Task(profile, tracer, images, draws or 2 * images, weights)
         do, stand = _WORKS[work]
         with stand(task) as model:
-            tracer.phase, tracer.block = "evaluation", ""
+            tracer.phase, tracer.block = Phase.EVALUATION, ""
             tracer.mark("setup done")
             with HostAndCard(tracer):
                 do(task, model)
@@ -154,7 +154,7 @@ class _Task:
         for _ in range(2):
             self.tracer.block = "data"
             x = self.on_host(count).to(_CARD)
-            self.tracer.set_category(x, "data")
+            self.tracer.set_category(x, Category.DATA)
             yield x
 
 

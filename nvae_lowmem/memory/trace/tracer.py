@@ -12,7 +12,7 @@ import functools
 import gc
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,16 +37,16 @@ _COPIES = ("aten::_to_copy", "aten::clone")  # GradScaler copies its overflow fl
 class StorageTracer(TorchDispatchMode):
     """Records the life of every storage that operations make while this mode is active.
 
-    The caller sets what new storages are recorded under: `phase`, `block`, and `category` ("" records "temporary").
+    The caller sets what new storages are recorded under: `phase`, `block`, and `category` (None: a temporary).
     storageless: runs the operations without memory; None: they really run.
     """
 
     def __init__(self, storageless: StoragelessTensors | None) -> None:
         super().__init__()
         self.trace = Trace()
-        self.phase: Phase = "setup"
+        self.phase = Phase.SETUP
         self.block = ""
-        self.category: Category | Literal[""] = ""
+        self.category: Category | None = None
         self.pass_number = 0
         self._storageless = storageless
         self._references: dict[int, _StorageReference] = {}  # by address of the storage
@@ -86,7 +86,9 @@ class StorageTracer(TorchDispatchMode):
         """What a convolution on the card copies first: cuDNN takes contiguous arguments only."""
         count = _CONVOLUTIONS.get(func, 0)
         return [
-            self.trace.allocate(t.numel() * t.element_size(), "temporary", self.block, self.phase, "aten::contiguous")
+            self.trace.allocate(
+                t.numel() * t.element_size(), Category.TEMPORARY, self.block, self.phase, "aten::contiguous"
+            )
             for t in args[:count]
             if not t.is_contiguous()
         ]
@@ -101,7 +103,7 @@ class StorageTracer(TorchDispatchMode):
         if nbytes == 0:
             return
         from_numbers = operation == "aten::lift_fresh"  # torch.tensor(...): an optimiser counts its steps on the host
-        category = "host" if in_host_memory() or from_numbers else self.category or "temporary"
+        category = Category.HOST if in_host_memory() or from_numbers else self.category or Category.TEMPORARY
         number = self.trace.allocate(nbytes, category, self.block, self.phase, operation)
         self._references[address] = _StorageReference(storage, self._record_free, address, number)
 
@@ -113,13 +115,13 @@ class StorageTracer(TorchDispatchMode):
     def set_category(self, tensor: Tensor, category: Category) -> None:
         """Record the tensor's storage under `category`; one in host memory, or an unknown one, stays what it is."""
         reference = self._references.get(_address(tensor))
-        if reference is not None and self.trace.allocations[reference.number].category != "host":
+        if reference is not None and self.trace.allocations[reference.number].on_card:
             self.trace.allocations[reference.number].category = category
 
     def is_on_card(self, tensor: Tensor) -> bool:
         """Whether the tensor's storage was recorded as on the card; one made before tracing began counts as host."""
         reference = self._references.get(_address(tensor))
-        return reference is not None and self.trace.allocations[reference.number].category != "host"
+        return reference is not None and self.trace.allocations[reference.number].on_card
 
     def mark(self, name: str) -> None:
         """Give this moment a name: `Trace.marks`."""
@@ -174,7 +176,7 @@ class TracedRunner:
 
     def __call__(self, name: str, block: Any, *args: Any) -> Any:
         for tensor in _differentiable(args):
-            self._tracer.set_category(tensor, "block input")
+            self._tracer.set_category(tensor, Category.BLOCK_INPUT)
         self._tracer.block = name
         out = self._inner(name, block, *args)
         for tensor in _differentiable(out):
@@ -208,7 +210,7 @@ def attach_tracer(model: NVAE, tracer: StorageTracer) -> None:
     assert isinstance(head, Head)
     head.likelihood = TracedLikelihood(head.likelihood, tracer)  # type: ignore[assignment]
     for tensor in [*model.parameters(), *model.buffers()]:
-        tracer.set_category(tensor, "weight")
+        tracer.set_category(tensor, Category.WEIGHT)
 
 
 @contextlib.contextmanager

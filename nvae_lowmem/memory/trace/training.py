@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nvae_lowmem.config.sections import Profile
 from nvae_lowmem.data.pipeline import MicroBatch
-from nvae_lowmem.memory.trace.events import Trace, categorise_by_lifetime
+from nvae_lowmem.memory.trace.events import Category, Phase, Trace, categorise_by_lifetime
 from nvae_lowmem.memory.trace.storageless import StoragelessTensors
 from nvae_lowmem.memory.trace.tracer import StorageTracer, attach_tracer, paused_gc
 from nvae_lowmem.model.blocks import Head
@@ -42,24 +42,24 @@ class TracedEngine(TorchEngine):
 
     def forward(self, *args: Any) -> Any:
         """One micro-batch, with one power iteration in place of all: each frees its memory before the next begins."""
-        self.tracer.phase = "forward"
+        self.tracer.phase = Phase.FORWARD
         self.tracer.pass_number += 1
         settings = self.model.settings
         settings.iterations = min(settings.iterations, 1)
         return super().forward(*args)
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        self.tracer.phase = "backward"
+        self.tracer.phase = Phase.BACKWARD
         super().backward(loss, last)
 
     def update(self) -> Any:
         """The update; of an offloaded optimiser everything is host memory, as the weights are that it works on."""
-        self.tracer.phase, self.tracer.block = "update", "optimizer"
-        self.tracer.category = "host" if self.offloaded else "optimizer state"
+        self.tracer.phase, self.tracer.block = Phase.UPDATE, "optimizer"
+        self.tracer.category = Category.HOST if self.offloaded else Category.OPTIMIZER_STATE
         try:
             return super().update()
         finally:
-            self.tracer.category = ""
+            self.tracer.category = None
 
 
 def trace_training(
@@ -79,7 +79,7 @@ def trace_training(
         training = build_training(run, _moved(profile), torch.device("cpu"), traced_engines(tracer))
         if training.ema is not None:
             for tensor in [*training.ema.module.parameters(), *training.ema.module.buffers()]:
-                tracer.set_category(tensor, "buffer")
+                tracer.set_category(tensor, Category.BUFFER)
         figures = _as_data(_figures(profile), tracer)
         tracer.mark("setup done")
         micro_batches = _traced_images(profile, micro_batch, tracer)
@@ -114,7 +114,7 @@ def _figures(profile: Profile) -> list[Tensor]:
 def _as_data(tensors: Sequence[Tensor], tracer: StorageTracer) -> Sequence[Tensor]:
     """The tensors, which are recorded as data."""
     for tensor in tensors:
-        tracer.set_category(tensor, "data")
+        tracer.set_category(tensor, Category.DATA)
     return tensors
 
 
@@ -123,9 +123,9 @@ def _traced_images(profile: Profile, micro_batch: int, tracer: StorageTracer) ->
     size = profile.model.network_size
 
     def images() -> Tensor:
-        tracer.phase, tracer.block = "forward", "data"
+        tracer.phase, tracer.block = Phase.FORWARD, "data"
         x = torch.rand(micro_batch, profile.model.image_channels, size, size)
-        tracer.set_category(x, "data")
+        tracer.set_category(x, Category.DATA)
         return x
 
     while True:

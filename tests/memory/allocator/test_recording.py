@@ -33,7 +33,7 @@ from nvae_lowmem.memory.allocator.recording import (
 from nvae_lowmem.memory.allocator.segments import MemoryBlock
 from nvae_lowmem.memory.measure.cuda import CudaMonitor
 from nvae_lowmem.memory.measure.measurement import traced_recording
-from nvae_lowmem.memory.trace.events import Allocation, Trace
+from nvae_lowmem.memory.trace.events import Allocation, Category, Phase, Trace
 from nvae_lowmem.units import GIB, MIB
 
 
@@ -221,7 +221,8 @@ def test_a_second_stream_is_counted() -> None:
 
 
 def test_a_traces_requests_are_those_on_the_card() -> None:
-    rows = [("setup", "weight", 100), ("forward", "host", 50), ("forward", "temporary", 200)]
+    rows = [(Phase.SETUP, Category.WEIGHT, 100), (Phase.FORWARD, Category.HOST, 50)]
+    rows.append((Phase.FORWARD, Category.TEMPORARY, 200))
     trace = Trace([Allocation(n, c, "b", p, "op", i) for i, (p, c, n) in enumerate(rows)], [0, 1, 2, ~2, ~1])
     made = traced_recording("r", trace)
     assert [op for op, _ in made.events] == [100, 200, -1]

@@ -23,7 +23,9 @@ from nvae_lowmem.memory.predict import predict as predicting
 from nvae_lowmem.memory.predict.predict import as_text, predict
 from nvae_lowmem.memory.predict.untraced import (
     Entry,
-    When,
+    MeasuredEntry,
+    Place,
+    Span,
     cublas_workspace_bytes,
     entries,
     load_calibration,
@@ -31,14 +33,14 @@ from nvae_lowmem.memory.predict.untraced import (
     pinned_bytes,
     without_weights,
 )
-from nvae_lowmem.memory.trace.events import Allocation, Trace
+from nvae_lowmem.memory.trace.events import Allocation, Category, Phase, Trace
 from nvae_lowmem.memory.trace.inference import trace_generation
 from nvae_lowmem.memory.trace.training import trace_training
 from nvae_lowmem.units import GIB, MIB
 from profiles import NANO, budget_of, profile_of
 
 NOTHING = {
-    name: Entry(name=name, nbytes=0, when="always", source="test")
+    name: MeasuredEntry(0, "test")
     for name in ("cublas-workspaces", "cublaslt-workspace", "cudnn-workspace", "reductions")
 }
 OFFLOADED = {"keep": "input", "offload_optimizer": True, "precision": "fp16"}
@@ -171,7 +173,7 @@ def test_pinned_memory_comes_in_powers_of_two(nbytes: int) -> None:
     assert nbytes <= taken < 2 * nbytes and taken & (taken - 1) == 0
 
 
-def zero_bytes_per_parameter(accumulation: int, moments: Sequence[str], **plan: Any) -> float:
+def zero_bytes_per_parameter(accumulation: int, spans: Sequence[Span], **plan: Any) -> float:
     """What the entries and the trace's own weights, masters, gradients and states come to, per parameter.
 
     A model of 10.6 million parameters, its largest an eighth of it, buckets of two million.
@@ -180,31 +182,33 @@ def zero_bytes_per_parameter(accumulation: int, moments: Sequence[str], **plan: 
     trace = Trace(parameter_bytes=(n // 8, *[n // 32] * 28))
     whole = MemoryPlan(engine="deepspeed", bucket_elements=2_000_000, **plan)
     rows = entries(Profile(plan=whole), trace, accumulation)
-    extra = sum(e.nbytes for e in rows if e.name.startswith("zero-") and e.when in moments and not e.is_bound)
+    extra = sum(e.nbytes for e in rows if e.name.startswith("zero-") and e.span in spans and not e.is_bound)
     own = 12 if whole.offload_optimizer else 16  # weights, masters and gradients; or weights, states and gradients
     return own + 4 * extra / n
 
 
 @pytest.mark.parametrize(
-    ("accumulation", "moments", "plan", "measured"),
+    ("accumulation", "spans", "plan", "measured"),
     [
-        (1, ("always", "host"), {"zero_stage": 2, "offload_optimizer": True}, 25.0),
-        (1, ("always", "host", "backward"), {"zero_stage": 2, "offload_optimizer": True}, 25.78),
-        (2, ("always", "host", "backward"), {"zero_stage": 2, "offload_optimizer": True}, 29.8),
-        (1, ("always", "host", "backward"), {"zero_stage": 1, "offload_optimizer": True}, 29.26),
-        (1, ("always", "host", "backward"), {"zero_stage": 2}, 20.8),
+        (1, (Span.ALWAYS,), {"zero_stage": 2, "offload_optimizer": True}, 25.0),
+        (1, (Span.ALWAYS, Span.BACKWARD), {"zero_stage": 2, "offload_optimizer": True}, 25.78),
+        (2, (Span.ALWAYS, Span.BACKWARD), {"zero_stage": 2, "offload_optimizer": True}, 29.8),
+        (1, (Span.ALWAYS, Span.BACKWARD), {"zero_stage": 1, "offload_optimizer": True}, 29.26),
+        (1, (Span.ALWAYS, Span.BACKWARD), {"zero_stage": 2}, 20.8),
     ],
 )
 def test_zero_takes_what_was_measured_of_it(
-    accumulation: int, moments: tuple[str, ...], plan: dict[str, Any], measured: float
+    accumulation: int, spans: tuple[Span, ...], plan: dict[str, Any], measured: float
 ) -> None:
     """Bytes per parameter over card and host, counted over all storages of DeepSpeed 0.19.8 in training on a CPU."""
-    assert zero_bytes_per_parameter(accumulation, moments, **plan) == pytest.approx(measured, rel=0.02)
+    assert zero_bytes_per_parameter(accumulation, spans, **plan) == pytest.approx(measured, rel=0.02)
 
 
 def test_zero_3_keeps_only_small_weights_on_the_card() -> None:
     sizes = (400, 8000, 8000, 20)
-    allocations = [Allocation(n, "weight", "", "setup", "aten::empty", i) for i, n in enumerate((*sizes, 8000))]
+    allocations = [
+        Allocation(n, Category.WEIGHT, "", Phase.SETUP, "aten::empty", i) for i, n in enumerate((*sizes, 8000))
+    ]
     trace = Trace(allocations, list(range(5)), {"step 1": 5}, parameter_bytes=sizes)
     left = without_weights(trace, smallest_bytes=1000)
     assert [a.nbytes for a in left.allocations] == [400, 20, 8000]  # the last is a buffer of a weight's size
@@ -225,17 +229,17 @@ def test_the_host_holds_what_the_plan_sends_there() -> None:
 def test_entries_are_held_in_their_phases() -> None:
     """A trace of one storage per phase; convolution entries come and go around the convolution alone."""
     phases = [
-        ("setup", "aten::empty"),
-        ("forward", "aten::convolution"),
-        ("backward", "aten::mm"),
-        ("update", "aten::mul"),
+        (Phase.SETUP, "aten::empty"),
+        (Phase.FORWARD, "aten::convolution"),
+        (Phase.BACKWARD, "aten::mm"),
+        (Phase.UPDATE, "aten::mul"),
     ]
     trace = Trace(
-        [Allocation(512, "temporary", "b", phase, operation, i) for i, (phase, operation) in enumerate(phases)],
+        [Allocation(512, Category.TEMPORARY, "b", phase, operation, i) for i, (phase, operation) in enumerate(phases)],
         list(range(4)), {"step 1": 1, "end": 4},
     )  # fmt: skip
-    sizes: dict[When, int] = {"always": 1024, "convolution": 2048, "backward": 4096, "update": 8192}
-    held = [Entry(name=when, nbytes=nbytes, when=when, source="test") for when, nbytes in sizes.items()]
+    sizes = {Span.ALWAYS: 1024, Span.CONVOLUTION: 2048, Span.BACKWARD: 4096, Span.UPDATE: 8192}
+    held = [Entry(name=str(span), nbytes=nbytes, span=span, source="test") for span, nbytes in sizes.items()]
     curve = [live for _, live in overlaid(trace, held).live_bytes()]
     base = 1024 + 512
     assert curve == [
@@ -255,7 +259,8 @@ def test_a_calibration_replaces_a_bound_by_a_measurement(tmp_path: Path, name: s
     )
     found = predict(profile_of(), 2, calibration=load_calibration(path))
     entry = next(e for e in found.overlay if e.name == "cudnn-workspace")
-    assert (entry.nbytes, entry.source, entry.is_bound, entry.when) == (3 * MIB, "measured here", False, "convolution")
+    assert (entry.nbytes, entry.source, entry.is_bound) == (3 * MIB, "measured here", False)
+    assert (entry.place, entry.span) == (Place.ALLOCATOR, Span.CONVOLUTION)
     assert found.margin_bytes < 64 * MIB
 
 

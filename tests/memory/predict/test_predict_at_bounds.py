@@ -12,7 +12,7 @@ from nvae_lowmem.hardware.budget import Budget, find_card
 from nvae_lowmem.memory.allocator.allocator import AllocatorSettings, CachingAllocator, Replay
 from nvae_lowmem.memory.predict import predict as predicting
 from nvae_lowmem.memory.predict.predict import predict, predictor_for
-from nvae_lowmem.memory.predict.untraced import IN_ALLOCATOR, flattened_weights
+from nvae_lowmem.memory.predict.untraced import flattened_weights
 from nvae_lowmem.memory.predict.whole_run import WholeRun
 from nvae_lowmem.memory.trace.training import trace_training
 from nvae_lowmem.units import GIB, MIB
@@ -67,7 +67,7 @@ def test_every_zero_stage_is_predicted_with_its_bounds_in_the_margin(
     profile = profile_of(engine="deepspeed", zero_stage=stage, offload_optimizer=offload, bucket_elements=10_000)
     found = predict(profile, 2, accumulation)
     assert found.oom is None and found.fits(4 * GIB)
-    bounds = [entry.nbytes for entry in found.overlay if entry.is_bound and entry.when in IN_ALLOCATOR]
+    bounds = [entry.nbytes for entry in found.overlay if entry.is_bound and entry.is_replayed]
     assert max(bounds) <= found.margin_bytes <= 2 * sum(bounds)
 
 

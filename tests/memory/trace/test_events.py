@@ -8,7 +8,15 @@ from hypothesis import strategies as st
 from traced_steps import of_events
 
 from nvae_lowmem.memory.allocator.allocator import FREE_ID
-from nvae_lowmem.memory.trace.events import NotRepeatable, Trace, Window, categorise_by_lifetime, repeat
+from nvae_lowmem.memory.trace.events import (
+    Category,
+    NotRepeatable,
+    Phase,
+    Trace,
+    Window,
+    categorise_by_lifetime,
+    repeat,
+)
 
 
 def test_events_are_read_as_allocations_and_as_requests() -> None:
@@ -19,7 +27,7 @@ def test_events_are_read_as_allocations_and_as_requests() -> None:
     ]  # fmt: skip
     assert [*trace.walk(2, 4)] == [(first, False), (third, True)]
     assert [*trace.requests(1)] == [(64, 1), (FREE_ID, 0), (64, 2), (FREE_ID, 2), (FREE_ID, 1)]
-    second.category = "host"
+    second.category = Category.HOST
     assert [*trace.requests()] == [(64, 0), (FREE_ID, 0), (64, 2), (FREE_ID, 2)]
     assert trace.host_bytes() == 64 and trace.peak(rounded=False).nbytes == 64 and trace.peak().nbytes == 512
 
@@ -38,7 +46,7 @@ def traces(draw: st.DrawFn) -> tuple[Trace, Window]:
             number = own.pop(draw(st.integers(0, len(own) - 1)))
             trace.free(number)
         else:
-            own.append(trace.allocate(draw(st.integers(1, 4096)), "temporary", "b", "forward", "op"))
+            own.append(trace.allocate(draw(st.integers(1, 4096)), Category.TEMPORARY, "b", Phase.FORWARD, "op"))
 
     for _ in range(draw(st.integers(0, 8))):
         change(live)
@@ -81,17 +89,17 @@ def test_a_window_that_leaves_more_than_it_found_cannot_happen_twice() -> None:
 def test_allocations_are_categorised_by_the_phases_they_outlive() -> None:
     trace = Trace()
     allocate, free = trace.allocate, trace.free
-    activation = allocate(1, "temporary", "a", "forward", "aten::add")
-    noise = allocate(1, "temporary", "a", "forward", "aten::normal_")
-    handed_on = allocate(1, "block input", "a", "forward", "aten::mul")
-    free(allocate(1, "block input", "a", "forward", "aten::mul"))
-    gradient = allocate(1, "temporary", "a", "backward", "aten::mm")
-    free(allocate(1, "temporary", "a", "backward", "aten::mm"))
-    state = allocate(1, "optimizer state", "optimizer", "update", "aten::zeros")
-    free(allocate(1, "optimizer state", "optimizer", "update", "aten::div"))
+    activation = allocate(1, Category.TEMPORARY, "a", Phase.FORWARD, "aten::add")
+    noise = allocate(1, Category.TEMPORARY, "a", Phase.FORWARD, "aten::normal_")
+    handed_on = allocate(1, Category.BLOCK_INPUT, "a", Phase.FORWARD, "aten::mul")
+    free(allocate(1, Category.BLOCK_INPUT, "a", Phase.FORWARD, "aten::mul"))
+    gradient = allocate(1, Category.TEMPORARY, "a", Phase.BACKWARD, "aten::mm")
+    free(allocate(1, Category.TEMPORARY, "a", Phase.BACKWARD, "aten::mm"))
+    state = allocate(1, Category.OPTIMIZER_STATE, "optimizer", Phase.UPDATE, "aten::zeros")
+    free(allocate(1, Category.OPTIMIZER_STATE, "optimizer", Phase.UPDATE, "aten::div"))
     for number in (activation, noise, handed_on, gradient):
         free(number)
-    allocate(1, "weight", "", "update", "aten::empty")
+    allocate(1, Category.WEIGHT, "", Phase.UPDATE, "aten::empty")
     categorise_by_lifetime(trace)
     assert [a.category for a in trace.allocations] == [
         "saved activation", "noise", "block input", "temporary", "gradient", "temporary", "optimizer state",

@@ -12,7 +12,7 @@ from nvae_lowmem.config.model import ModelConfig
 from nvae_lowmem.config.recipes import recipe
 from nvae_lowmem.memory.allocator.settings import MIN_BLOCK_BYTES
 from nvae_lowmem.memory.trace import training as tracing
-from nvae_lowmem.memory.trace.events import Window, loop_carried, repeat
+from nvae_lowmem.memory.trace.events import Phase, Window, loop_carried, repeat
 from nvae_lowmem.memory.trace.training import trace_training
 from nvae_lowmem.training.engines.torch_engine import TorchEngine
 from profiles import NANO, SMALL_RGB, profile_of
@@ -71,7 +71,7 @@ def test_further_micro_batches_need_what_the_second_does(offload: bool) -> None:
 
 def test_one_power_iteration_stands_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
     def all_iterations(self: Any, *args: Any) -> Any:
-        self.tracer.phase = "forward"
+        self.tracer.phase = Phase.FORWARD
         return TorchEngine.forward(self, *args)
 
     one = small(2)
