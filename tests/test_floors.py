@@ -73,7 +73,6 @@ SHORT_FILES = {  # under 60 lines, and why
     "training/engines/gradient_gate.py": "one decision, the same on every engine",
     "training/first_bad.py": "one search: the first number that is none",
     "training/patient_output.py": "one subject: printing to who no longer listens",
-    "training/schedule.py": "how far training is: one function of the step",
 }
 SHORTEST_FILE = 60
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,6 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(command: TrainCommand) -> ExitCode:
+    began = time.monotonic()  # before torch is imported: whoever gives hours pays for that, too
     at_least(
         0,
         total_batch=command.total_batch,
@@ -150,4 +152,5 @@ def _train(command: TrainCommand) -> ExitCode:
         gpu_mem=command.gpu_mem,
         dry_run=command.dry_run,
         local_rank=command.local_rank,
+        began=began,
     )

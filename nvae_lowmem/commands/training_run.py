@@ -20,7 +20,7 @@ from nvae_lowmem.errors import ConfigError, ExitCode, LostProcess, command_line,
 from nvae_lowmem.generation.grids import training_pictures
 from nvae_lowmem.hardware import cuda_memory
 from nvae_lowmem.hardware.cpu import keep_freed_memory
-from nvae_lowmem.memory.plan.duration import expected
+from nvae_lowmem.memory.plan.duration import expected, step_time
 from nvae_lowmem.model.keep import check_block_names
 from nvae_lowmem.model.nvae import NVAE
 from nvae_lowmem.training import checkpoint, runs
@@ -80,13 +80,15 @@ def train(
     gpu_mem: str = "",
     dry_run: bool = False,
     local_rank: int = -1,
+    began: float | None = None,
 ) -> ExitCode:
     """Train, or with dry_run only print what would be trained; DONE, or the signal that training was stopped by.
 
+    began: when the time of a training that has hours began to run, by time.monotonic; None: as it begins.
     Raises ConfigError, NothingFits, Diverged, OutOfMemory, LostProcess; what was not begun leaves no folder behind.
     """
     with patient_output():
-        return _train(profile, folder, device, auto_fit, gpu_mem, dry_run, local_rank)
+        return _train(profile, folder, device, auto_fit, gpu_mem, dry_run, local_rank, began)
 
 
 def _train(
@@ -97,6 +99,7 @@ def _train(
     gpu_mem: str,
     dry_run: bool,
     local_rank: int,
+    began: float | None,
 ) -> ExitCode:
     where = choose_device(device)
     if auto_fit:
@@ -131,7 +134,7 @@ def _train(
         print(profiles.dumps(run.profile))
         return ExitCode.DONE
     try:
-        code = _train_on(folder, run, data, engine_name, where, rank)
+        code = _train_on(folder, run, data, engine_name, where, rank, began)
         distributed.barrier()  # nobody closes the groups while another still uses them
         return code
     except RuntimeError as error:
@@ -146,7 +149,13 @@ def _train(
 
 
 def _train_on(
-    where: Folder, run: ResolvedRun, data: Datasets, engine: EngineName, device: torch.device, rank: int
+    where: Folder,
+    run: ResolvedRun,
+    data: Datasets,
+    engine: EngineName,
+    device: torch.device,
+    rank: int,
+    began: float | None,
 ) -> ExitCode:
     run_dir = Path(distributed.from_first(lambda: str(where.made(run))))
     if rank == 0:
@@ -161,6 +170,8 @@ def _train_on(
         pictures=training_pictures(run.profile),
         resume_from=where.resume_from,
         most_rewinds=run.profile.training.rewinds if where.rewind else 0,
+        began=began,
+        seconds_per_step=time.least_seconds if (time := step_time(run.profile)) else 0.0,
     )
     try:
         stopped_by = session.train()

@@ -119,13 +119,15 @@ class TrainConfig:
     log_every: Annotated[int, Range(1, LARGEST_STEPS)] = 50
     """Steps between log lines (also at 1, 2, 4, 8, ...)."""
     sample_every: Annotated[int, Range(0, LARGEST_STEPS)] = 0
-    """Steps between sample grids; 0: ten times per run."""
+    """Steps between sample grids; 0: ten times per run, or with hours every tenth of them."""
     evaluate_every: Annotated[int, Range(0, LARGEST_STEPS)] = 0
-    """Steps between evaluations on held-out images; 0: ten times per run."""
+    """Steps between evaluations on held-out images; 0: ten times per run, or with hours every tenth of them."""
     evaluate_images: Annotated[int, Range(0, 10**9)] = 500
     """Held-out images of a periodic evaluation; 0: all."""
     save_every: Annotated[int, Range(0, LARGEST_STEPS)] = 0
     """Steps between checkpoints; 0: ten times per run."""
+    save_minutes: Annotated[float, Range(0, 1e7)] = 30.0
+    """Most minutes between checkpoints where save_every is 0; 0: only ten times per run."""
     keep_last: Annotated[int, Range(1, 10**6)] = 2
     """Newest checkpoints kept, beside the best one and the last one before an alarm."""
     rewinds: Annotated[int, Range(0, 1000)] = 3

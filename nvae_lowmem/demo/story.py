@@ -78,6 +78,9 @@ class RunStory:
     def total_steps(self) -> int | None:
         """Steps of the whole training; None where neither configuration nor data.json tells."""
         training = self.profile.training
+        if training.hours:
+            planned = self.figures.latest.get("schedule/total_steps")
+            return int(planned) if planned else None
         if training.steps:
             return training.steps
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):

@@ -32,7 +32,7 @@ class LossTerms(NamedTuple):
     coefficients: Tensor  # (groups,) detached, the balancing coefficients used
 
 
-def beta_at(step: int, total_steps: int, config: TrainConfig) -> float:
+def beta_at(step: float, total_steps: float, config: TrainConfig) -> float:
     """The weight beta of the KL at optimiser step `step`, from 0 (NVAE, appendix A, warming up the KL).
 
         beta = clip((step - constant T) / (warm-up T), beta_min, beta_max),   T = total_steps

@@ -14,7 +14,6 @@ from typing import Any
 from nvae_lowmem.config import profile_file as profiles
 from nvae_lowmem.config.sections import Profile
 from nvae_lowmem.errors import ConfigError
-from nvae_lowmem.model.objective import beta_at
 from nvae_lowmem.training.resolve import ResolvedRun
 
 HISTORY = "config-history"
@@ -25,6 +24,7 @@ _UNSAID = {
     "evaluate_every",
     "evaluate_images",
     "save_every",
+    "save_minutes",
     "keep_last",
     "ema_on_host",
     "rewinds",
@@ -96,8 +96,7 @@ def differ(before: Profile, now: Profile) -> bool:
 def next_step(run: ResolvedRun, step: int) -> str:
     """What the schedules say of optimiser step `step` (counted from 0), for people."""
     total = run.schedule.total_steps
-    beta = beta_at(step, total, run.profile.training)
-    return f"step {step + 1} of {total}: learning rate {run.learning_rate(step):.3g}, beta {beta:.3g}"
+    return f"step {step + 1} of {total}: learning rate {run.learning_rate(step):.3g}, beta {run.beta(step):.3g}"
 
 
 def keep_history(run_dir: Path, step: int) -> None:

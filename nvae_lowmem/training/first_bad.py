@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from nvae_lowmem.model.latents import SeededNoise
 from nvae_lowmem.model.nvae import NVAE
-from nvae_lowmem.model.objective import Objective, beta_at
+from nvae_lowmem.model.objective import Objective
 from nvae_lowmem.training.resolve import ResolvedRun
 
 
@@ -25,7 +25,7 @@ def first_bad(model: NVAE, micro_batches: Iterable[tuple[int, Tensor]], run: Res
             return f"The weights were bad already: {name} holds inf or NaN."
     config = run.profile.training
     objective = Objective(model, config, run.profile.plan.precision).to(next(model.parameters()).device)
-    beta = beta_at(step, run.schedule.total_steps, config)
+    beta = run.beta(step)
     before, found = model.run_block, list[str]()
 
     def looking(name: str, block: nn.Module, *args: Any) -> Any:

@@ -112,6 +112,15 @@ class Monitor:
             if self._bar is None:
                 print(text, flush=True)
 
+    def planned_anew(self, step: int, total_steps: int) -> None:
+        """From `step` on, the run has another number of steps."""
+        self.total_steps = total_steps
+        if self.run_dir is None:
+            return
+        self.scalars(step, {"schedule/total_steps": float(total_steps)})
+        if self._bar is not None:
+            self._bar.total = total_steps
+
     def close(self) -> None:
         """Flush and close everything; safe to call twice."""
         if self.run_dir is None:

@@ -11,9 +11,11 @@ from nvae_lowmem.config.sections import Profile, TrainConfig
 from nvae_lowmem.data.pipeline import steps_per_epoch
 from nvae_lowmem.errors import command_line
 from nvae_lowmem.hardware.precision import precision_here
+from nvae_lowmem.model.objective import beta_at
 from nvae_lowmem.training.batch_split import BatchSplit, split_batch
 from nvae_lowmem.training.learning_rate import suggest_learning_rate
 from nvae_lowmem.training.schedule import Schedule
+from nvae_lowmem.units import format_seconds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,13 +27,17 @@ class ResolvedRun:
     schedule: Schedule
     reasons: tuple[str, ...] = ()
 
+    def beta(self, step: int) -> float:
+        """The weight beta of the KL at optimiser step `step`, counted from 0."""
+        return beta_at(*self.schedule.position(step), self.profile.training)
+
     def learning_rate(self, step: int) -> float:
         """The learning rate of optimiser step `step`, counted from 0."""
         return self.schedule.learning_rate(step, self.profile.training.learning_rate_min)
 
 
 def total_steps(training: TrainConfig, images: int) -> int:
-    """Optimiser steps of the whole schedule on so many training images."""
+    """Optimiser steps of the whole schedule on so many training images, where no hours are set."""
     return training.steps or max(1, round(training.epochs * steps_per_epoch(images, training.total_batch)))
 
 
@@ -41,13 +47,18 @@ def resolve_run(profile: Profile, images: int, device: torch.device, processes: 
     precision, why = precision_here(profile.plan.precision, device)
     split = split_batch(profile, processes)
     epoch, total = steps_per_epoch(images, training.total_batch), total_steps(training, images)
-    warmup = min(round(training.warmup_epochs * epoch), total // 2)
+    warmup = round(training.warmup_epochs * epoch)
+    if not training.hours:  # else it ends by the schedule's own rule: the number of steps is not known yet
+        warmup = min(warmup, total // 2)
     rate, why_rate = training.learning_rate, f"learning rate {training.learning_rate:g}: as given"
     if not rate:
         rate, why_rate = suggest_learning_rate(
             training.total_batch, training.published_total_batch, training.published_learning_rate
         )
     steps = f"{total} steps = {total / epoch:.1f} epochs x {epoch} steps ({images} images)"
+    if training.hours:
+        length = format_seconds(training.hours * 3600)
+        steps = f"{length} of training, as many steps as that makes ({epoch} steps an epoch, {images} images)"
     reasons = [str(split), steps, f"warm-up {warmup} steps", why_rate, f"precision {precision}: {why}"]
     if CHANGED in profile.provenance:
         reasons.append(

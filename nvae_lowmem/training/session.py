@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -25,8 +25,10 @@ from nvae_lowmem.training import changes, checkpoint, rewind, runs
 from nvae_lowmem.training.build import build_model, build_training, engine_factory
 from nvae_lowmem.training.engines import distributed
 from nvae_lowmem.training.out_of_memory import is_out_of_memory, report
+from nvae_lowmem.training.pace import Pace
 from nvae_lowmem.training.resolve import ResolvedRun
 from nvae_lowmem.training.step import Training
+from nvae_lowmem.training.time_budget import TimeBudget
 from nvae_lowmem.training.trainer import Pictures, Trainer
 
 Said = list[tuple[str, str]]
@@ -47,6 +49,10 @@ class Session:
     resume_from: int | None = None
     """Go on from the checkpoint of this step, not from the newest."""
     most_rewinds: int = 3
+    began: float | None = None
+    """When this process began, by time.monotonic, where the time of training is limited; None: as `train` begins."""
+    seconds_per_step: float = 0.0
+    """As it was measured or estimated before, for the first plan of a training whose time is limited; 0: not known."""
 
     def train(self) -> int:
         """Train to the end, or until asked to stop; returns the number of the signal that asked, 0 at the end.
@@ -57,17 +63,20 @@ class Session:
         with runs.locked(self.run_dir) if self.rank == 0 else contextlib.nullcontext():
             model = build_model(self.run.profile)
             resumed = self._resume(model, self.resume_from)
-            total = self.run.schedule.total_steps
+            pace = Pace()
+            budget = self._budget(pace, resumed)
+            run = self._timed(self.run, budget, resumed)
+            total = run.schedule.total_steps
             if resumed is not None and resumed.step >= total:
                 if self.rank == 0:
                     print(f"{self.run_dir} is already done: {resumed.step} of {total} steps")
                 return 0
-            said: Said = distributed.from_first(lambda: self._record_configuration(resumed))
+            said: Said = distributed.from_first(lambda: self._record_configuration(run, resumed))
             while True:
                 made: list[rewind.Rewind] = distributed.from_first(lambda: rewind.rewinds(self.run_dir))
-                run = rewind.after_rewinds(self.run, made)
+                run = self._timed(rewind.after_rewinds(self.run, made), budget, resumed)
                 try:
-                    return self._train_from(run, model, resumed, said)
+                    return self._train_from(run, model, resumed, said, pace, budget)
                 except Diverged as error:
                     raised = Diverged(*error.args)  # the one that was raised holds frames, and so the card's memory
                 except Exception as error:
@@ -89,7 +98,28 @@ class Session:
     def _go_back(self, error: Diverged) -> rewind.Rewind:
         return distributed.from_first(lambda: rewind.go_back(self.run_dir, self.run, error, self.most_rewinds))
 
-    def _train_from(self, run: ResolvedRun, model: NVAE, resumed: checkpoint.Resumed | None, said: Said) -> int:
+    def _budget(self, pace: Pace, resumed: checkpoint.Resumed | None) -> TimeBudget | None:
+        """The time that training may take, where it is limited."""
+        config = self.run.profile.training
+        state = resumed.training if resumed is not None else {}
+        return TimeBudget(config, pace, state, self.began) if config.hours else None
+
+    def _timed(self, run: ResolvedRun, budget: TimeBudget | None, resumed: checkpoint.Resumed | None) -> ResolvedRun:
+        """The run with the number of steps that its time leaves, where it is limited."""
+        if budget is None:
+            return run
+        step, state = (resumed.step, resumed.training) if resumed is not None else (0, {})
+        return replace(run, schedule=budget.taken_up(run.schedule, step, state, self.seconds_per_step))
+
+    def _train_from(
+        self,
+        run: ResolvedRun,
+        model: NVAE,
+        resumed: checkpoint.Resumed | None,
+        said: Said,
+        pace: Pace,
+        budget: TimeBudget | None,
+    ) -> int:
         """Build everything around the model and train it from the checkpoint."""
         training = build_training(
             run, model, self.device, engine_factory(self.engine), None if resumed else self._first_images
@@ -97,7 +127,17 @@ class Session:
         try:
             if resumed is not None:
                 _load(training, resumed)
-            trainer = Trainer(training, self.data, self.run_dir, self.pictures, resumed, self.run.profile.training.seed)
+            seed = self.run.profile.training.seed
+            trainer = Trainer(
+                training,
+                self.data,
+                self.run_dir,
+                self.pictures,
+                resumed,
+                evaluation_seed=seed,
+                pace=pace,
+                budget=budget,
+            )
             if resumed is not None:  # it is on the device now, and the host may have little to spare
                 resumed.training.clear()
                 resumed.weights.clear()
@@ -131,14 +171,14 @@ class Session:
             if step is not None:
                 for aside in checkpoint.replace_after(self.run_dir, step):
                     print(f"set aside: {aside}, until training has got that far again", flush=True)
-            if found.step < self.run.schedule.total_steps:
+            if found.step < self.run.schedule.total_steps or self.run.profile.training.hours:
                 print(f"resuming {self.run_dir} after step {found.step}", flush=True)
             return found.step
 
         agreed: int | None = distributed.from_first(decide)
         return checkpoint.resume(self.run_dir, model, agreed) if self.rank and agreed is not None else found
 
-    def _record_configuration(self, resumed: checkpoint.Resumed | None) -> Said:
+    def _record_configuration(self, run: ResolvedRun, resumed: checkpoint.Resumed | None) -> Said:
         """Write config.toml, or what has changed in it; (kind, sentence) of what is to be said of it."""
         path, now = self.run_dir / changes.CONFIG, self.run.profile.with_absolute_paths()
         header = f"nvae-lowmem run {self.run_dir.name}"
@@ -154,7 +194,7 @@ class Session:
             profiles.save(now, path, header=header)
         said += [("settings", f"from step {resumed.step + 1} on, {change}") for change in found]
         if found:
-            said.append(("settings", changes.next_step(self.run, resumed.step)))
+            said.append(("settings", changes.next_step(run, resumed.step)))
         return said
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nvae_lowmem.data.pipeline import MicroBatch
 from nvae_lowmem.model.latents import SeededNoise
-from nvae_lowmem.model.objective import beta_at, regulariser_at
+from nvae_lowmem.model.objective import regulariser_at
 from nvae_lowmem.model.regularizers import begin_micro_batch, end_step
 from nvae_lowmem.training.divergence import check_loss_is_finite
 from nvae_lowmem.training.ema import WeightEma
@@ -53,7 +53,7 @@ def training_step(training: Training, micro_batches: Iterator[MicroBatch], step:
     """
     run, engine, config = training.run, training.engine, training.run.profile.training
     accumulation = run.split.accumulation
-    beta = beta_at(step, run.schedule.total_steps, config)
+    beta = run.beta(step)
     weight = regulariser_at(beta, config)
     rate = run.learning_rate(step)
     coefficient = weight * engine.loss_scale / accumulation

@@ -7,12 +7,14 @@ import math
 import signal
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from nvae_lowmem.config.limits import LARGEST_STEPS
 from nvae_lowmem.data.pipeline import Batches, MicroBatch, evaluation_batches, prefetched
 from nvae_lowmem.data.sources import Datasets
 from nvae_lowmem.errors import Diverged
@@ -27,8 +29,11 @@ from nvae_lowmem.training.engines import distributed
 from nvae_lowmem.training.engines.torch_engine import persistent_buffers
 from nvae_lowmem.training.first_bad import first_bad
 from nvae_lowmem.training.monitor import Monitor, is_early
+from nvae_lowmem.training.pace import PERIODIC, Pace
+from nvae_lowmem.training.schedule import Schedule
 from nvae_lowmem.training.step import StepResult, Training, training_step
 from nvae_lowmem.training.stopping import StopWish
+from nvae_lowmem.training.time_budget import TimeBudget
 from nvae_lowmem.training.validation import Validation, validate
 from nvae_lowmem.units import GIB
 
@@ -54,12 +59,15 @@ class Trainer:
         pictures: Pictures | None = None,
         resumed: checkpoint.Resumed | None = None,
         evaluation_seed: int | None = None,
+        pace: Pace | None = None,
+        budget: TimeBudget | None = None,
     ) -> None:
         """resumed: what engine and average hold already. evaluation_seed: of noise on held-out images; None: the
-        run's, which is another one after a rewind."""
+        run's, which is another one after a rewind. budget: the time that training may take, measured by pace."""
         self.training, self.data, self.run_dir, self.pictures = training, data, run_dir, pictures
         self.run, self.engine, self.ema = training.run, training.engine, training.ema
-        self.profile, self.schedule = self.run.profile, self.run.schedule
+        self.profile = self.run.profile
+        self._pace, self._budget, self._due = pace or Pace(), budget, frozenset[str]()
         self.first_step = resumed.step if resumed is not None else 0
         self._evaluation_seed = self.profile.training.seed if evaluation_seed is None else evaluation_seed
         self._batches = Batches(
@@ -88,22 +96,17 @@ class Trainer:
 
         Raises Diverged where more steps would be for nothing, and SaveFailed.
         """
-        training, total = self.profile.training, self.schedule.total_steps
-        evaluate_every, sample_every, save_every = (
-            every or max(1, total // 10)
-            for every in (training.evaluate_every, training.sample_every, training.save_every)
-        )
         step = self.first_step
         with (
-            contextlib.closing(self._micro_batches(step, total)) as micro_batches,
-            Monitor(self.run_dir if self.engine.rank == 0 else None, total, self.first_step) as monitor,
+            contextlib.closing(self._micro_batches(step)) as micro_batches,
+            Monitor(self.run_dir if self.engine.rank == 0 else None, self.total_steps, self.first_step) as monitor,
             self._wish.listening(),
         ):
             for kind, sentence in said:
                 monitor.event(step, kind, sentence)
             monitor.configuration(step, self.profile)
             self._agree(monitor, step)
-            while step < total and not self.stopped_by:
+            while step < self.total_steps and not self.stopped_by:
                 began = time.monotonic()
                 try:
                     result = training_step(self.training, micro_batches, step)
@@ -111,16 +114,18 @@ class Trainer:
                     half = "" if self.profile.plan.precision == "fp32" else " Or try --precision fp32."
                     raise self._diverged(monitor, f"{error}{half} {self._first_bad(step)}", step + 1) from None
                 step += 1
+                self._pace.step_done()
                 self._look(monitor, result, step)
                 self._report(monitor, result, step, time.monotonic() - began)
-                last = step == total
-                if last or step % evaluate_every == 0:
+                last = step == self.total_steps
+                if last or self._is_due("evaluate", step):
                     self._evaluate(monitor, step)
-                if last or step % sample_every == 0:
+                if last or self._is_due("sample", step):
                     self._draw(monitor, step)
-                if last or step % save_every == 0 or self._retry_save(step, save_every):
+                if last or self._is_due("save", step):
                     self._save(monitor, step, last)
                 self._wish.alive()
+            total = self.total_steps
             if step == total and (final := self.last_validation) is not None:
                 monitor.outcome(self.profile, {"final/nelbo": final.nelbo, "final/bpd_elbo": final.bits_per_dim})
             if self.stopped_by and step < total:
@@ -131,16 +136,61 @@ class Trainer:
                 )
         return step
 
+    @property
+    def schedule(self) -> Schedule:
+        """As it is now: with a time budget it changes."""
+        return self.training.run.schedule
+
+    @property
+    def total_steps(self) -> int:
+        """Of the whole run, as planned now."""
+        return self.schedule.total_steps
+
     # -- whether to go on --
 
     def _agree(self, monitor: Monitor, step: int) -> None:
-        """All processes learn whether one was asked to stop, and whether the loss of one has blown up."""
-        own = (self._wish.number, int(bool(self._alarms.blown_up)))
-        self.stopped_by, blown_up = distributed.largest(own, self.engine.device)
+        """All processes learn whether one was asked to stop, whether the loss of one has blown up, and what time it is.
+
+        The time is process 0's: how many steps there will be, and what is due by the clock.
+        """
+        own = (self._wish.number, int(bool(self._alarms.blown_up)), *self._timing(step))
+        self.stopped_by, blown_up, planned, *due = distributed.largest(own, self.engine.device)
+        self._due = frozenset(what for what, is_due in zip(PERIODIC, due, strict=True) if is_due)
+        if planned:
+            self._plan_anew(monitor, step, planned)
         if blown_up:
             cause = self._alarms.blown_up or "the loss of another process has blown up"
             advice = "Try a lower --set training.learning_rate, or clipped gradients (--set training.clip_norm=200)."
             raise self._diverged(monitor, f"step {step}: training has blown up: {cause}. {advice}", step)
+
+    def _timing(self, step: int) -> tuple[int, ...]:
+        """(a new number of steps or 0, and for each of PERIODIC whether it is due by the clock); process 0 decides."""
+        planned, due = 0, set[str]()
+        if self.engine.rank == 0:
+            if self._budget is not None:
+                planned = self._budget.plan(step, self.total_steps)
+                due = self._budget.due(save_failed=self._failed_saves > 0)
+            elif (minutes := self.profile.training.save_minutes) and self._pace.since("save") >= 60 * minutes:
+                due = {"save"}
+        return planned, *(int(what in due) for what in PERIODIC)
+
+    def _plan_anew(self, monitor: Monitor, step: int, total_steps: int) -> None:
+        """From `step` on, the run is to have another number of steps."""
+        assert self._budget is not None
+        run, before = self.training.run, self.total_steps
+        schedule = self._budget.planned(run.schedule, step, total_steps)
+        self.training = replace(self.training, run=replace(run, schedule=schedule))
+        monitor.event(step, "schedule", self._budget.describe(step, before, total_steps))
+        monitor.planned_anew(step, total_steps)
+
+    def _is_due(self, what: str, step: int) -> bool:
+        """Whether one of PERIODIC is to be done after `step` steps, which is not the last one."""
+        every = int(getattr(self.profile.training, f"{what}_every"))
+        by_steps = every or (0 if self._budget is not None else max(1, self.total_steps // 10))
+        if what in self._due or (by_steps and step % by_steps == 0):
+            return True
+        retried_every = max(1, by_steps // MOST_FAILED_SAVES)
+        return what == "save" and self._failed_saves > 0 and by_steps > 0 and step % retried_every == 0
 
     def _look(self, monitor: Monitor, r: StepResult, step: int) -> None:
         """Alarms and divergence of a step that is done."""
@@ -172,12 +222,13 @@ class Trainer:
         with self.engine.gathered():
             slots = self.run.split.slots(self.engine.rank)
             images = ((s.start, self._batches.batch(step, s).to(self.engine.device)) for s in slots)
-            return first_bad(self.engine.model, images, self.run, step)
+            return first_bad(self.engine.model, images, self.training.run, step)
 
     # -- pieces of a step --
 
-    def _micro_batches(self, step: int, total: int) -> Generator[MicroBatch, None, None]:
+    def _micro_batches(self, step: int) -> Generator[MicroBatch, None, None]:
         """This process' micro-batches on its device, in the order in which `training_step` asks for them."""
+        total = self.total_steps if self._budget is None else LARGEST_STEPS
         slots, device = self.run.split.slots(self.engine.rank), self.engine.device
         on_card = device.type == "cuda"
         with contextlib.closing(prefetched(self._batches, step, total, slots, pin_memory=on_card)) as ready:
@@ -252,7 +303,7 @@ class Trainer:
 
     def _evaluate(self, monitor: Monitor, step: int) -> None:
         training = self.profile.training
-        with self._averaged_weights():
+        with self._pace.timing("evaluate"), self._averaged_weights():
             v = validate(
                 self.engine.model,
                 self._held_out(training.evaluate_images, self.run.split.micro),
@@ -273,7 +324,7 @@ class Trainer:
             return
         model = self.engine.model
         images = torch.cat(list(self._held_out(8, min(8, self.run.split.micro))))
-        with self._averaged_weights():
+        with self._pace.timing("sample"), self._averaged_weights():
             model.eval()
             try:
                 if self.engine.rank == 0:
@@ -288,9 +339,10 @@ class Trainer:
         """Save, unless it is saved. A disk that is full now may have room later: training goes on, but not for ever."""
         if step == self._saved_step:
             return
-        state = self.engine.state()  # every process takes part
-        state |= distributed.gather_statistics(self.engine.model)
-        problem: OSError | NotFinite | None = distributed.from_first(lambda: self._write(monitor, step, state))
+        with self._pace.timing("save"):
+            state = self.engine.state()  # every process takes part
+            state |= distributed.gather_statistics(self.engine.model)
+            problem: OSError | NotFinite | None = distributed.from_first(lambda: self._write(monitor, step, state))
         if problem is None:
             self._saved_step, self._failed_saves = step, 0
             return
@@ -302,9 +354,6 @@ class Trainer:
         if last or self._failed_saves >= MOST_FAILED_SAVES:
             raise SaveFailed(f"{text}. Make room, and start the same command with --run-dir {self.run_dir} again")
         monitor.event(step, "save-failed", f"{text}; training goes on and tries again")
-
-    def _retry_save(self, step: int, save_every: int) -> bool:
-        return self._failed_saves > 0 and step % max(1, save_every // MOST_FAILED_SAVES) == 0
 
     def _write(self, monitor: Monitor, step: int, state: dict[str, Tensor]) -> OSError | NotFinite | None:
         """Write a checkpoint; what went wrong, if anything did."""
@@ -320,6 +369,8 @@ class Trainer:
         keep_last = self.profile.training.keep_last
         try:
             training = state | self._alarms.state()
+            if self._budget is not None:
+                training |= self._budget.state(self.schedule)
             path = checkpoint.save(self.run_dir, step, weights | buffers, training, keep_last, figures)
         except (OSError, NotFinite) as error:
             return error
