@@ -68,6 +68,7 @@ SHORT_FILES = {  # under 60 lines, and why
     "model/host.py": "a mark that model and tracer share",
     "model/regularizers.py": "what a step tells the layers",
     "progress.py": "a root module: every room may say how far it is",
+    "splitmix.py": "a root module: noise and data are hashed with the same constants",
     "text_table.py": "a root module: every room may draw a table",
     "training/batch_split.py": "one equation: total = micro-batch x accumulation x processes",
     "training/engines/gradient_gate.py": "one decision, the same on every engine",

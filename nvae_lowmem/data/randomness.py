@@ -1,7 +1,7 @@
-"""Random numbers without a state: a hash of (seed, stream, counters), the same on every machine and numpy version.
+"""The data's random numbers, without a state: a hash of (seed, stream, counters).
 
-The hash is SplitMix64's finaliser (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators"),
-chained over the counters; the words of one key are the SplitMix64 sequence that starts there.
+The hash is SplitMix64's finaliser (`splitmix.mix`), chained over the counters; the words of one key are the SplitMix64
+sequence that starts there.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ import enum
 
 import numpy as np
 
-_GOLDEN = 0x9E3779B97F4A7C15
-_MASK = (1 << 64) - 1
+from nvae_lowmem.splitmix import GOLDEN, MASK, mix
 
 
 class Stream(enum.IntEnum):
@@ -26,16 +25,16 @@ class Stream(enum.IntEnum):
 
 def keys(seed: int, stream: Stream, *counters: int | np.ndarray) -> np.ndarray:
     """A 64-bit key for every combination of counters (integers or equally long 1-D arrays): (n,) uint64."""
-    state = _mix(_words_of(seed))
+    state = mix(_words_of(seed))
     for counter in (int(stream), *counters):
-        state = _mix(state ^ _mix(_words_of(counter) + np.uint64(_GOLDEN)))
+        state = mix(state ^ mix(_words_of(counter) + np.uint64(GOLDEN)))
     return state
 
 
 def words(key: np.ndarray, count: int) -> np.ndarray:
     """`count` 64-bit words for each key: (n,) -> (n, count) uint64."""
-    steps = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(_GOLDEN)
-    return _mix(key[:, None] + steps)
+    steps = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(GOLDEN)
+    return mix(key[:, None] + steps)
 
 
 def permutation(seed: int, epoch: int, count: int) -> np.ndarray:
@@ -53,13 +52,4 @@ def _words_of(counter: int | np.ndarray) -> np.ndarray:
     """uint64, at least 1-D: numpy warns when a lone number wraps around, which is what is wanted here."""
     if isinstance(counter, np.ndarray):
         return counter.astype(np.uint64)
-    return np.array([counter & _MASK], dtype=np.uint64)
-
-
-def _mix(x: np.ndarray) -> np.ndarray:
-    x = x ^ (x >> np.uint64(30))
-    x *= np.uint64(0xBF58476D1CE4E5B9)
-    x ^= x >> np.uint64(27)
-    x *= np.uint64(0x94D049BB133111EB)
-    x ^= x >> np.uint64(31)
-    return x
+    return np.array([counter & MASK], dtype=np.uint64)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from nvae_lowmem.config.model import ModelConfig
 from nvae_lowmem.model.cells import make_cell
 from nvae_lowmem.model.flows import Flow
-from nvae_lowmem.model.functional import recompute_in_backward
+from nvae_lowmem.model.functional import full_precision, recompute_in_backward
 from nvae_lowmem.model.latents import Latent, Normal, Source
 from nvae_lowmem.model.layers import ConvUnit
 from nvae_lowmem.model.likelihoods import Likelihood, negative_log_likelihood
@@ -145,11 +145,6 @@ class DecoderGroup(nn.Module):
             mu, log_sigma = mu + prior_mu, log_sigma + prior_log_sigma
         flow = None if self.flow is None else functools.partial(self.flow, dtype=posterior_parameters.dtype)
         return source.latent(self.group, prior, Normal.from_parameters(mu, log_sigma), flow)
-
-
-def full_precision(x: Tensor) -> Tensor:
-    """At least fp32: half types are widened, float64 stays."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 class Head(nn.Module):

@@ -67,6 +67,24 @@ class RunningStatistics(NamedTuple):
     training: bool
 
 
+# --- what is computed in full precision -------------------------------------------------------------------------------
+
+
+def computing_type(x: Tensor) -> torch.dtype:
+    """The type in which latents and likelihoods of these parameters are computed: fp32, or float64 for float64."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def full_precision(x: Tensor) -> Tensor:
+    """The tensor in its `computing_type`: half types are widened."""
+    return x.to(computing_type(x))
+
+
+def soft_clamp(x: Tensor) -> Tensor:
+    """5 tanh(x / 5): bounds the outputs that become the mu and log sigma of a normal."""
+    return (x / 5).tanh() * 5
+
+
 # --- activations: f(x), f in place, f'(g, x) --------------------------------------------------------------------------
 
 

@@ -15,6 +15,9 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from nvae_lowmem.model.functional import soft_clamp
+from nvae_lowmem.splitmix import seed_of
+
 SIGMA_FLOOR = 1e-2
 
 
@@ -28,11 +31,11 @@ class Normal(NamedTuple):
     def from_parameters(mu: Tensor, log_sigma: Tensor) -> Normal:
         """The normal of what a convolution put out, mu and log sigma (B, L, h, w) each.
 
-            mu = clamp(mu),   sigma = exp(clamp(log sigma)) + 1e-2,   clamp(x) = 5 tanh(x / 5)
+            mu = soft_clamp(mu),   sigma = exp(soft_clamp(log sigma)) + 1e-2,   soft_clamp(x) = 5 tanh(x / 5)
 
         For a residual posterior (section 3.2) the prior's outputs have been added to both before.
         """
-        return Normal(_soft_clamp(mu), _soft_clamp(log_sigma).exp() + SIGMA_FLOOR)
+        return Normal(soft_clamp(mu), soft_clamp(log_sigma).exp() + SIGMA_FLOOR)
 
     def draw(self, eps: Tensor, temperature: float = 1.0) -> Tensor:
         """mu + temperature * sigma * eps."""
@@ -50,10 +53,6 @@ class Normal(NamedTuple):
         shift = (self.mu - prior.mu) / prior.sigma
         ratio = self.sigma / prior.sigma
         return 0.5 * (shift.square() + ratio.square()) - 0.5 - ratio.log()
-
-
-def _soft_clamp(x: Tensor) -> Tensor:
-    return (x / 5).tanh() * 5
 
 
 # --- noise ------------------------------------------------------------------------------------------------------------
@@ -108,7 +107,7 @@ class SeededNoise:
         eps = torch.empty(tuple(shape), device=device)
         generator = torch.Generator(device=device)
         for i in range(shape[0]):
-            generator.manual_seed(_mix(self.seed, self.step, self.first_slot + i, group))
+            generator.manual_seed(seed_of(self.seed, self.step, self.first_slot + i, group))
             eps[i].normal_(generator=generator)  # in place: as many allocations for any batch size
         return eps
 
@@ -122,16 +121,6 @@ class NoNoise:
 
     def normal(self, group: int, shape: Sequence[int], device: torch.device) -> Tensor:
         return torch.zeros(tuple(shape), device=device)
-
-
-def _mix(*numbers: int) -> int:
-    """A 63-bit seed from integers: splitmix64 over each in turn."""
-    state = 0x9E3779B97F4A7C15
-    for number in numbers:
-        state = (state ^ (number & 0xFFFFFFFFFFFFFFFF)) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
-        state = (state ^ (state >> 27)) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
-        state ^= state >> 31
-    return state >> 1
 
 
 # --- where a group's z comes from -------------------------------------------------------------------------------------

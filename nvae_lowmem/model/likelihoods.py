@@ -18,13 +18,13 @@ from torch.autograd.function import once_differentiable
 
 from nvae_lowmem.config.model import LikelihoodName
 from nvae_lowmem.errors import raise_problems
+from nvae_lowmem.model.functional import computing_type
 from nvae_lowmem.model.pixel_distributions import (
     Bernoulli,
     DiscretisedNormal,
     Likelihood,
     LogisticMixture,
     SquaredError,
-    computing_type,
     quantise,
 )
 

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from nvae_lowmem.config.model import ModelConfig
-from nvae_lowmem.model.blocks import DecoderGroup, EncoderGroup, EncoderTop, Head, LearnedStart, Stem, full_precision
+from nvae_lowmem.model.blocks import DecoderGroup, EncoderGroup, EncoderTop, Head, LearnedStart, Stem
 from nvae_lowmem.model.cells import Cell, Resample, Side, make_cell
+from nvae_lowmem.model.functional import full_precision
 from nvae_lowmem.model.hooks import BlockRunner, LayerSettings, run_plainly
 from nvae_lowmem.model.latents import FromPosterior, Latent, Noise, Source
 from nvae_lowmem.model.layers import NormLayer

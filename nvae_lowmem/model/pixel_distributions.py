@@ -18,6 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nvae_lowmem.model.functional import full_precision, soft_clamp
+from nvae_lowmem.model.latents import SIGMA_FLOOR
+
 _MIN_LOG_SCALE = -7.0
 _MAX_LOG_SCALE = 60.0  # beyond it exp(-log scale) leaves float32's normal range; no sensible network comes near
 _PUBLISHED_NARROW_BIN = 1e-5  # below this probability the published formula takes density * width (PixelCNN++)
@@ -31,11 +34,6 @@ def quantise(x: Tensor, bits: int) -> Tensor:
     # An image that was rescaled on its way may lie one rounding error below k / 255; the nudge is far below one step.
     eight_bit = x * 255.0 + 1e-3
     return torch.floor(eight_bit / 2 ** (8 - bits)) / (2**bits - 1)
-
-
-def computing_type(parameters: Tensor) -> torch.dtype:
-    """The type in which a likelihood of these parameters computes: float32, or float64 for float64."""
-    return torch.float64 if parameters.dtype == torch.float64 else torch.float32
 
 
 class Likelihood(ABC):
@@ -116,15 +114,15 @@ class Bernoulli(Likelihood):
         return 5 * self.image_channels
 
     def log_prob_per_pixel(self, parameters: Tensor, x: Tensor) -> Tensor:
-        logits = _full_precision(parameters)
+        logits = full_precision(parameters)
         return -F.binary_cross_entropy_with_logits(logits, x.to(logits.dtype), reduction="none").sum(dim=1)
 
     def sample(self, parameters: Tensor, generator: torch.Generator, temperature: float = 1.0) -> Tensor:
-        logits = _full_precision(parameters)
+        logits = full_precision(parameters)
         return (logits + temperature * _logistic_noise(logits, generator) > 0).to(logits.dtype)
 
     def mean(self, parameters: Tensor) -> Tensor:
-        return torch.sigmoid(_full_precision(parameters))
+        return torch.sigmoid(full_precision(parameters))
 
     def describe(self) -> str:
         return f"Bernoulli, 1 bit, {self.image_channels} image channel(s), {self.parameter_channels} output channel(s)"
@@ -206,14 +204,14 @@ class LogisticMixture(Likelihood):
         # Blocks keep their type; each is converted where it is used, so that no float32 copy of all P channels exists.
         logits, *blocks = parameters.split(self.mixtures, dim=1)
         step = self._blocks_per_channel
-        return _full_precision(logits), [blocks[start : start + step] for start in range(0, len(blocks), step)]
+        return full_precision(logits), [blocks[start : start + step] for start in range(0, len(blocks), step)]
 
     def _coefficients(self, channels: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-        return [torch.tanh(_full_precision(blocks[2])) for blocks in channels] if self._couples_colours else []
+        return [torch.tanh(full_precision(blocks[2])) for blocks in channels] if self._couples_colours else []
 
     def _couple(self, means: Tensor, coefficients: list[Tensor], earlier: Sequence[Tensor]) -> Tensor:
         """Location of the colour after the ``earlier`` ones, which are on [-1, 1] and broadcast over components."""
-        location = _full_precision(means)
+        location = full_precision(means)
         if not self._couples_colours:
             return location
         first = len(earlier) * (len(earlier) - 1) // 2  # G takes coefficient 0, B takes 1 and 2
@@ -289,8 +287,8 @@ class DiscretisedNormal(Likelihood):
 
     def _mu_and_sigma(self, parameters: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 2C, H, W) -> mu, sigma, both (B, C, H, W) on the scale of [-1, 1]."""
-        mu, log_sigma = (5.0 * torch.tanh(_full_precision(parameters) / 5.0)).chunk(2, dim=1)
-        return mu, torch.exp(log_sigma) + 1e-2
+        mu, log_sigma = soft_clamp(full_precision(parameters)).chunk(2, dim=1)
+        return mu, torch.exp(log_sigma) + SIGMA_FLOOR
 
 
 class SquaredError(Likelihood):
@@ -307,22 +305,18 @@ class SquaredError(Likelihood):
         return 4 * self.image_channels
 
     def log_prob_per_pixel(self, parameters: Tensor, x: Tensor) -> Tensor:
-        squared = (_full_precision(parameters) - x).square().sum(dim=1)
+        squared = (full_precision(parameters) - x).square().sum(dim=1)
         return -0.5 * (squared + self.image_channels * math.log(2 * math.pi))
 
     def sample(self, parameters: Tensor, generator: torch.Generator, temperature: float = 1.0) -> Tensor:
-        mu = _full_precision(parameters)
+        mu = full_precision(parameters)
         return (mu + temperature * torch.special.ndtri(_uniform(mu, generator))).clamp(0.0, 1.0)
 
     def mean(self, parameters: Tensor) -> Tensor:
-        return _full_precision(parameters).clamp(0.0, 1.0)
+        return full_precision(parameters).clamp(0.0, 1.0)
 
     def describe(self) -> str:
         return f"squared error, {self.image_channels} channel(s)"
-
-
-def _full_precision(parameters: Tensor) -> Tensor:
-    return parameters.to(computing_type(parameters))
 
 
 def _softplus(x: Tensor) -> Tensor:
@@ -332,7 +326,7 @@ def _softplus(x: Tensor) -> Tensor:
 
 def _clamp_log_scale(log_scale: Tensor) -> Tensor:
     # Clamped first: both bounds are exact in half types, and what is kept for backward then is no converted copy.
-    return _full_precision(log_scale.clamp(_MIN_LOG_SCALE, _MAX_LOG_SCALE))
+    return full_precision(log_scale.clamp(_MIN_LOG_SCALE, _MAX_LOG_SCALE))
 
 
 def _to_unit_interval(x: Tensor) -> Tensor:
