@@ -58,6 +58,7 @@ SHORT_FILES = {  # under 60 lines, and why
     "config/paths.py": "one subject: paths that come back as they were",
     "data/cache.py": "one subject: files that are whole or not there",
     "data/digits.py": "one embedded set",
+    "data/randomness.py": "one subject: what the data draw",
     "data/split.py": "one rule: which images are held out",
     "generation/series.py": "one subject: many images into files",
     "hardware/cpu.py": "before torch is imported, so nothing else may stand here",
