@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -53,6 +54,12 @@ def format_seconds(seconds: float) -> str:
     if whole < 86400:
         return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
     return f"{whole // 86400} d {whole % 86400 // 3600} h"
+
+
+def clock_time(seconds: float) -> str:
+    """The time of day in so many seconds, with the day where it is more than half a day away: "about 18:42"."""
+    form = "%H:%M:%S" if seconds < 600 else "%H:%M" if seconds < 43_200 else "%a %d %b, %H:%M"
+    return f"about {time.strftime(form, time.localtime(time.time() + max(0.0, seconds)))}"
 
 
 Number = TypeVar("Number", int, float)

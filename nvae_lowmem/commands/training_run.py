@@ -19,7 +19,9 @@ from nvae_lowmem.data.sources import Datasets, open_source
 from nvae_lowmem.errors import ConfigError, ExitCode, LostProcess, command_line, printable
 from nvae_lowmem.generation.grids import training_pictures
 from nvae_lowmem.hardware import cuda_memory
+from nvae_lowmem.hardware.card import load_cards
 from nvae_lowmem.hardware.cpu import keep_freed_memory
+from nvae_lowmem.hardware.find_card import device_name
 from nvae_lowmem.memory.plan.duration import expected, step_time
 from nvae_lowmem.model.keep import check_block_names
 from nvae_lowmem.model.nvae import NVAE
@@ -30,6 +32,7 @@ from nvae_lowmem.training.open_run import choose_device
 from nvae_lowmem.training.patient_output import patient_output
 from nvae_lowmem.training.resolve import ResolvedRun, resolve_run
 from nvae_lowmem.training.session import Session, check_changes
+from nvae_lowmem.training.speed import Expected
 from nvae_lowmem.training.stopping import exit_status
 
 _LOOKED_AT, _PHOTOGRAPH_SHARE = 16, 0.2
@@ -171,7 +174,7 @@ def _train_on(
         resume_from=where.resume_from,
         most_rewinds=run.profile.training.rewinds if where.rewind else 0,
         began=began,
-        seconds_per_step=time.least_seconds if (time := step_time(run.profile)) else 0.0,
+        expected=expected_speed(run.profile, device),
     )
     try:
         stopped_by = session.train()
@@ -185,6 +188,25 @@ def _train_on(
         samples = f"sample more with: {command_line('sample')} --run {run_dir}"
         print(f"pictures: {run_dir / 'samples'}\n{samples}", flush=True)
     return ExitCode.DONE
+
+
+def expected_speed(profile: Profile, device: torch.device) -> Expected | None:
+    """Seconds per step as the profile's provenance has them, and whether they are for this device; None: none there."""
+    time = step_time(profile)
+    if time is None:
+        return None
+    here, name = device_name(device), time.measured_on
+    if not name:
+        card = load_cards().get(str(profile.provenance.get("card", "")))
+        name = card.name if card is not None else str(profile.provenance.get("card", "another card"))
+    is_here = name.removeprefix("NVIDIA ") == here.removeprefix("NVIDIA ")  # old drivers leave the maker out
+    return Expected(
+        least_seconds=time.least_seconds,
+        most_seconds=time.most_seconds,
+        device=name,
+        measured=bool(time.measured_on),
+        is_here=is_here,
+    )
 
 
 # --- words ------------------------------------------------------------------------------------------------------------

@@ -134,7 +134,8 @@ def _without_stale_prediction(before: Profile, now: Profile) -> Profile:
         for key in keys
         if old[section][key] != new[section][key]
     ]
-    stale = [key for key in now.provenance if key.startswith("predicted_") or key in ("margin_bytes", "speed")]
+    of_a_step = ("margin_bytes", "speed", "measured_seconds_per_step", "measured_on")
+    stale = [key for key in now.provenance if key.startswith("predicted_") or key in of_a_step]
     if not changed or not stale:
         return now
     made = {key: value for key, value in now.provenance.items() if key not in stale}

@@ -6,10 +6,14 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from nvae_lowmem.errors import ConfigError, command_line
 from nvae_lowmem.hardware.card import Capability, Card, Fp16, load_cards
 from nvae_lowmem.units import format_bytes
+
+if TYPE_CHECKING:
+    import torch
 
 _A_TYPING_ERROR = 0.8  # of difflib's ratio: "gtx-97" is near "gtx-970"; "rtx-4090" is another card than any we know
 
@@ -54,6 +58,16 @@ def detect_card(index: int = 0) -> Card:
         )
     properties = torch.cuda.get_device_properties(index)
     return _as_seen(properties.name, (properties.major, properties.minor), properties.total_memory)
+
+
+def device_name(device: torch.device) -> str:
+    """What a torch device is called, for people and records: "NVIDIA GeForce GTX 970", "the CPU (2 threads)"."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"the CPU ({threads} thread{'s' if threads > 1 else ''})"
 
 
 def card_of_size(total_bytes: int) -> Card:

@@ -97,8 +97,11 @@ class Monitor:
         """A picture (H, W, 3) uint8 to TensorBoard."""
         self._tensorboard(lambda events: events.add_image(name, image, step, dataformats="HWC"))
 
-    def progress(self, step: int, line: str, show: bool) -> None:
-        """Step `step` is done. A bar on a terminal; plain lines with ETA where `show`, in a log."""
+    def progress(self, step: int, line: str, show: bool, left_seconds: float | None = None) -> None:
+        """Step `step` is done. A bar on a terminal; plain lines with ETA where `show`, in a log.
+
+        left_seconds: until the end; None: as many as the speed so far makes it.
+        """
         if self.run_dir is None:
             return
         if self._bar is not None:
@@ -107,6 +110,7 @@ class Monitor:
         if show:
             done = max(1, step - self._first_step)
             left = (time.monotonic() - self._began) / done * (self.total_steps - step)
+            left = left if left_seconds is None else max(0.0, left_seconds)
             text = f"step {step}/{self.total_steps}  {line}  ETA {format_seconds(left)}"
             self._append("log.txt", text)
             if self._bar is None:

@@ -28,6 +28,8 @@ class Pace:
         self._began = self.clock()
         self._done_at = dict.fromkeys(PERIODIC, self._began)
         self._window_steps, self._window_began, self._apart_seconds = 0, self._began, 0.0
+        self._step_seconds = 0.0  # of the windows before, with their steps
+        self._measured_steps = 0
 
     def step_done(self) -> None:
         """A step is done, with everything around it that belongs to steps."""
@@ -64,10 +66,23 @@ class Pace:
     def measure(self) -> float:
         """Seconds of a step, the mean since the last call; as before where no step was done. 0: never measured."""
         if self._window_steps:
-            took = self.clock() - self._window_began - self._apart_seconds
+            took = self._window_seconds()
             self.seconds["step"] = took / self._window_steps
+            self._step_seconds, self._measured_steps = (
+                self._step_seconds + took,
+                self._measured_steps + self._window_steps,
+            )
             self._open_window()
         return self.seconds.get("step", 0.0)
+
+    def mean(self) -> float:
+        """Seconds of a step, the mean over this process without its first steps; 0: there were no others."""
+        steps = self._measured_steps + self._window_steps
+        now = self._window_seconds() if self._window_steps else 0.0
+        return (self._step_seconds + now) / steps if steps else 0.0
+
+    def _window_seconds(self) -> float:
+        return self.clock() - self._window_began - self._apart_seconds
 
     def _open_window(self) -> None:
         self._window_steps, self._window_began, self._apart_seconds = 0, self.clock(), 0.0

@@ -27,6 +27,7 @@ from nvae_lowmem.training.engines import distributed
 from nvae_lowmem.training.out_of_memory import is_out_of_memory, report
 from nvae_lowmem.training.pace import Pace
 from nvae_lowmem.training.resolve import ResolvedRun
+from nvae_lowmem.training.speed import Expected
 from nvae_lowmem.training.step import Training
 from nvae_lowmem.training.time_budget import TimeBudget
 from nvae_lowmem.training.trainer import Pictures, Trainer
@@ -51,8 +52,8 @@ class Session:
     most_rewinds: int = 3
     began: float | None = None
     """When this process began, by time.monotonic, where the time of training is limited; None: as `train` begins."""
-    seconds_per_step: float = 0.0
-    """As it was measured or estimated before, for the first plan of a training whose time is limited; 0: not known."""
+    expected: Expected | None = None
+    """Seconds per step as they were measured or estimated before; None: not known."""
 
     def train(self) -> int:
         """Train to the end, or until asked to stop; returns the number of the signal that asked, 0 at the end.
@@ -109,7 +110,8 @@ class Session:
         if budget is None:
             return run
         step, state = (resumed.step, resumed.training) if resumed is not None else (0, {})
-        return replace(run, schedule=budget.taken_up(run.schedule, step, state, self.seconds_per_step))
+        seconds = self.expected.least_seconds if self.expected is not None else 0.0
+        return replace(run, schedule=budget.taken_up(run.schedule, step, state, seconds))
 
     def _train_from(
         self,
@@ -137,6 +139,7 @@ class Session:
                 evaluation_seed=seed,
                 pace=pace,
                 budget=budget,
+                expected=self.expected,
             )
             if resumed is not None:  # it is on the device now, and the host may have little to spare
                 resumed.training.clear()

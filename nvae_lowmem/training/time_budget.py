@@ -7,7 +7,6 @@ processes: a checkpoint says how much was spent when it was written.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Mapping
 
 import torch
@@ -17,7 +16,7 @@ from nvae_lowmem.config.limits import LARGEST_STEPS
 from nvae_lowmem.config.sections import TrainConfig
 from nvae_lowmem.training.pace import ENOUGH_STEPS, PERIODIC, WARM_STEPS, Pace
 from nvae_lowmem.training.schedule import Knot, Schedule
-from nvae_lowmem.units import format_seconds
+from nvae_lowmem.units import clock_time, format_seconds
 
 FIRST_MARK = 0.02
 """Share of the time that is left to a process after which its steps are planned from what it measured."""
@@ -177,9 +176,3 @@ class TimeBudget:
         """How often one of PERIODIC that goes by time is still to come before the end."""
         interval = self._interval(what)
         return math.ceil(self.seconds / interval) - 1 - int(self.spent / interval)
-
-
-def clock_time(seconds: float) -> str:
-    """The time of day in so many seconds, with the day where that is more than half a day away."""
-    form = "%H:%M:%S" if seconds < 600 else "%H:%M" if seconds < 43_200 else "%a %d %b, %H:%M"
-    return f"about {time.strftime(form, time.localtime(time.time() + max(0.0, seconds)))}"

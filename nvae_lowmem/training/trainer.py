@@ -17,8 +17,9 @@ from torch import Tensor
 from nvae_lowmem.config.limits import LARGEST_STEPS
 from nvae_lowmem.data.pipeline import Batches, MicroBatch, evaluation_batches, prefetched
 from nvae_lowmem.data.sources import Datasets
-from nvae_lowmem.errors import Diverged
+from nvae_lowmem.errors import ConfigError, Diverged
 from nvae_lowmem.hardware import cuda_memory
+from nvae_lowmem.hardware.find_card import device_name
 from nvae_lowmem.model.nvae import NVAE
 from nvae_lowmem.model.regularizers import regularisation_values
 from nvae_lowmem.training import checkpoint
@@ -31,6 +32,8 @@ from nvae_lowmem.training.first_bad import first_bad
 from nvae_lowmem.training.monitor import Monitor, is_early
 from nvae_lowmem.training.pace import PERIODIC, Pace
 from nvae_lowmem.training.schedule import Schedule
+from nvae_lowmem.training.speed import Expected, promise
+from nvae_lowmem.training.speed import record as record_speed
 from nvae_lowmem.training.step import StepResult, Training, training_step
 from nvae_lowmem.training.stopping import StopWish
 from nvae_lowmem.training.time_budget import TimeBudget
@@ -61,13 +64,16 @@ class Trainer:
         evaluation_seed: int | None = None,
         pace: Pace | None = None,
         budget: TimeBudget | None = None,
+        expected: Expected | None = None,
     ) -> None:
         """resumed: what engine and average hold already. evaluation_seed: of noise on held-out images; None: the
-        run's, which is another one after a rewind. budget: the time that training may take, measured by pace."""
+        run's, which is another one after a rewind. budget: the time that training may take, measured by pace.
+        expected: seconds per step, to be said beside those that are measured."""
         self.training, self.data, self.run_dir, self.pictures = training, data, run_dir, pictures
         self.run, self.engine, self.ema = training.run, training.engine, training.ema
         self.profile = self.run.profile
         self._pace, self._budget, self._due = pace or Pace(), budget, frozenset[str]()
+        self._expected, self._promised = expected, False
         self.first_step = resumed.step if resumed is not None else 0
         self._evaluation_seed = self.profile.training.seed if evaluation_seed is None else evaluation_seed
         self._batches = Batches(
@@ -125,6 +131,7 @@ class Trainer:
                 if last or self._is_due("save", step):
                     self._save(monitor, step, last)
                 self._wish.alive()
+            self._record_speed()
             total = self.total_steps
             if step == total and (final := self.last_validation) is not None:
                 monitor.outcome(self.profile, {"final/nelbo": final.nelbo, "final/bpd_elbo": final.bits_per_dim})
@@ -185,12 +192,15 @@ class Trainer:
 
     def _is_due(self, what: str, step: int) -> bool:
         """Whether one of PERIODIC is to be done after `step` steps, which is not the last one."""
-        every = int(getattr(self.profile.training, f"{what}_every"))
-        by_steps = every or (0 if self._budget is not None else max(1, self.total_steps // 10))
-        if what in self._due or (by_steps and step % by_steps == 0):
+        every = self._every(what)
+        if what in self._due or step % every == 0:
             return True
-        retried_every = max(1, by_steps // MOST_FAILED_SAVES)
-        return what == "save" and self._failed_saves > 0 and by_steps > 0 and step % retried_every == 0
+        return what == "save" and self._failed_saves > 0 and step % max(1, every // MOST_FAILED_SAVES) == 0
+
+    def _every(self, what: str) -> int:
+        """Steps between two of PERIODIC; more than there ever are where they go by time."""
+        every = int(getattr(self.profile.training, f"{what}_every"))
+        return every or (LARGEST_STEPS if self._budget is not None else max(1, self.total_steps // 10))
 
     def _look(self, monitor: Monitor, r: StepResult, step: int) -> None:
         """Alarms and divergence of a step that is done."""
@@ -249,7 +259,9 @@ class Trainer:
             line += f"  overflows {self._guard.overflows}"
         if self._guard.refused:
             line += f"  skipped {self._guard.refused}"
-        monitor.progress(step, line, early)
+        monitor.progress(step, line, early, self._budget.left if self._budget is not None else None)
+        if self.engine.rank == 0 and not self._promised and self._pace.is_settled:
+            self._promise(monitor, step)
         predicted = int(self.profile.provenance.get("predicted_allocated_bytes", 0))
         if step - self.first_step == 3:  # the optimiser's states exist, the caches are warm
             margin = int(self.profile.provenance.get("margin_bytes", 0))
@@ -286,6 +298,22 @@ class Trainer:
         if predicted:
             values["memory/predicted_gib"] = predicted / GIB
         monitor.scalars(step, values | memory | cuda_memory.nvml_memory(self.engine.device))
+
+    def _promise(self, monitor: Monitor, step: int) -> None:
+        """Say when training ends, and how far the speed is from what was expected."""
+        self._promised = True
+        seconds, left_steps = self._pace.mean(), self.total_steps - step
+        left = sum(self._pace.seconds.get(what, 0.0) * (left_steps // self._every(what) + 1) for what in PERIODIC)
+        left = self._budget.left if self._budget is not None else left + left_steps * seconds
+        device = device_name(self.engine.device)
+        monitor.event(step, "speed", promise(step, seconds, device, left_steps, left, self._expected))
+        self._record_speed()
+
+    def _record_speed(self) -> None:
+        """What a step takes, into the run's configuration, once it is known well enough."""
+        if self._promised and self.run_dir is not None:
+            with contextlib.suppress(OSError, ConfigError):  # a full disk: training goes on
+                record_speed(self.run_dir, self._pace.mean(), device_name(self.engine.device))
 
     def _held_out(self, count: int, batch: int) -> Iterator[Tensor]:
         model, data = self.profile.model, self.profile.data

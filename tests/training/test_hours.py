@@ -17,7 +17,9 @@ from training_runs import run, write_profile
 
 from nvae_lowmem.config import profile_file as profiles
 from nvae_lowmem.errors import Diverged
+from nvae_lowmem.memory.plan.duration import step_time
 from nvae_lowmem.training import checkpoint, pace, trainer
+from nvae_lowmem.training.speed import Expected
 
 STEP, EVALUATION, SAVE = 4.0, 0.5, 0.25
 SECONDS = 120
@@ -155,3 +157,31 @@ def test_a_long_training_saves_every_half_hour(clock: Clock, tmp_path: Path) -> 
     saved = [checkpoint.step_of(path) for path in checkpoint.all_checkpoints(tmp_path / "run")]
     assert len(saved) == 10 and saved[-1] == 20  # kept are the newest ten
     assert {b - a for a, b in pairwise(saved)} <= {1, 2}  # every second step, and every third
+
+
+def test_the_end_is_said_after_a_few_steps_and_the_speed_is_kept_in_the_run(clock: Clock, tmp_path: Path) -> None:
+    path = write_profile(tmp_path, steps="steps = 12")
+    path.write_text(path.read_text() + "\n[provenance]\ncard = 'gtx-970'\npredicted_seconds_per_step = 0.5\n")
+    folder = tmp_path / "run"
+    assert run(path, "--run-dir", str(folder)).code == 0
+    (said,) = [record["text"] for record in records(folder) if record.get("event") == "speed"]
+    assert f"{STEP:g} s per step on the CPU" in said and "with 6 steps left, training ends about" in said
+    assert "0.5 to 2.1 s were estimated for NVIDIA GeForce GTX 970, which this is not" in said
+    assert f"it takes {STEP / 2.1:.2f} times the most of that" in said
+    made = profiles.load(folder / "config.toml")
+    time = step_time(made)
+    assert time is not None and time.least_seconds == pytest.approx(STEP) and "the CPU" in time.measured_on
+    assert (folder / "config.toml").read_text().startswith("# nvae-lowmem run run\n")
+    assert step_time(profiles.override(made, ["training.total_batch=4"])) is None
+    more = run(folder / "config.toml", "--run-dir", str(folder), "--steps", "20")
+    said = [record["text"] for record in records(folder) if record.get("event") == "speed"][-1]
+    assert more.code == 0 and f"{STEP:g} s were measured before on the CPU" in said and said.endswith("as expected")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(0.2, "0.40 times the least of that"), (0.7, "as expected"), (4.2, "2.00 times the most")]
+)
+def test_how_far_an_estimate_was_off(seconds: float, words: str) -> None:
+    expected = Expected(least_seconds=0.5, most_seconds=2.1, device="NVIDIA GeForce GTX 970")
+    assert "0.5 to 2.1 s were estimated for NVIDIA GeForce GTX 970: " in expected.beside(seconds)
+    assert words in expected.beside(seconds)

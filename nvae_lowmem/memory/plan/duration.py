@@ -41,7 +41,9 @@ class StepTime:
         return f"{between(*self.images_per_second)} images/s ({how})"
 
     def training_seconds(self, profile: Profile, images: int) -> tuple[float, float]:
-        """The least and the most for the profile's schedule over a set of so many training images."""
+        """The least and the most for the profile's schedule over a set of so many training images; hours are kept."""
+        if profile.training.hours:
+            return profile.training.hours * _HOUR, profile.training.hours * _HOUR
         steps = total_steps(profile.training, images)
         return steps * self.least_seconds, steps * self.most_seconds
 
@@ -73,6 +75,9 @@ def published_images(profile: Profile) -> int:
 def schedule(profile: Profile, time: StepTime, images: int) -> str:
     """How long the profile's schedule takes: "39 to 163 days for 400 epochs of 50,000 images"."""
     training = profile.training
+    if training.hours:
+        steps = between(*sorted(training.hours * _HOUR / s for s in (time.least_seconds, time.most_seconds)))
+        return f"{format_seconds(training.hours * _HOUR)}, in which {steps} steps are done"
     what = f"{training.steps:,} steps" if training.steps else f"{training.epochs:g} epochs of {images:,} images"
     return f"{format_days(*time.training_seconds(profile, images))} for {what}"
 
@@ -83,13 +88,16 @@ def expected(profile: Profile, images: int = 0) -> str:
     images: of the training set at hand; 0: of the recipe's published one.
     """
     time = step_time(profile)
-    return f"on a {profile.provenance.get('card', 'card')}: {described(time, profile, images)}" if time else ""
+    if time is None:
+        return ""
+    where = "" if time.measured_on else f"on a {profile.provenance.get('card', 'card')}: "
+    return where + described(time, profile, images)
 
 
 def described(time: StepTime, profile: Profile, images: int = 0) -> str:
     """Images per second and, where the number of images or steps is known, how long the profile's schedule takes."""
     images = images or published_images(profile)
-    if not images and not profile.training.steps:
+    if not images and not profile.training.steps and not profile.training.hours:
         return time.speed()
     return f"{time.speed()}; {schedule(profile, time, images)}"
 

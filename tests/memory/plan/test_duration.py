@@ -38,7 +38,7 @@ def test_what_a_card_has_measured_stands_instead_with_the_cards_name() -> None:
     made = {**CIFAR10.provenance, "measured_seconds_per_step": 16.0, "measured_on": "NVIDIA GeForce GTX 970"}
     measured = replace(CIFAR10, provenance=made)
     assert expected(measured) == (
-        "on a gtx-970: 2.0 images/s (measured on NVIDIA GeForce GTX 970); 116 days for 400 epochs of 50,000 images"
+        "2.0 images/s (measured on NVIDIA GeForce GTX 970); 116 days for 400 epochs of 50,000 images"
     )
 
 
@@ -84,3 +84,11 @@ def test_a_range_has_its_ends_in_order_and_the_ratio_between_them(seconds: float
 )
 def test_days_hours_and_minutes_are_chosen_by_the_longer_end(seconds: tuple[float, float], text: str) -> None:
     assert format_days(*seconds) == text
+
+
+def test_hours_are_kept_and_say_how_many_steps_they_are_good_for() -> None:
+    limited = replace(CIFAR10, training=replace(CIFAR10.training, hours=48.0))
+    time = step_time(limited)
+    assert time is not None and time.training_seconds(limited, 50_000) == (48 * 3600, 48 * 3600)
+    least, most = (48 * 3600 / seconds for seconds in (time.most_seconds, time.least_seconds))
+    assert f"2 d 0 h, in which {least:.0f} to {most:.0f} steps are done" in expected(limited)
