@@ -14,7 +14,7 @@ from nvae_lowmem.hardware.precision import precision_here
 from nvae_lowmem.model.objective import beta_at
 from nvae_lowmem.training.batch_split import BatchSplit, split_batch
 from nvae_lowmem.training.learning_rate import suggest_learning_rate
-from nvae_lowmem.training.schedule import Schedule
+from nvae_lowmem.training.schedule import LONGEST_WARM_UP, Schedule
 from nvae_lowmem.units import format_seconds
 
 
@@ -59,7 +59,8 @@ def resolve_run(profile: Profile, images: int, device: torch.device, processes: 
     if training.hours:
         length = format_seconds(training.hours * 3600)
         steps = f"{length} of training, as many steps as that makes ({epoch} steps an epoch, {images} images)"
-    reasons = [str(split), steps, f"warm-up {warmup} steps", why_rate, f"precision {precision}: {why}"]
+    longest = f", or {LONGEST_WARM_UP:.0%} of the time" if training.hours else ""
+    reasons = [str(split), steps, f"warm-up {warmup} steps{longest}", why_rate, f"precision {precision}: {why}"]
     if CHANGED in profile.provenance:
         reasons.append(
             f"WARNING: the memory plan was fitted before {profile.provenance[CHANGED]} changed, so it may not fit and "

@@ -131,6 +131,10 @@ class TimeBudget:
             f"{clock_time(self.left)}, in {format_seconds(max(0.0, self.left))}"
         )
 
+    def summary(self) -> str:
+        """How much of the time is spent, for people."""
+        return f"{format_seconds(self.spent)} of {format_seconds(self.seconds)} spent"
+
     def due(self, save_failed: bool) -> set[str]:
         """What of PERIODIC goes by time and is to be done now; to be called once after every step."""
         before, self._looked_at = self._looked_at, self.spent
@@ -138,7 +142,9 @@ class TimeBudget:
         intervals = {w: self._interval(w) for w in PERIODIC if not self._every[w] or w in unknown}
         if save_failed and "save" in intervals:
             intervals["save"] /= 10
-        return {what for what, each in intervals.items() if int(self._looked_at / each) > int(before / each)}
+        due = {what for what, each in intervals.items() if int(self._looked_at / each) > int(before / each)}
+        with_evaluation = "evaluate" in due and "save" in intervals  # so that its figure belongs to a checkpoint
+        return due | {"save"} if with_evaluation else due
 
     # -- pieces --
 
@@ -173,6 +179,8 @@ class TimeBudget:
         return max(usual, self._seconds(what) / LARGEST_SHARE)
 
     def _times(self, what: str) -> int:
-        """How often one of PERIODIC that goes by time is still to come before the end."""
+        """How often one of PERIODIC that goes by time is still to come before the end, at most."""
         interval = self._interval(what)
-        return math.ceil(self.seconds / interval) - 1 - int(self.spent / interval)
+        times = math.ceil(self.seconds / interval) - 1 - int(self.spent / interval)
+        apart = what == "save" and not self._every["evaluate"] and interval != self._interval("evaluate")
+        return times + self._times("evaluate") if apart else times

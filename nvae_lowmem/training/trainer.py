@@ -135,6 +135,8 @@ class Trainer:
             total = self.total_steps
             if step == total and (final := self.last_validation) is not None:
                 monitor.outcome(self.profile, {"final/nelbo": final.nelbo, "final/bpd_elbo": final.bits_per_dim})
+            if self._budget is not None:
+                monitor.say(f"step {step}: {self._budget.summary()}")
             if self.stopped_by and step < total:
                 self._save(monitor, step, last=True)
                 name = signal.Signals(self.stopped_by).name

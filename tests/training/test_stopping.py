@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -143,9 +144,9 @@ def test_the_second_ctrl_c_ends_it_at_once_without_a_traceback(
 # --- several processes ------------------------------------------------------------------------------------------------
 
 
-def start_two(folder: Path, started: list[subprocess.Popen[str]]) -> list[subprocess.Popen[str]]:
-    shared = environment(2)
-    ranks = [start(command(folder), env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2)]
+def start_two(folder: Path, started: list[subprocess.Popen[str]], *more: str) -> list[subprocess.Popen[str]]:
+    shared, asked = environment(2), command(folder, 100_000, *more)
+    ranks = [start(asked, env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2)]
     started.extend(ranks)
     until(in_step(folder, 2))
     return ranks
@@ -162,6 +163,17 @@ def test_two_processes_of_which_one_is_asked_stop_after_the_same_step(
     assert f"stopped after step {step} by SIGTERM" in ended[0][0]
     state = checkpoint.load_training(checkpoint.all_checkpoints(tmp_path / "run")[0])[1]
     assert state["rank_statistics"].shape[0] == 2 and not state["rank_statistics"][0].equal(state["rank_statistics"][1])
+
+
+def test_two_processes_end_after_the_same_step_when_their_time_is_over(
+    tmp_path: Path, started: list[subprocess.Popen[str]]
+) -> None:
+    ranks = start_two(tmp_path, started, "--minutes", "0.5", "--set", "training.evaluate_every=0")
+    ended = [rank.communicate(timeout=300) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], ended
+    lines = [json.loads(line) for line in (tmp_path / "run" / "stats.jsonl").read_text().splitlines()]
+    planned = [line["schedule/total_steps"] for line in lines if "schedule/total_steps" in line]
+    assert saved_steps(tmp_path)[-1] == planned[-1] == max(line["step"] for line in lines)
 
 
 def test_a_killed_process_ends_the_other_with_one_message(tmp_path: Path, started: list[subprocess.Popen[str]]) -> None:

@@ -182,6 +182,8 @@ def test_evaluations_come_every_tenth_of_the_time_and_saves_every_half_hour() ->
     at = {what: [seconds for kind, seconds in life.done if kind == what] for what in PERIODIC}
     assert len(at["evaluate"]) == len(at["sample"]) == 10
     assert max(b - a for a, b in pairwise([0.0, *at["save"]])) < 1900
+    after = {b for (a, _), (b, _) in pairwise(life.done) if a == "sample"}
+    assert after == {"save"}, "an evaluation's figure belongs to a checkpoint"
 
 
 def test_what_takes_long_is_done_seldom() -> None:
