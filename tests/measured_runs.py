@@ -79,5 +79,5 @@ def on_card(leak_bytes: int = 0) -> Outcome:
     recording, measured = played(profile, leak_bytes=leak_bytes)
     job = Job(name="nano", profile=profile, device="cuda")
     return Outcome(
-        job=job, status="ok", ended=Ended(0, "step 3", ()), measured=measured, recording=recording, decided=profile
+        job=job, status="ok", ended=Ended(0, "step 3", ()), measured=measured, recording=recording, resolved=profile
     )

@@ -234,6 +234,15 @@ def test_no_room_holds_more_than_its_share() -> None:
     assert max(lines.values()) / sum(lines.values()) <= LARGEST_SHARE, lines
 
 
+def test_every_class_has_a_name_of_its_own() -> None:
+    homes: dict[str, list[str]] = {}
+    for path, name in zip(FILES, IDS, strict=True):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef):
+                homes.setdefault(node.name.lstrip("_"), []).append(name)
+    assert {name: files for name, files in homes.items() if len(files) > 1} == {}
+
+
 @pytest.mark.parametrize("path", FILES, ids=IDS)
 def test_module_can_be_imported(path: Path) -> None:
     """Also without the optional libraries: what needs one imports it where it is used."""

@@ -65,7 +65,7 @@ def _anomaly(command: AnomalyCommand) -> None:
 
     from nvae_lowmem.data.sources import open_store
     from nvae_lowmem.evaluation.anomaly import anomaly_scores
-    from nvae_lowmem.library.latent_files import read_images
+    from nvae_lowmem.library.latent_files import read_store
     from nvae_lowmem.training.open_run import held_out_batches, open_run
 
     run = open_run(command.run, command.runs_dir, command.device, command.micro_batch, data=command.data)
@@ -73,7 +73,7 @@ def _anomaly(command: AnomalyCommand) -> None:
     groups = command.groups or max(1, run.model.config.total_groups // 2)
     out = writable_folder("--out", Path(command.out) if command.out else run.folder / "anomalies")
     store = open_store(command.images, run.profile.data, run.profile.model)
-    names, batch, _ = read_images(run.profile, store, command.images, print)
+    names, batch, _ = read_store(run.profile, store, command.images, print)
     if not names:
         raise ConfigError(f"{command.images}: none of its images can be read")
     print(f"{store.description}: {len(names):,} images", flush=True)

@@ -23,7 +23,7 @@ Overrides = Annotated[
     tuple[tuple[str, ...], ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="KEY=VALUE [KEY=VALUE ...]")
 ]
 """`--set a=1 b=2 --set c=3`."""
-Scale = Annotated[int, tyro.conf.arg(metavar="N")]
+PictureScale = Annotated[int, tyro.conf.arg(metavar="N")]
 """`--scale N`: pixels of a picture per pixel of an image and side; 0: as many as make cells of at least 56."""
 MAX_SCALE = 64
 Repeated = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
@@ -77,7 +77,7 @@ class ImageFlags(RunFlags):
     """z of an image: a draw from q(z|x), as in training, or each group's mean: smoother, and without a likelihood."""
     seed: int = 0
     """Seed of all draws."""
-    scale: Scale = 0
+    scale: PictureScale = 0
     """How many times as large as in their files images are shown in pictures; 0: at least 56 pixels wide."""
     out: str = ""
     """Folder to write to; empty: samples/ in the run's folder."""

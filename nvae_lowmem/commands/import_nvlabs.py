@@ -48,7 +48,7 @@ def _import(command: ImportCommand) -> ExitCode:
     from nvae_lowmem.interop.nvlabs_verify import read_expected, verify
 
     expected = read_expected(command.verify) if command.verify else None
-    profile, model = nvlabs.restore(command.checkpoint)
+    profile, model = nvlabs.load_published(command.checkpoint)
     print(_summary(profile, model))
     if expected is not None and not _report(verify(model, expected)):
         return ExitCode.CHECK_FAILED

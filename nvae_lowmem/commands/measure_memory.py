@@ -124,10 +124,10 @@ def _measure(command: MeasureCommand) -> ExitCode:
 
     text = as_text(runs[0]) if len(runs) == 1 else as_table(runs)
     print(json.dumps(report, indent=2) if command.json == "-" else text)
-    return exit_status(runs)
+    return exit_code_of(runs)
 
 
-def exit_status(runs: Sequence[Assessment]) -> ExitCode:
+def exit_code_of(runs: Sequence[Assessment]) -> ExitCode:
     """The exit code of some runs: refused alone is bad input, refused among others a failure."""
     statuses = {run.outcome.status for run in runs}
     if statuses == {"refused"}:

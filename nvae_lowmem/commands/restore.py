@@ -17,10 +17,10 @@ from nvae_lowmem.progress import progress_bar
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from nvae_lowmem.generation.restore import Measurement
+    from nvae_lowmem.generation.restore import Observation
     from nvae_lowmem.training.open_run import OpenRun
 
-Task = Literal["inpaint", "denoise", "upscale"]
+RestoreTask = Literal["inpaint", "denoise", "upscale"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ class RestoreCommand(ImageFlags):
       nvae-lowmem restore upscale small.png --factor 2
     """
 
-    task: Annotated[Task, tyro.conf.Positional]
+    task: Annotated[RestoreTask, tyro.conf.Positional]
     """inpaint: some pixels are missing; denoise: all have noise; upscale: only means of squares are known."""
     images: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE ...")] = ()
     """Image files; none: held-out images of the run's data, damaged on purpose."""
@@ -102,7 +102,7 @@ def _restore(command: RestoreCommand) -> None:
         print(grids.save_png(image, out / f"restored-{command.task}-{name}.png"))
 
 
-def _measured(command: RestoreCommand, run: OpenRun) -> tuple[Tensor | None, list[str], Measurement]:
+def _measured(command: RestoreCommand, run: OpenRun) -> tuple[Tensor | None, list[str], Observation]:
     """(originals (B, C, S, S) where they are known, names, what is known of the images)."""
     import torch
     from torch.nn import functional

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from nvae_lowmem.commands.command_line import run_command
-from nvae_lowmem.commands.flags import RunFlags, Scale, at_least, check_scale
+from nvae_lowmem.commands.flags import PictureScale, RunFlags, at_least, check_scale
 from nvae_lowmem.errors import ConfigError
 from nvae_lowmem.progress import progress_bar
 from nvae_lowmem.units import format_seconds
@@ -58,7 +58,7 @@ class SampleCommand(RunFlags):
     format: Literal["grid", "png", "zip"] = "grid"
     """grid: one figure per temperature and overview.png; png: a folder of single images per temperature; zip: the same
     in one file per temperature."""
-    scale: Scale = 0
+    scale: PictureScale = 0
     """How many times as large as in their files images are shown in grids; 0: at least 56 pixels wide."""
     out: str = ""
     """Folder to write to; empty: samples/ in the run's folder."""
@@ -118,7 +118,7 @@ def _recalibrate(command: SampleCommand, run: OpenRun, temperature: Temperature)
     from nvae_lowmem.generation.recalibrate import (
         RECALIBRATION_SEED,
         default_passes,
-        images_per_pass,
+        images_per_estimate,
         recalibrate_once,
     )
     from nvae_lowmem.generation.sample import temperature_text
@@ -128,7 +128,7 @@ def _recalibrate(command: SampleCommand, run: OpenRun, temperature: Temperature)
     progress = progress_bar(f"BatchNorm statistics at {text}")
     kept = recalibrate_once(run.model, run.checkpoint, temperature, passes, micro_batch, RECALIBRATION_SEED, progress)
     took = format_seconds(time.monotonic() - began)
-    source = f"kept in {kept}" if kept else f"{passes} x {images_per_pass(micro_batch)} prior samples, {took}"
+    source = f"kept in {kept}" if kept else f"{passes} x {images_per_estimate(micro_batch)} prior samples, {took}"
     print(f"BatchNorm statistics at temperature {text}: {source}", flush=True)
 
 

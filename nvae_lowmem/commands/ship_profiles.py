@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from nvae_lowmem.memory.catalogue.catalogue import CardRecipe
 
 T = TypeVar("T")
-Task = tuple[Any, ...]
+CellTask = tuple[Any, ...]
 """The cell, and what else the work is told."""
 
 
@@ -81,17 +81,18 @@ def _make(wanted: Sequence[CardRecipe], jobs: int, refresh: bool) -> None:
 
 
 def _check(wanted: Sequence[CardRecipe], jobs: int) -> ExitCode:
-    from nvae_lowmem.memory.catalogue.catalogue import check
+    from nvae_lowmem.memory.catalogue.catalogue import check_cell
     from nvae_lowmem.memory.catalogue.table import documents, load_rows
 
     rows = load_rows()
-    problems = [p for _, found in _each(check, [(cell, rows.get(cell.name)) for cell in wanted], jobs) for p in found]
+    tasks = [(cell, rows.get(cell.name)) for cell in wanted]
+    problems = [problem for _, found in _each(check_cell, tasks, jobs) for problem in found]
     problems += [f"{path} does not show the table" for path, text in documents().items() if path.read_text() != text]
     print("\n".join(problems) or f"{len(wanted)} profiles are what the predictor says, and fit")
     return ExitCode.CHECK_FAILED if problems else ExitCode.DONE
 
 
-def _each(work: Callable[..., T], tasks: Sequence[Task], jobs: int) -> Iterator[tuple[CardRecipe, T]]:
+def _each(work: Callable[..., T], tasks: Sequence[CellTask], jobs: int) -> Iterator[tuple[CardRecipe, T]]:
     """(cell, what `work` says of the task that begins with it) as they are done, and lines of progress."""
     began = time.monotonic()
     for done, (task, answer) in enumerate(_answers(work, tasks, jobs), start=1):
@@ -100,7 +101,7 @@ def _each(work: Callable[..., T], tasks: Sequence[Task], jobs: int) -> Iterator[
         yield task[0], answer
 
 
-def _answers(work: Callable[..., T], tasks: Sequence[Task], jobs: int) -> Iterator[tuple[Task, T]]:
+def _answers(work: Callable[..., T], tasks: Sequence[CellTask], jobs: int) -> Iterator[tuple[CellTask, T]]:
     if jobs == 1 or len(tasks) == 1:
         yield from ((task, work(*task)) for task in tasks)
         return

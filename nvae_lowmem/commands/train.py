@@ -136,11 +136,11 @@ def _train(command: TrainCommand) -> ExitCode:
         raise ConfigError(f"--gpu-mem {command.gpu_mem} only means something together with --auto-fit")
     if command.resume_from is not None and not command.run_dir:
         raise ConfigError(f"--resume-from {command.resume_from} needs --run-dir: name the run that has this checkpoint")
-    from nvae_lowmem.commands.training_run import Folder, train
+    from nvae_lowmem.commands.training_run import RunFolder, train
 
     return train(
         profile,
-        Folder(
+        RunFolder(
             run_dir=command.run_dir,
             runs_dir=command.runs_dir,
             resume=command.resume,

@@ -39,7 +39,7 @@ _LOOKED_AT, _PHOTOGRAPH_SHARE = 16, 0.2
 
 
 @dataclass(frozen=True, kw_only=True)
-class Folder:
+class RunFolder:
     """Where a run is written to, as the flags of the same names say."""
 
     run_dir: str
@@ -76,7 +76,7 @@ class Folder:
 
 def train(
     profile: Profile,
-    folder: Folder,
+    folder: RunFolder,
     *,
     device: DeviceChoice = "auto",
     auto_fit: bool = False,
@@ -96,7 +96,7 @@ def train(
 
 def _train(
     profile: Profile,
-    folder: Folder,
+    folder: RunFolder,
     device: DeviceChoice,
     auto_fit: bool,
     gpu_mem: str,
@@ -152,7 +152,7 @@ def _train(
 
 
 def _train_on(
-    where: Folder,
+    where: RunFolder,
     run: ResolvedRun,
     data: Datasets,
     engine: EngineName,

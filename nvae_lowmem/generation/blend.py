@@ -64,7 +64,7 @@ def spherical(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Blend:
+class MergedPosteriors:
     """The merged z of pairs: rows 0 ... P-1 of the batch have A's maps, rows P ... 2P-1 those of B.
 
     weights: (groups, P) in [0, 1]. noise: of all 2P rows.
@@ -85,7 +85,7 @@ class Blend:
 
 
 @dataclass(frozen=True)
-class Between:
+class MixedLatents:
     """z = (1 - w) z_A + w z_B in every group; latents (2, L, h, w) of A and B per group, weights (groups, P)."""
 
     latents: Sequence[Tensor | None]
@@ -236,7 +236,7 @@ def _merged(model: NVAE, maps: list[Tensor], weights: Tensor, posterior: Posteri
     points = len(weights)
     noise = posterior_noise(posterior, seed, [A_SLOT] * points + [B_SLOT] * points)
     rows = [encoded.repeat_interleave(points, dim=0) for encoded in maps] if points > 1 else [*maps]
-    parameters, _ = model.decode(Blend(weights.T, noise), rows)
+    parameters, _ = model.decode(MergedPosteriors(weights.T, noise), rows)
     return model.likelihood.mean(parameters[:points]).cpu()  # both rows of a pair have the same state
 
 
@@ -244,7 +244,7 @@ def _simple(model: NVAE, maps: list[Tensor], weights: Tensor, posterior: Posteri
     """Blends (P, C, S, S) of z = (1 - w) z_A + w z_B in every group, z of two independent passes, on the host."""
     noise = posterior_noise(posterior, seed, [A_SLOT, B_SLOT])
     _, latents = model.top_down(FromPosterior(noise), [*maps], return_z=True)
-    return decoded_mean(model, Between([latent.z for latent in latents], weights.T), None, len(weights))
+    return decoded_mean(model, MixedLatents([latent.z for latent in latents], weights.T), None, len(weights))
 
 
 # --- for people -------------------------------------------------------------------------------------------------------

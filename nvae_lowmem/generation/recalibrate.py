@@ -35,10 +35,10 @@ def default_passes(device: torch.device, micro_batch: int) -> int:
     """Passes that are enough: a few hundred on a GPU, on a CPU as many as make 640 images, but at least 20."""
     if device.type == "cuda":
         return GPU_PASSES
-    return max(CPU_MIN_PASSES, -(-CPU_IMAGES // images_per_pass(micro_batch)))
+    return max(CPU_MIN_PASSES, -(-CPU_IMAGES // images_per_estimate(micro_batch)))
 
 
-def images_per_pass(micro_batch: int) -> int:
+def images_per_estimate(micro_batch: int) -> int:
     """A pass takes two images at least: at 1 x 1 pixels a single value has no variance."""
     return max(2, micro_batch)
 
@@ -60,7 +60,7 @@ def recalibrate(
     if passes < 1:
         raise ConfigError(f"--passes {passes}: must be at least 1, a few hundred for good samples")
     temperatures = group_temperatures(temperature, model.config)
-    noise, images = SeededNoise(seed, step=NoiseStep.RECALIBRATION), images_per_pass(micro_batch)
+    noise, images = SeededNoise(seed, step=NoiseStep.RECALIBRATION), images_per_estimate(micro_batch)
     layers, settings = list(_decoder_norms(model).values()), model.settings
     before, momentum = [layer.training for layer in layers], settings.momentum
     try:
@@ -114,7 +114,7 @@ def recalibrate_once(
     """
     path = statistics_path(checkpoint, temperature)
     device = next(model.parameters()).device.type
-    numbers = (temperature_text(temperature), passes, images_per_pass(micro_batch), seed, device)
+    numbers = (temperature_text(temperature), passes, images_per_estimate(micro_batch), seed, device)
     settings = dict(zip(("temperature", "passes", "images_per_pass", "seed", "device"), map(str, numbers), strict=True))
     with contextlib.suppress(ConfigError):  # missing, damaged or of another model: estimated anew
         if read_settings(path) == settings:

@@ -40,7 +40,7 @@ _MOST_PASSES = 1 << 16
 # --- what is known of an image ----------------------------------------------------------------------------------------
 
 
-class Measurement(Protocol):
+class Observation(Protocol):
     """What is known of images: y = A x + noise."""
 
     def first_guess(self) -> Tensor:
@@ -154,7 +154,7 @@ class LowResolution:
 @torch.no_grad()
 def restore(
     model: NVAE,
-    measured: Measurement,
+    measured: Observation,
     iterations: int = 32,
     seed: int = 0,
     micro_batch: int = 16,

@@ -156,7 +156,7 @@ def _active(kl: Tensor) -> int:
 # --- the picture ------------------------------------------------------------------------------------------------------
 
 
-class Row(NamedTuple):
+class TraversalRow(NamedTuple):
     """One row of the picture: what is moved in it, and what it is called."""
 
     group: int
@@ -206,27 +206,27 @@ def sigma_steps(sigmas: float, steps: int) -> list[float]:
     return torch.linspace(-sigmas, sigmas, steps).tolist()
 
 
-def rows_of(groups: Sequence[int], channels: int, kl: Tensor, config: ModelConfig) -> list[Row]:
+def rows_of(groups: Sequence[int], channels: int, kl: Tensor, config: ModelConfig) -> list[TraversalRow]:
     """A row per group with all of its channels, or with `channels` > 0 a row for each of its most active ones."""
     sizes, rows = group_sizes(config), []
     for group in groups:
         where = f"group {group + 1} of {len(sizes)}, {sizes[group]} x {sizes[group]}"
         if channels == 0:
             about = f"KL {float(kl[group].sum()):.2f} nats, {_active(kl[group])} of {config.latents} channels active"
-            rows.append(Row(group, None, f"{where}: {about}"))
+            rows.append(TraversalRow(group, None, f"{where}: {about}"))
         for channel in kl[group].argsort(descending=True, stable=True)[:channels].tolist():
             about = f"channel {channel + 1}, KL {float(kl[group, channel]):.2f} nats"
-            rows.append(Row(group, (channel,), f"{where}: {about}"))
+            rows.append(TraversalRow(group, (channel,), f"{where}: {about}"))
     return rows
 
 
-def moves_of(rows: Sequence[Row], sigmas: Sequence[float]) -> list[Move]:
+def moves_of(rows: Sequence[TraversalRow], sigmas: Sequence[float]) -> list[Move]:
     """The moves of the whole picture: first none, then row by row."""
     return [Move(0, None, 0.0), *(Move(row.group, row.channels, sigma) for row in rows for sigma in sigmas)]
 
 
 def traversal_picture(
-    rows: Sequence[Row], images: Tensor, caption: str, sigmas: Sequence[float], scale: int = 0
+    rows: Sequence[TraversalRow], images: Tensor, caption: str, sigmas: Sequence[float], scale: int = 0
 ) -> np.ndarray:
     """The picture of the images (1 + rows * steps, C, S, S) of `moves_of`: unmoved, moved, and where they differ.
 

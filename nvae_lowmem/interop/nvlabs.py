@@ -19,7 +19,7 @@ from nvae_lowmem.interop.nvlabs_weights import network_tensors, translate
 from nvae_lowmem.model.nvae import NVAE
 
 
-def restore(path: str | os.PathLike[str]) -> tuple[Profile, NVAE]:
+def load_published(path: str | os.PathLike[str]) -> tuple[Profile, NVAE]:
     """The Profile of a published checkpoint and its network, in evaluation mode, fp32, on the CPU.
 
     The power iterations' vectors u and v, which published files lack, start from their random initialisation; training

@@ -20,7 +20,7 @@ from nvae_lowmem.config.sections import Profile
 from nvae_lowmem.errors import ConfigError
 from nvae_lowmem.files import partial_file
 from nvae_lowmem.interop.nvlabs_config import FLAGS, NUMBERS, PADDED_BINARY, PADDING, SIDES, size_by_name
-from nvae_lowmem.interop.nvlabs_weights import START, Kind, Place, pair, places
+from nvae_lowmem.interop.nvlabs_weights import START, Kind, PublishedModule, pair, published_modules
 from nvae_lowmem.model.cells import CELLS, Cell, InvertedResidual, Side
 from nvae_lowmem.model.cells import Kind as CellKind
 from nvae_lowmem.model.flows import Flow
@@ -55,7 +55,7 @@ def save(path: Path, profile: Profile, model: NVAE, step: int) -> Path:
     count steps, it is 0.
     Raises ConfigError that names everything that the format cannot hold, and OSError.
     """
-    check(profile.model)
+    check_holdable(profile.model)
     imported = profile.provenance if step == 0 else {}
     content = {
         "epoch": imported.get("epoch", 0),
@@ -72,7 +72,7 @@ def save(path: Path, profile: Profile, model: NVAE, step: int) -> Path:
     return path
 
 
-def check(config: ModelConfig) -> None:
+def check_holdable(config: ModelConfig) -> None:
     """Raise ConfigError, naming all of it, for a network that the published format has no place for."""
     if unholdable := list(_unholdable(config)):
         raise ConfigError(f"the published format cannot hold {'; nor '.join(unholdable)}")
@@ -210,14 +210,14 @@ def published_names(model: NVAE) -> dict[str, str]:
     """The published name of every tensor of our state_dict but the power iterations' vectors."""
     names = {module: name for name, module in model.named_modules()}
     found = {"blocks.start.h": START} if "start" in model.blocks else {}
-    for place in places(model):
+    for place in published_modules(model):
         pairs, lacking = pair(place, _paths(model.config, place), names)
         assert not lacking, lacking
         found |= pairs
     return found
 
 
-def _paths(config: ModelConfig, place: Place) -> dict[Kind, list[str]]:
+def _paths(config: ModelConfig, place: PublishedModule) -> dict[Kind, list[str]]:
     """The published paths of a place's layers, by kind, each in the order of computation."""
     part = place.path.partition(".")[0]
     if part == "nf_cells":

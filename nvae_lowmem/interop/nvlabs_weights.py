@@ -54,7 +54,7 @@ class Layer(NamedTuple):
         return "convolution" if weight.dim() == 4 else "linear layer"
 
 
-class Place(NamedTuple):
+class PublishedModule(NamedTuple):
     """A published module by its path, and our modules that share its layers, in the order of computation."""
 
     path: str
@@ -95,7 +95,7 @@ def translate(model: NVAE, tensors: Mapping[str, Tensor], where: str) -> dict[st
     problems: list[str] = []
     if "start" in model.blocks:
         sources["blocks.start.h"] = START
-    for place in places(model, _decoder_stem(tensors)):
+    for place in published_modules(model, _decoder_stem(tensors)):
         paths: dict[Kind, list[str]] = {}
         for layer in layers_of(tensors, place.path):
             paths.setdefault(layer.kind, []).append(layer.path)
@@ -119,31 +119,31 @@ def translate(model: NVAE, tensors: Mapping[str, Tensor], where: str) -> dict[st
     return {ours: tensors[theirs] for ours, theirs in sources.items()}
 
 
-def places(model: NVAE, decoder_stem: str = DECODER_STEM) -> Iterator[Place]:
+def published_modules(model: NVAE, decoder_stem: str = DECODER_STEM) -> Iterator[PublishedModule]:
     """Every published module except the learned start, with what it is in our network.
 
     decoder_stem: the name of a plain VAE's 1x1 convolution from z.
     """
     blocks = model.blocks
     groups = [block for block in blocks.values() if isinstance(block, DecoderGroup)]  # top first
-    yield Place("stem", [blocks["stem"]])
+    yield PublishedModule("stem", [blocks["stem"]])
     yield from _numbered("pre_process", (block for name, block in blocks.items() if name.startswith("pre_")))
     yield from _numbered("enc_tower", _encoder_tower(model))
-    yield Place("enc0", [blocks["top"]])
+    yield PublishedModule("enc0", [blocks["top"]])
     yield from _numbered("enc_sampler", (group.posterior for group in groups))
     yield from _numbered("dec_sampler", (group.prior for group in groups if group.prior is not None))
-    yield Place("nf_cells", [group.flow for group in groups if group.flow is not None])
+    yield PublishedModule("nf_cells", [group.flow for group in groups if group.flow is not None])
     if model.config.vanilla:
-        yield Place(decoder_stem, [groups[0].combiner])
+        yield PublishedModule(decoder_stem, [groups[0].combiner])
     else:
         yield from _numbered("dec_tower", _decoder_tower(model))
     yield from _numbered("post_process", (block for name, block in blocks.items() if name.startswith("post_")))
-    yield Place("image_conditional", [blocks["head"]])
+    yield PublishedModule("image_conditional", [blocks["head"]])
 
 
-def _numbered(path: str, modules: Iterable[nn.Module]) -> Iterator[Place]:
+def _numbered(path: str, modules: Iterable[nn.Module]) -> Iterator[PublishedModule]:
     for index, module in enumerate(modules):
-        yield Place(f"{path}.{index}", [module])
+        yield PublishedModule(f"{path}.{index}", [module])
 
 
 def _encoder_tower(model: NVAE) -> Iterator[nn.Module]:
@@ -176,7 +176,7 @@ def _decoder_stem(tensors: Mapping[str, Tensor]) -> str:
 
 
 def pair(
-    place: Place, paths: Mapping[Kind, list[str]], names: Mapping[nn.Module, str]
+    place: PublishedModule, paths: Mapping[Kind, list[str]], names: Mapping[nn.Module, str]
 ) -> tuple[dict[str, str], list[str]]:
     """Our keys with the published ones for one place, and what the place lacks.
 

@@ -73,7 +73,7 @@ def export_published(run: OpenRun, out: Path) -> Path:
 
     Raises ConfigError for a folder as `export_run`, and naming what that format cannot hold, before anything is made.
     """
-    nvlabs_export.check(run.profile.model)
+    nvlabs_export.check_holdable(run.profile.model)
     with _new_folder(out):
         path = out / PUBLISHED
         return nvlabs_export.save(path, run.profile, run.model, checkpoint.step_of(run.checkpoint))

@@ -58,7 +58,7 @@ def encode_store(
         last = min(first + images_per_file, len(store))
         path = out / f"latents-{number:06d}.safetensors"
         if not _is_whole(path):
-            names, batch, slots = read_images(model.profile, store, source, say, range(first, last))
+            names, batch, slots = read_store(model.profile, store, source, say, range(first, last))
             if names:
                 latents = model.encode_batch(batch, posterior=posterior, seed=seed, slots=slots)
                 latents.save(path, names)
@@ -136,7 +136,7 @@ def _is_whole(path: Path) -> bool:
     return True
 
 
-def read_images(
+def read_store(
     profile: Profile, store: Store, source: str, say: Callable[[str], object], numbers: range | None = None
 ) -> tuple[list[str], Tensor, list[int]]:
     """(names, images (B, C, S', S') as the network takes them, numbers) of a store's images, as the run's data were.

@@ -293,7 +293,7 @@ def load(
     if path.is_file() and zipfile.is_zipfile(path) and _is_packed_export(path):
         return _of_zip(path, device)
     if path.is_file():
-        return _of_parts(*nvlabs.restore(path), device, path.name)
+        return _of_parts(*nvlabs.load_published(path), device, path.name)
     if is_export(path):
         return _of_parts(*read_export(path), device, path.name, path)
     if path.name == "latest" and not path.exists():

@@ -17,7 +17,7 @@ from matplotlib.patches import Circle, FancyBboxPatch, Rectangle
 
 from nvae_lowmem.config.sections import KEEPS, Keep
 from nvae_lowmem.summary.layout import Band, Layout, lay_out
-from nvae_lowmem.summary.summary import BlockSummary, Description, Scale, Shape, shape_text
+from nvae_lowmem.summary.summary import BlockSummary, Description, ScaleSummary, Shape, shape_text
 
 # Okabe-Ito: told apart with any colour vision
 KEEP_COLOURS: dict[Keep, str] = {"all": "#56B4E9", "cheap": "#3DBE95", "input": "#F0B541", "host": "#D994BC"}
@@ -161,7 +161,7 @@ def _ladder(axes: Axes, d: Description, layout: Layout) -> None:
     _text(axes, _DECODER_X, y + 0.52, d.likelihood.partition(",")[0], 7, ha="center")
 
 
-def _band(axes: Axes, band: Band, scale: Scale, channels: int, colour: str) -> None:
+def _band(axes: Axes, band: Band, scale: ScaleSummary, channels: int, colour: str) -> None:
     height = band.bottom - band.top
     axes.add_patch(Rectangle((_MARGIN, band.top), _PANEL_X - 0.45 - _MARGIN, height, facecolor=colour, linewidth=0))
     x, middle = _MARGIN + 0.12, (band.top + band.bottom) / 2

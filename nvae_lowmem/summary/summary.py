@@ -67,7 +67,7 @@ class BlockSummary:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scale:
+class ScaleSummary:
     """All blocks whose output has one resolution."""
 
     size: int
@@ -95,7 +95,7 @@ class Description:
     flows: int
     residual_posterior: bool
     latent_dims: int
-    scales: tuple[Scale, ...]
+    scales: tuple[ScaleSummary, ...]
     blocks: tuple[BlockSummary, ...]
 
 
@@ -233,14 +233,14 @@ def _unit_text(unit: ConvUnit) -> str:
     return " ".join([*words, f"-> {out}"])
 
 
-def _scales(blocks: Sequence[BlockSummary]) -> tuple[Scale, ...]:
+def _scales(blocks: Sequence[BlockSummary]) -> tuple[ScaleSummary, ...]:
     out = []
     for size in sorted({b.size for b in blocks}, reverse=True):
         here = [b for b in blocks if b.size == size]
         latents = [b.latent for b in here if b.latent is not None]
         parameters = {t: sum(b.parameters for b in here if b.tower == t) for t in ("encoder", "decoder")}
         out.append(
-            Scale(
+            ScaleSummary(
                 size=size,
                 groups=len(latents),
                 latent=latents[0] if latents else None,
@@ -280,7 +280,7 @@ def as_text(description: Description, every_row: bool = False) -> str:
     return "\n".join(lines)
 
 
-def _scale_table(scales: Sequence[Scale]) -> tuple[str, list[tuple[str, ...]]]:
+def _scale_table(scales: Sequence[ScaleSummary]) -> tuple[str, list[tuple[str, ...]]]:
     rows: list[tuple[str, ...]] = [("scale", "groups", "z of a group", "latent dims", "encoder", "decoder")]
     for s in scales:
         latent = (str(s.groups), shape_text(s.latent), f"{s.latent_dims:,}") if s.latent else ("-", "-", "-")

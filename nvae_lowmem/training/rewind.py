@@ -86,7 +86,7 @@ def go_back(run_dir: Path, run: ResolvedRun, error: Diverged, most: int) -> Rewi
     return rewind
 
 
-def describe(rewind: Rewind, run: ResolvedRun) -> str:
+def rewind_text(rewind: Rewind, run: ResolvedRun) -> str:
     """A sentence for people; run: as it is trained from here on."""
     start = f"the checkpoint of step {rewind.back_to}" if rewind.back_to else "the initial weights"
     rate = f"{run.schedule.peak_rate:g}"

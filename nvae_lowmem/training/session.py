@@ -88,7 +88,7 @@ class Session:
                     ) from None
                 last = self._go_back(raised)
                 run = rewind.after_rewinds(self.run, [*made, last])
-                said = [("rewind", rewind.describe(last, run))]
+                said = [("rewind", rewind.rewind_text(last, run))]
                 del model
                 gc.collect()  # engines hold themselves in circles
                 if self.device.type == "cuda":
@@ -204,7 +204,7 @@ class Session:
 def _load(training: Training, resumed: checkpoint.Resumed) -> None:
     """The checkpoint into engine and average."""
     training.engine.load_state(resumed.training)
-    distributed.load_statistics(training.engine.model, resumed.training)
+    distributed.restore_statistics(training.engine.model, resumed.training)
     if training.ema is not None:
         training.ema.module.load_state_dict(resumed.weights)
 

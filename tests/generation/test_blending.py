@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nvae_lowmem.config.choices import BlendMode
 from nvae_lowmem.config.model import ModelConfig
-from nvae_lowmem.generation.blend import Blend, blend_images, mix_normals, path_weights, spherical
+from nvae_lowmem.generation.blend import MergedPosteriors, blend_images, mix_normals, path_weights, spherical
 from nvae_lowmem.generation.reconstruct import RowNoise, reconstruct
 from nvae_lowmem.model.latents import FromPosterior, Noise, NoNoise, Normal
 from nvae_lowmem.model.nvae import NVAE
@@ -21,7 +21,7 @@ from nvae_lowmem.model.nvae import NVAE
 MODES: tuple[BlendMode, ...] = get_args(BlendMode)
 
 
-def latents_of(model: NVAE, maps: list[Tensor], source: Blend | FromPosterior) -> list[Tensor]:
+def latents_of(model: NVAE, maps: list[Tensor], source: MergedPosteriors | FromPosterior) -> list[Tensor]:
     with torch.no_grad():
         latents = model.top_down(source, [*maps], return_z=True)[1]
     return [latent.z for latent in latents if latent.z is not None]
@@ -90,7 +90,7 @@ def test_weight_0_is_exactly_a_and_weight_1_exactly_b_in_every_group(config: Mod
     maps = encode(model, config)
     own = latents_of(model, maps, FromPosterior(noise))
     for row in (0, 1):
-        merged = latents_of(model, maps, Blend(constant(float(row), config).T, noise))
+        merged = latents_of(model, maps, MergedPosteriors(constant(float(row), config).T, noise))
         assert all(torch.equal(z[row], expected[row]) for z, expected in zip(merged, own, strict=True))
         assert all(torch.equal(z[0], z[1]) for z in merged)  # both rows go on with the same z
     assert not any(torch.equal(z[0], z[1]) for z in own)
@@ -101,7 +101,7 @@ def test_later_groups_know_what_earlier_ones_became() -> None:
     model, config = responsive(GREY), GREY
     maps = encode(model, config)
     own = latents_of(model, maps, FromPosterior(NoNoise()))
-    merged = latents_of(model, maps, Blend(torch.tensor([[1.0], [0.0], [0.0]]), NoNoise()))
+    merged = latents_of(model, maps, MergedPosteriors(torch.tensor([[1.0], [0.0], [0.0]]), NoNoise()))
     assert torch.equal(merged[0][0], own[0][1])
     asked_anew, alone = merged[1][0], own[1][0]
     assert (asked_anew - alone).norm() > 1e-3
@@ -118,7 +118,9 @@ def test_a_blend_moves_from_a_to_b_without_turning_back(mode: BlendMode) -> None
     path = torch.linspace(0, 1, steps)
     if mode == "linear":
         rows = [encoded.repeat_interleave(steps, 0) for encoded in maps]
-        z = [z[:steps] for z in latents_of(model, rows, Blend(path.expand(DEEP.total_groups, -1), NoNoise()))]
+        z = [
+            z[:steps] for z in latents_of(model, rows, MergedPosteriors(path.expand(DEEP.total_groups, -1), NoNoise()))
+        ]
     else:
         z = [torch.lerp(ends[:1], ends[1:], path.view(-1, 1, 1, 1)) for ends in own]
     to_a, to_b = (

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from nvae_lowmem.commands import restore as command
 from nvae_lowmem.errors import ConfigError
-from nvae_lowmem.generation.restore import KnownPixels, LowResolution, Measurement, NoisyPixels, psnr, restore
+from nvae_lowmem.generation.restore import KnownPixels, LowResolution, NoisyPixels, Observation, psnr, restore
 
 
 def images_of(count: int = 3) -> torch.Tensor:
@@ -52,7 +52,7 @@ def test_denoising_trusts_the_data_less_the_more_noise_there_is() -> None:
         LowResolution(images_of()[..., :8, :8], 2),
     ],
 )
-def test_the_result_does_not_depend_on_how_images_share_passes(measured: Measurement) -> None:
+def test_the_result_does_not_depend_on_how_images_share_passes(measured: Observation) -> None:
     model = responsive(RGB)
     together, apart = (restore(model, measured, iterations=3, micro_batch=size) for size in (3, 1))
     torch.testing.assert_close(together, apart)

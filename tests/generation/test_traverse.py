@@ -24,7 +24,7 @@ from nvae_lowmem.generation.traverse import (
     Move,
     Moved,
     Recorded,
-    Row,
+    TraversalRow,
     activity_table,
     channel_kl,
     check_channels,
@@ -180,7 +180,7 @@ def test_heat_goes_from_black_over_red_and_yellow_to_white() -> None:
 def test_map_is_brightest_where_the_row_differs_most() -> None:
     images = torch.full((5, 1, 60, 60), 0.5)
     images[2, 0, 10, 20], images[1, 0, 30, 30] = 0.9, 0.4  # of the first row; the second differs nowhere
-    rows = [Row(0, None, "moved"), Row(1, None, "still")]
+    rows = [TraversalRow(0, None, "moved"), TraversalRow(1, None, "still")]
     picture = traversal_picture(rows, images, "caption", [-1.0, 1.0])
     cells, under = grids.grid(images[1:3], 2), grids.UNDER_PIXELS
     caption = grids.CAPTION_PIXELS + 2 * grids.CAPTION_MARGIN_PIXELS

@@ -50,8 +50,8 @@ def test_the_command_writes_a_run_folder_with_the_same_network(command: Any, tmp
     checkpoint, run = FIXTURES / "tiny" / "checkpoint.pt", tmp_path / "run"
     assert command.main([str(checkpoint), "--out", str(run)]) == 0
     profile, model, _ = load_run(run)
-    assert profile == nvlabs.restore(checkpoint)[0]
-    assert_same_network(nvlabs.restore(checkpoint)[1], model)
+    assert profile == nvlabs.load_published(checkpoint)[0]
+    assert_same_network(nvlabs.load_published(checkpoint)[1], model)
 
 
 def test_the_command_tells_bad_input_in_one_message(command: Any, capsys: Any, tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def network(path: Path) -> NVAE:
-    return nvlabs.restore(path)[1]
+    return nvlabs.load_published(path)[1]
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +124,7 @@ def test_arrays_that_are_not_finite_are_no_match() -> None:
 
 
 def test_the_options_of_a_fixture_become_its_profile() -> None:
-    profile, _ = nvlabs.restore(FIXTURES / "tiny_rgb32_nf" / "checkpoint.pt")
+    profile, _ = nvlabs.load_published(FIXTURES / "tiny_rgb32_nf" / "checkpoint.pt")
     model = profile.model
     assert (model.image_size, model.padding, model.image_channels, model.bits) == (32, 0, 3, 8)
     assert (model.scale_groups, model.latents, model.flows) == ((4, 2), 6, 1)
@@ -190,8 +190,8 @@ def test_the_prefix_of_a_parallel_run_and_half_precision_are_accepted(tmp_path: 
 
 def test_old_files_without_the_later_options_load(tmp_path: Path, tiny: dict[str, Any]) -> None:
     lacking = dict.fromkeys(("ada_groups", "min_groups_per_scale", "num_mixture_dec"), ...)
-    old, _ = nvlabs.restore(changed(tiny, tmp_path / "checkpoint.pt", **lacking))
-    assert old.model == nvlabs.restore(FIXTURES / "tiny" / "checkpoint.pt")[0].model
+    old, _ = nvlabs.load_published(changed(tiny, tmp_path / "checkpoint.pt", **lacking))
+    assert old.model == nvlabs.load_published(FIXTURES / "tiny" / "checkpoint.pt")[0].model
 
 
 @pytest.mark.parametrize("dataset, network_size, padding", [
@@ -204,7 +204,7 @@ def test_the_image_size_is_the_networks_whatever_the_dataset(
     binary = BINARY if padding else {}
     model = random_model(replace(SMALL, image_size=network_size - 2 * padding, padding=padding, **binary))
     path = save_model(tmp_path / "checkpoint.pt", model, dataset)
-    profile, _ = nvlabs.restore(path)
+    profile, _ = nvlabs.load_published(path)
     assert profile.model == model.config
     assert profile.problems() == []
 
@@ -214,7 +214,7 @@ def test_the_architecture_is_found_by_operations_or_by_name(tmp_path: Path, oper
     model = random_model(replace(SMALL, architecture="res35_mbconv"))
     operations = published_operations(model.config) if operations == "named" else operations
     args = published_args(model.config, "pictures_16", arch_instance=name)
-    profile, _ = nvlabs.restore(save(tmp_path / "checkpoint.pt", published_state(model), args, operations))
+    profile, _ = nvlabs.load_published(save(tmp_path / "checkpoint.pt", published_state(model), args, operations))
     assert profile.model.architecture == "res35_mbconv"
 
 
@@ -225,9 +225,9 @@ def test_unknown_names_leave_the_shapes_to_tell_the_architecture(tmp_path: Path,
     path = save(tmp_path / "checkpoint.pt", published_state(model), args, {"normal_enc": ["mine"]})
     if architecture.endswith("_mbconv"):  # four differ in dilation alone, which no shape shows
         with pytest.raises(ConfigError, match="fit res_mbconv, res53_mbconv, res35_mbconv, res55_mbconv alike"):
-            nvlabs.restore(path)
+            nvlabs.load_published(path)
     else:
-        assert nvlabs.restore(path)[0].model.architecture == architecture
+        assert nvlabs.load_published(path)[0].model.architecture == architecture
 
 
 # --- what is wrong with a file ----------------------------------------------------------------------------------------
@@ -236,7 +236,7 @@ def test_unknown_names_leave_the_shapes_to_tell_the_architecture(tmp_path: Path,
 def test_all_misfits_of_the_tensors_are_named_at_once(tmp_path: Path, tiny: dict[str, Any]) -> None:
     state = {"stem.bias": None, "enc_tower.3.se.se.0.weight": torch.ones(5, 16), "stem.extra": torch.ones(3)}
     with pytest.raises(ConfigError) as caught:
-        nvlabs.restore(changed(tiny, tmp_path / "checkpoint.pt", state))
+        nvlabs.load_published(changed(tiny, tmp_path / "checkpoint.pt", state))
     message = str(caught.value)
     assert "3 problems" in message
     assert "stem.bias is missing" in message
@@ -247,7 +247,7 @@ def test_all_misfits_of_the_tensors_are_named_at_once(tmp_path: Path, tiny: dict
 def test_every_single_missing_tensor_is_noticed(tiny: dict[str, Any]) -> None:
     from nvae_lowmem.interop.nvlabs_weights import network_tensors, translate
 
-    model = random_model(nvlabs.restore(FIXTURES / "tiny" / "checkpoint.pt")[0].model)
+    model = random_model(nvlabs.load_published(FIXTURES / "tiny" / "checkpoint.pt")[0].model)
     tensors = network_tensors(tiny["state_dict"])
     for name in list(tensors)[::37]:
         with pytest.raises(ConfigError, match="missing"):
@@ -271,7 +271,7 @@ def test_options_that_do_not_fit_the_tensors_are_told(
     tmp_path: Path, tiny: dict[str, Any], args: dict[str, Any], told: str
 ) -> None:
     with pytest.raises(ConfigError) as caught:
-        nvlabs.restore(changed(tiny, tmp_path / "checkpoint.pt", **args))
+        nvlabs.load_published(changed(tiny, tmp_path / "checkpoint.pt", **args))
     assert told in str(caught.value)
 
 
@@ -286,7 +286,7 @@ def test_any_option_gives_a_network_or_one_message(
 ) -> None:
     path = changed(small, tmp_path / "checkpoint.pt", **{name: value})
     try:
-        profile, model = nvlabs.restore(path)
+        profile, model = nvlabs.load_published(path)
     except ConfigError as error:
         assert str(path) in str(error)
     else:
@@ -306,7 +306,7 @@ def test_a_hostile_file_is_refused_and_runs_nothing(tmp_path: Path, zipped: bool
     hostile = {"state_dict": {"stem.weight": torch.ones(1)}, "args": RunsCode(tmp_path / "executed")}
     torch.save(hostile, tmp_path / "checkpoint.pt", _use_new_zipfile_serialization=zipped)
     with pytest.raises(ConfigError, match="refused") as caught:
-        nvlabs.restore(tmp_path / "checkpoint.pt")
+        nvlabs.load_published(tmp_path / "checkpoint.pt")
     assert "weights_only" not in str(caught.value)  # no advice to switch the protection off
     assert not (tmp_path / "executed").exists()
 
@@ -314,7 +314,7 @@ def test_a_hostile_file_is_refused_and_runs_nothing(tmp_path: Path, zipped: bool
 def test_tensors_that_claim_more_than_the_file_holds_are_refused(tmp_path: Path, tiny: dict[str, Any]) -> None:
     state = {"prior_ftr0": torch.ones(1).expand(1 << 40)}
     with pytest.raises(ConfigError, match="claim more bytes than the file has"):
-        nvlabs.restore(changed(tiny, tmp_path / "checkpoint.pt", state))
+        nvlabs.load_published(changed(tiny, tmp_path / "checkpoint.pt", state))
 
 
 def other_files(folder: Path) -> dict[str, Path]:
@@ -344,5 +344,5 @@ def other_files(folder: Path) -> dict[str, Path]:
 def test_files_that_are_no_checkpoints_give_one_message(tmp_path: Path) -> None:
     for path in other_files(tmp_path).values():
         with pytest.raises(ConfigError) as caught:
-            nvlabs.restore(path)
+            nvlabs.load_published(path)
         assert str(path) in str(caught.value)

@@ -54,7 +54,7 @@ def exported(model: Any, folder: Path, source: str = "pictures", step: int = 7) 
 @pytest.mark.parametrize("name", ["tiny", "tiny_rgb32_nf"])
 def test_an_imported_checkpoint_is_exported_as_it_came(name: str, tmp_path: Path) -> None:
     original = open_checkpoint(FIXTURES / name / "checkpoint.pt")
-    profile, model = nvlabs.restore(FIXTURES / name / "checkpoint.pt")
+    profile, model = nvlabs.load_published(FIXTURES / name / "checkpoint.pt")
     path = nvlabs_export.save(tmp_path / "checkpoint.pt", profile, model, step=0)
     with torch.serialization.safe_globals([argparse.Namespace]):
         written = torch.load(path, weights_only=True)
@@ -64,7 +64,7 @@ def test_an_imported_checkpoint_is_exported_as_it_came(name: str, tmp_path: Path
     assert all(torch.equal(tensor, original["state_dict"][key]) for key, tensor in tensors.items())
     same = ("args", "arch_instance", "epoch", "global_step")
     assert {key: written[key] for key in same} == {key: original[key] for key in same}
-    again, back = nvlabs.restore(path)
+    again, back = nvlabs.load_published(path)
     assert again == profile
     assert_same_network(back, model)
     assert verify(back, read_expected(FIXTURES / name / "expected.npz")) == verify(
@@ -86,7 +86,7 @@ def test_names_and_tensors_are_those_of_the_published_code(variant: str) -> None
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_network_of_ours_comes_back_bit_for_bit(variant: str, tmp_path: Path) -> None:
     model = random_model(replace(SMALL, **VARIANTS[variant]))
-    profile, back = nvlabs.restore(exported(model, tmp_path))
+    profile, back = nvlabs.load_published(exported(model, tmp_path))
     assert back.config.scale_groups == model.config.scale_groups
     assert back.likelihood.describe() == model.likelihood.describe()
     assert profile.provenance["global_step"] == 7
@@ -154,7 +154,7 @@ def test_every_network_is_refused_or_comes_back(
         path = exported(model, tmp_path_factory.mktemp("export"))
     except ConfigError:
         return
-    back = nvlabs.restore(path)[1]
+    back = nvlabs.load_published(path)[1]
     assert back.likelihood.describe() == model.likelihood.describe()
     sizes = ("image_channels", "image_size", "padding", "scale_groups")
     assert [getattr(back.config, name) for name in sizes] == [getattr(config, name) for name in sizes]

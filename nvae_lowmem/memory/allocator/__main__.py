@@ -15,7 +15,7 @@ import tyro
 from nvae_lowmem.errors import ConfigError, ExitCode
 from nvae_lowmem.memory.allocator.recording import load_recordings
 
-Folder = Annotated[Path, tyro.conf.arg(metavar="DIR", help="a folder that holds traces.npz and expected.json")]
+FolderArgument = Annotated[Path, tyro.conf.arg(metavar="DIR", help="a folder that holds traces.npz and expected.json")]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return tyro.cli(_replay, args=argv, prog="python -m nvae_lowmem.memory.allocator", description=__doc__)
 
 
-def _replay(folder: tyro.conf.Positional[Folder]) -> int:
+def _replay(folder: tyro.conf.Positional[FolderArgument]) -> int:
     try:
         recordings = load_recordings(folder)
         found = [(recording.name, difference) for recording in recordings for difference in recording.differences()]

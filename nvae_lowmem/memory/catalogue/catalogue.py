@@ -209,7 +209,7 @@ def _row(cell: CardRecipe, found: Fit) -> CatalogueRow:
 # ---- checking --------------------------------------------------------------------------------------------------------
 
 
-def check(cell: CardRecipe, row: CatalogueRow | None) -> list[str]:
+def check_cell(cell: CardRecipe, row: CatalogueRow | None) -> list[str]:
     """What is wrong with the cell's committed file and its row: by the recipe, the card, and a new prediction."""
     if row is None:
         return [f"{cell.name}: the table has no such row"]

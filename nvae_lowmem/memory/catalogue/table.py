@@ -11,10 +11,10 @@ from nvae_lowmem.config.profile_file import PROFILES_DIR
 from nvae_lowmem.config.recipes import PUBLISHED_RECIPES
 from nvae_lowmem.errors import ConfigError, command_line
 from nvae_lowmem.memory.catalogue.catalogue import TARGETS, CardRecipe, CatalogueRow, cells
-from nvae_lowmem.memory.plan.duration import between, format_days
+from nvae_lowmem.memory.plan.duration import format_days, range_text
 from nvae_lowmem.units import format_bytes
 
-Rows = Mapping[str, CatalogueRow]
+CatalogueRows = Mapping[str, CatalogueRow]
 """By the name of the cell, which is that of the profile."""
 TABLE_FILE = PROFILES_DIR / "table.json"
 _BEGIN, _END = "<!-- made by tools/ship_profiles.py from profiles/table.json -->", "<!-- end of what was made -->"
@@ -33,7 +33,7 @@ def load_rows(path: Path = TABLE_FILE) -> dict[str, CatalogueRow]:
     return {f"{row.target}-{row.recipe}": row for row in rows}
 
 
-def save_rows(rows: Rows, path: Path = TABLE_FILE) -> None:
+def save_rows(rows: CatalogueRows, path: Path = TABLE_FILE) -> None:
     """Write the rows in the order of the table, one per line."""
     lines = [json.dumps(asdict(rows[cell.name])) for cell in cells() if cell.name in rows]
     path.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
@@ -42,7 +42,7 @@ def save_rows(rows: Rows, path: Path = TABLE_FILE) -> None:
 # ---- as Markdown -----------------------------------------------------------------------------------------------------
 
 
-def overview(rows: Rows) -> str:
+def overview(rows: CatalogueRows) -> str:
     """Cards down, recipes across: micro-batch, and days for the recipe's epochs."""
     found = [["card (memory for torch)", *PUBLISHED_RECIPES]]
     for target in TARGETS:
@@ -61,7 +61,7 @@ def _short(row: CatalogueRow | None) -> str:
     return f"{batch}: {format_days(*row.training_seconds)}{fewer}"
 
 
-def details(rows: Rows) -> str:
+def details(rows: CatalogueRows) -> str:
     """A table per card with everything that is predicted of its profiles."""
     out = []
     for target in TARGETS:
@@ -91,8 +91,8 @@ def _long(row: CatalogueRow) -> list[str]:
         f"{int(100 * row.share)}%",
         size(row.host_bytes),
         str(row.retries),
-        between(row.time.least_seconds, row.time.most_seconds),
-        between(*row.time.images_per_second),
+        range_text(row.time.least_seconds, row.time.most_seconds),
+        range_text(*row.time.images_per_second),
         format_days(*row.training_seconds),
     ]
 

@@ -137,9 +137,9 @@ def _described(outcome: Outcome) -> dict[str, Any]:
         "job": {"device": job.device, "steps": job.steps},
         "ended": outcome.ended._asdict(),
     }
-    if outcome.decided is None or measured is None:
+    if outcome.resolved is None or measured is None:
         return row
-    profile, plan = outcome.decided, outcome.decided.plan
+    profile, plan = outcome.resolved, outcome.resolved.plan
     mean = measured.mean_seconds
     return row | {
         "profile": profiles.to_dict(profile),
@@ -165,7 +165,7 @@ def assess(outcome: Outcome, card: Card | None = None) -> Assessment:
 
     card: the one it ran on; None: the CPU. Raises ConfigError where prediction or replay is impossible.
     """
-    recording, profile, measured = outcome.recording, outcome.decided, outcome.measured
+    recording, profile, measured = outcome.recording, outcome.resolved, outcome.measured
     if recording is None or profile is None or measured is None:
         return Assessment(outcome=outcome)
     micro, accumulation = profile.plan.micro_batch, measured.accumulation

@@ -40,7 +40,7 @@ def calibrate(runs: Sequence[Assessment], source: str) -> dict[str, MeasuredEntr
 def _measured_bytes(run: Assessment) -> dict[str, int]:
     """Bytes of the entries that this run can tell."""
     out = {}
-    measured, profile = run.outcome.measured, run.outcome.decided
+    measured, profile = run.outcome.measured, run.outcome.resolved
     if run.cublas_kept_bytes is not None:
         out["cublas-workspaces"] = run.cublas_kept_bytes
     if run.stream is not None and profile is not None and profile.plan.engine == "torch":

@@ -65,7 +65,7 @@ class Outcome:
     """What the process saw; None where it did not come to its end."""
     recording: Recording | None = None
     """What it asked of the allocator."""
-    decided: Profile | None = None
+    resolved: Profile | None = None
     """The profile with everything decided."""
 
 
@@ -82,12 +82,12 @@ def measure(job: Job, folder: Path) -> Outcome:
         return Outcome(job=job, status=status, detail=_why(ended, job.timeout_seconds), ended=ended)
     try:
         measured = measurement_from_json((folder / RESULT).read_bytes())
-        decided, (recording,) = profiles.load(folder / DECIDED), load_recordings(folder)
+        resolved, (recording,) = profiles.load(folder / DECIDED), load_recordings(folder)
     except (OSError, ValueError) as error:
         return Outcome(job=job, status="failed", detail=f"left no result that can be read: {error}", ended=ended)
     return Outcome(
         job=job, status=measured.status, detail=measured.detail, ended=ended, measured=measured, recording=recording,
-        decided=decided,
+        resolved=resolved,
     )  # fmt: skip
 
 

@@ -58,14 +58,14 @@ def _card_of(table: Mapping[str, Any]) -> Card:
 
 
 def _outcome(row: Mapping[str, Any], recordings: Mapping[str, Recording]) -> Outcome:
-    decided = profiles.from_dict(row["profile"], f"run {row['name']}") if "profile" in row else None
+    resolved = profiles.from_dict(row["profile"], f"run {row['name']}") if "profile" in row else None
     ended = row["ended"]
     return Outcome(
-        job=Job(name=row["name"], profile=decided or Profile(), **row["job"]),
+        job=Job(name=row["name"], profile=resolved or Profile(), **row["job"]),
         status=row["status"],
         detail=row["detail"],
         ended=Ended(ended["code"], ended["stage"], tuple(ended["stderr"])),
         measured=measurement_from_json(json.dumps(row["measured"])) if "measured" in row else None,
         recording=recordings.get(row["name"]),
-        decided=decided,
+        resolved=resolved,
     )

@@ -20,7 +20,7 @@ def as_table(assessments: Sequence[Assessment]) -> str:
 
 def _cells(assessment: Assessment) -> tuple[str, ...]:
     outcome, peaks = assessment.outcome, assessment.peaks
-    measured, profile = outcome.measured, outcome.decided
+    measured, profile = outcome.measured, outcome.resolved
     if measured is None or profile is None:
         first_line = outcome.detail.splitlines()[0] if outcome.detail else ""
         return (outcome.job.name, *[""] * 11, f"{outcome.status}: {first_line}")
@@ -39,7 +39,7 @@ def _cells(assessment: Assessment) -> tuple[str, ...]:
 def as_text(assessment: Assessment) -> str:
     """One run: device, speed, peaks, replay, and sizes that the trace does not explain."""
     outcome, peaks, stream = assessment.outcome, assessment.peaks, assessment.stream
-    measured, profile = outcome.measured, outcome.decided
+    measured, profile = outcome.measured, outcome.resolved
     if measured is None or profile is None:
         head = f"{outcome.job.name}: {outcome.status}: {outcome.detail}"
         return "\n".join([head, *(f"  {line}" for line in outcome.ended.stderr)])

@@ -45,7 +45,7 @@ from nvae_lowmem.memory.measure.measurement import (
     traced_recording,
 )
 from nvae_lowmem.memory.predict.figures import MemoryFigures
-from nvae_lowmem.memory.predict.untraced import entries, host_bytes, overlaid
+from nvae_lowmem.memory.predict.untraced import entries, overlaid, untraced_host_bytes
 from nvae_lowmem.memory.trace.training import trace_training
 from nvae_lowmem.training.build import build_model, build_training, engine_factory
 from nvae_lowmem.training.divergence import Diverged
@@ -275,7 +275,7 @@ def _recorded_on_cpu(name: str, run: ResolvedRun, steps: int, settings: str) -> 
     peaks = MemoryFigures(
         allocated_peak_bytes=stats.peak_allocated_bytes,
         reserved_peak_bytes=stats.peak_reserved_bytes,
-        host_bytes=trace.host_bytes() + host_bytes(overlay),
+        host_bytes=trace.host_bytes() + untraced_host_bytes(overlay),
     )
     return traced_recording(name, trace, settings), peaks
 

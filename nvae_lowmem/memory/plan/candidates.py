@@ -17,7 +17,7 @@ from nvae_lowmem.memory.plan.block_costs import BlockTable
 from nvae_lowmem.memory.plan.duration import StepTime, estimated
 from nvae_lowmem.memory.plan.overhead import Groups, OverheadModel, Size, Taken
 from nvae_lowmem.memory.plan.roofline import StepSeconds, rates_of, step_seconds
-from nvae_lowmem.memory.plan.search import Assignment, Rows, fastest, least_peak
+from nvae_lowmem.memory.plan.search import Assignment, BlockChoices, fastest, least_peak
 from nvae_lowmem.memory.predict.untraced import Place, Span, engine_entries, engine_host_bytes
 
 PLAIN_VAE: Groups = (1,)
@@ -144,7 +144,7 @@ class Planner:
     def smallest_peak(self, size: Size) -> Candidate:
         """The plan with the smallest peak on the card, whether it fits or not, however much host memory it takes."""
 
-        def search(rows: Rows, _: int) -> Assignment:
+        def search(rows: BlockChoices, _: int) -> Assignment:
             return least_peak(rows)
 
         found = [self._candidate(size, plan, search) for plan in self._plans()]
@@ -158,7 +158,7 @@ class Planner:
     def uniform(self, like: Candidate, keep: Keep) -> Candidate:
         """The same plan with one policy for all blocks, whether it fits or not."""
 
-        def all_alike(rows: Rows, _: int) -> Assignment:
+        def all_alike(rows: BlockChoices, _: int) -> Assignment:
             return Assignment(tuple(next(c for c in row if c.keep == keep) for row in rows))
 
         found = self._candidate(like.size, like.profile.plan, all_alike)
@@ -169,7 +169,7 @@ class Planner:
         """A plan that is there already, by the table."""
         names = [block.name for block in self.table.blocks(groups) if block.name != "start"]
 
-        def as_planned(rows: Rows, _: int) -> Assignment:
+        def as_planned(rows: BlockChoices, _: int) -> Assignment:
             chosen = zip(names, rows, strict=True)
             return Assignment(tuple(next(c for c in row if c.keep == plan.keep_of(name)) for name, row in chosen))
 
@@ -192,7 +192,7 @@ class Planner:
         self,
         size: Size,
         plan: MemoryPlan,
-        search: Callable[[Rows, int], Assignment | None],
+        search: Callable[[BlockChoices, int], Assignment | None],
         overhead: Taken | None = None,
     ) -> Candidate | None:
         """The plan that `search` finds; overhead: what to leave free on card and host, None: without any limit."""

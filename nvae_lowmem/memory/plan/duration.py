@@ -38,7 +38,7 @@ class StepTime:
     def speed(self) -> str:
         """For people: "1.4 to 6.0 images/s, estimated"."""
         how = f"measured on {self.measured_on}" if self.measured_on else "estimated, measured on no card"
-        return f"{between(*self.images_per_second)} images/s ({how})"
+        return f"{range_text(*self.images_per_second)} images/s ({how})"
 
     def training_seconds(self, profile: Profile, images: int) -> tuple[float, float]:
         """The least and the most for the profile's schedule over a set of so many training images; hours are kept."""
@@ -72,7 +72,7 @@ def published_images(profile: Profile) -> int:
     return PUBLISHED_IMAGES.get(str(profile.provenance.get("recipe", profile.name)), 0)
 
 
-def schedule(profile: Profile, time: StepTime, images: int) -> str:
+def schedule_text(profile: Profile, time: StepTime, images: int) -> str:
     """How long the profile's schedule takes: "39 to 163 days for 400 epochs of 50,000 images"."""
     training = profile.training
     if training.hours:
@@ -99,7 +99,7 @@ def described(time: StepTime, profile: Profile, images: int = 0) -> str:
     images = images or published_images(profile)
     if not images and not profile.training.steps and not profile.training.hours:
         return time.speed()
-    return f"{time.speed()}; {schedule(profile, time, images)}"
+    return f"{time.speed()}; {schedule_text(profile, time, images)}"
 
 
 def format_days(least_seconds: float, most_seconds: float) -> str:
@@ -113,7 +113,7 @@ def format_days(least_seconds: float, most_seconds: float) -> str:
     factor, unit = next(((factor, unit) for factor, from_, unit in units if most_seconds >= from_), (0.0, ""))
     if not factor:
         return f"{format_seconds(least_seconds)} to {format_seconds(most_seconds)}"
-    return f"{between(least_seconds / factor, most_seconds / factor)} {unit}"
+    return f"{range_text(least_seconds / factor, most_seconds / factor)} {unit}"
 
 
 def format_speed(number: float) -> str:
@@ -123,7 +123,7 @@ def format_speed(number: float) -> str:
     return f"{number:.{0 if number >= 9.95 else 1 if number >= 0.95 else 2}f}"
 
 
-def between(least: float, most: float) -> str:
+def range_text(least: float, most: float) -> str:
     """A range as text, or one number where both ends read alike."""
     ends = format_speed(least), format_speed(most)
     return ends[0] if ends[0] == ends[1] else " to ".join(ends)

@@ -14,7 +14,7 @@ from nvae_lowmem.config.profile_file import CHANGED
 from nvae_lowmem.config.sections import KEEPS, Profile
 from nvae_lowmem.hardware.card import OsName
 from nvae_lowmem.memory.plan.candidates import Candidate
-from nvae_lowmem.memory.plan.duration import between, described, published_images
+from nvae_lowmem.memory.plan.duration import described, published_images, range_text
 from nvae_lowmem.memory.plan.fit import Fit
 from nvae_lowmem.memory.plan.frontier import frontier
 from nvae_lowmem.memory.plan.overhead import Groups, Size
@@ -159,7 +159,7 @@ def frontier_table(found: Fit) -> tuple[str, list[tuple[str, ...]]]:
     """(alignment, rows) of the table over groups and micro-batches; the answer's row is marked."""
     rows: list[tuple[str, ...]] = [("groups", "micro-batch", "peak", "images/s", "")]
     for row in frontier(found):
-        speed = between(*row.images_per_second) if row.images_per_second else "does not fit"
+        speed = range_text(*row.images_per_second) if row.images_per_second else "does not fit"
         mark = ("<- this plan" if found.fits else "<- the nearest") if row.is_answer else ""
         rows.append((_join(row.groups), str(row.micro_batch), format_bytes(row.peak_bytes), speed, mark))
     return "<>>><", rows

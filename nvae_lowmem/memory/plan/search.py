@@ -19,7 +19,7 @@ import numpy.typing as npt
 from nvae_lowmem.config.sections import Keep
 from nvae_lowmem.memory.plan.block_costs import Choice
 
-Rows = Sequence[Sequence[Choice]]
+BlockChoices = Sequence[Sequence[Choice]]
 MOST_STATES = 1024
 """States kept per block. With fewer the result is exact; beyond, the fastest of each 1/1024 of the room stays."""
 
@@ -55,7 +55,7 @@ class Assignment:
         return peak
 
 
-def fastest(rows: Rows, room_bytes: int) -> Assignment | None:
+def fastest(rows: BlockChoices, room_bytes: int) -> Assignment | None:
     """The assignment with the least seconds whose peak is at most `room_bytes`; None where there is none."""
     greedy = Assignment(tuple(min(row, key=lambda c: (c.seconds, c.kept_bytes)) for row in rows))
     if greedy.peak_bytes <= room_bytes:
@@ -99,7 +99,7 @@ def _undominated(
     return order
 
 
-def least_peak(rows: Rows) -> Assignment:
+def least_peak(rows: BlockChoices) -> Assignment:
     """The assignment with the smallest peak; of several, the fastest that is found for that room."""
     low, high = 0, Assignment(tuple(row[0] for row in rows)).peak_bytes
     best = fastest(rows, high)

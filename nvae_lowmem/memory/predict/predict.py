@@ -33,10 +33,10 @@ from nvae_lowmem.memory.predict.untraced import (
     Span,
     entries,
     flattened_weights,
-    host_bytes,
     overlaid,
     pinned_bytes,
     runs_deepspeed,
+    untraced_host_bytes,
     without_weights,
 )
 from nvae_lowmem.memory.predict.whole_run import last_step, last_step_retries, whole_run
@@ -153,7 +153,7 @@ def predict(
         reserved_peak_bytes=stats.peak_reserved_bytes,
         peak=known.peak(),
         timeline=tuple(_timeline(known, last_step(known), _TIMELINE_POINTS)),
-        host_bytes=trace.host_bytes() + host_bytes(overlay),
+        host_bytes=trace.host_bytes() + untraced_host_bytes(overlay),
         pinned_bytes=locked,
         context_bytes=sum(entry.nbytes for entry in overlay if entry.place is Place.CARD),
         init_peak_bytes=_at_setup(trace) + sum(entry.nbytes for entry in overlay if entry.span is Span.SETUP),

@@ -203,10 +203,10 @@ def engine_entries(plan: MemoryPlan, parameter_bytes: Sequence[int], accumulatio
 def engine_host_bytes(plan: MemoryPlan, parameter_bytes: Sequence[int], accumulation: int) -> int:
     """Host memory of weights, gradients and states under the plan, averages and parked block inputs apart."""
     traced = 2 * sum(parameter_bytes) if plan.offload_optimizer else 0  # the host's weights and gradients
-    return traced + host_bytes(engine_entries(plan, parameter_bytes, accumulation))
+    return traced + untraced_host_bytes(engine_entries(plan, parameter_bytes, accumulation))
 
 
-def host_bytes(overlay: Sequence[Entry]) -> int:
+def untraced_host_bytes(overlay: Sequence[Entry]) -> int:
     """Host memory that the entries add to a trace's, the page-locked part included."""
     return sum(e.nbytes - e.replaces_bytes for e in overlay if e.place in (Place.HOST, Place.PINNED))
 

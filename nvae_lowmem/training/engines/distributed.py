@@ -360,7 +360,7 @@ def check_statistics(model: NVAE, state: Mapping[str, Tensor], where: object) ->
 
 
 @torch.no_grad()
-def load_statistics(model: NVAE, state: Mapping[str, Tensor]) -> None:
+def restore_statistics(model: NVAE, state: Mapping[str, Tensor]) -> None:
     """This process' running statistics out of a checkpoint; their mean where the number of processes is another."""
     rows, running = state.get(STATISTICS), _running_statistics(model)
     if rows is None or not running:

@@ -16,7 +16,7 @@ from nvae_lowmem.errors import ConfigError
 from nvae_lowmem.hardware.budget import Budget
 from nvae_lowmem.hardware.card import Card
 from nvae_lowmem.memory.catalogue import catalogue as shipped
-from nvae_lowmem.memory.catalogue.catalogue import TARGETS, CardRecipe, cells, check, make
+from nvae_lowmem.memory.catalogue.catalogue import TARGETS, CardRecipe, cells, check_cell, make
 from nvae_lowmem.memory.catalogue.table import documents, load_rows, overview, save_rows
 from nvae_lowmem.memory.plan.fit import Predictor
 from nvae_lowmem.memory.predict.predict import Prediction
@@ -91,7 +91,7 @@ def test_the_documents_show_the_table_that_is_committed() -> None:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("cell", cells(), ids=named)
 def test_a_shipped_profile_is_what_the_predictor_says(cell: CardRecipe) -> None:
-    assert check(cell, ROWS.get(cell.name)) == []
+    assert check_cell(cell, ROWS.get(cell.name)) == []
 
 
 # ---- making and checking ---------------------------------------------------------------------------------------------
@@ -107,21 +107,21 @@ def test_what_is_made_is_the_same_each_time_and_passes_the_check_until_somebody_
     row = make(TINY)
     first = TINY.path.read_bytes()
     assert make(TINY) == row and TINY.path.read_bytes() == first
-    assert check(TINY, row) == []
-    assert check(TINY, None) == ["2g-tiny: the table has no such row"]
-    assert any("seconds per step" in line for line in check(TINY, replace(row, seconds_per_step=1e-3)))
+    assert check_cell(TINY, row) == []
+    assert check_cell(TINY, None) == ["2g-tiny: the table has no such row"]
+    assert any("seconds per step" in line for line in check_cell(TINY, replace(row, seconds_per_step=1e-3)))
 
     profile = load(TINY.path)
     save(profile.with_plan(cap_bytes=1 << 30), TINY.path)
-    assert any("cap is 1073741824" in line for line in check(TINY, row))
+    assert any("cap is 1073741824" in line for line in check_cell(TINY, row))
     save(replace(profile, training=replace(profile.training, epochs=1.0)), TINY.path)
-    assert any("training is" in line for line in check(TINY, row))
+    assert any("training is" in line for line in check_cell(TINY, row))
     save(profile.with_plan(keep="host"), TINY.path)
-    assert any("predicted now" in line for line in check(TINY, row))
+    assert any("predicted now" in line for line in check_cell(TINY, row))
     TINY.path.write_text("name = [")
-    assert any("not valid TOML" in line for line in check(TINY, row))
+    assert any("not valid TOML" in line for line in check_cell(TINY, row))
     TINY.path.unlink()
-    assert any("no such file" in line for line in check(TINY, row))
+    assert any("no such file" in line for line in check_cell(TINY, row))
 
 
 def test_a_refresh_keeps_a_plan_that_fits_and_needs_no_retry_and_looks_for_another_where_it_does(
@@ -133,7 +133,7 @@ def test_a_refresh_keeps_a_plan_that_fits_and_needs_no_retry_and_looks_for_anoth
     row = make(TINY, refresh=True)
     kept = load(TINY.path)
     assert (kept.plan.keep, kept.plan.keep_blocks) == ("input", {}) and row.keeps == {"input": sum(row.keeps.values())}
-    assert kept.provenance["margin_bytes"] > 1 and check(TINY, row) == []
+    assert kept.provenance["margin_bytes"] > 1 and check_cell(TINY, row) == []
 
     honest = shipped.predictor_for
 
@@ -157,7 +157,7 @@ def test_a_profile_of_a_recipe_that_no_longer_fits_is_removed(folder: Path, monk
     monkeypatch.setattr(shipped.Target, "budget", lambda self: replace(budget, cap_bytes=1 << 20))
     row = make(TINY)
     assert not row.fits and not TINY.path.exists()
-    assert check(TINY, row) == []
+    assert check_cell(TINY, row) == []
 
 
 def test_rows_survive_being_written_and_stay_in_order(tmp_path: Path) -> None:

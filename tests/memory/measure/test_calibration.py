@@ -40,7 +40,7 @@ def run(name: str, *, engine: str = "torch", workspaces: Sequence[Workspaces] | 
         workspaces = [Workspaces("c", 0, 3 * MIB, None), Workspaces("c", MIB, 0, 0)]
     profile = nano(engine=engine)
     outcome = replace(
-        on_card(), job=Job(name=name, profile=profile, device="cuda"), decided=profile,
+        on_card(), job=Job(name=name, profile=profile, device="cuda"), resolved=profile,
         measured=replace(measured, statistics=statistics, workspaces=tuple(workspaces)),
     )  # fmt: skip
     sizes = (unmatched(4096), unmatched(9 * MIB, expected=1), unmatched(3 * MIB, what="workspace"))

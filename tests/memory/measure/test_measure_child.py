@@ -52,7 +52,7 @@ def test_a_child_that_is_killed_is_told_with_where_it_was(tmp_path: Path, monkey
     assert "killed by SIGKILL in step 2" in outcome.detail and "host memory" in outcome.detail
     found = assess(outcome)
     assert "SIGKILL" in as_text(found) and "last words" in as_text(found) and "SIGKILL" in as_table([found])
-    assert measure_command.exit_status([found]) == 1
+    assert measure_command.exit_code_of([found]) == 1
 
 
 def is_gone(pid: int, patience_seconds: float = 20.0) -> bool:

@@ -150,7 +150,7 @@ def test_bad_input_is_one_message_before_anything_runs(
 def test_a_refused_configuration_is_bad_input_alone_and_a_failure_among_others() -> None:
     done = Assessment(outcome=on_cpu())
     refused = Assessment(outcome=replace(on_cpu(), status="refused"))
-    assert [measure_command.exit_status(runs) for runs in ([refused], [refused, done], [done])] == [2, 1, 0]
+    assert [measure_command.exit_code_of(runs) for runs in ([refused], [refused, done], [done])] == [2, 1, 0]
 
 
 def test_a_run_that_cannot_be_compared_is_a_row_and_the_others_go_on(

@@ -59,7 +59,7 @@ def test_a_run_that_takes_more_than_predicted_is_told() -> None:
     assert found.agrees is False and found.peaks is not None
     assert found.peaks.allocated.error_percent is not None and found.peaks.allocated.error_percent < -90
     assert "MORE THAN THE MARGIN" in as_text(found) and "EXCEEDED" in as_text(found)
-    assert measure_command.exit_status([found]) == 3
+    assert measure_command.exit_code_of([found]) == 3
 
 
 # --- a card played by the simulator -----------------------------------------------------------------------------------
@@ -92,9 +92,9 @@ def test_what_neither_trace_nor_libraries_know_is_listed_first() -> None:
 def test_running_out_of_memory_agrees_only_where_it_was_predicted() -> None:
     outcome = replace(on_card(), status="out of memory", detail="in step 1: no room")
     assert assess(outcome).agrees is False
-    assert outcome.decided is not None
-    tight = outcome.decided.with_plan(cap_bytes=66 * MIB)
-    found = assess(replace(outcome, decided=tight))
+    assert outcome.resolved is not None
+    tight = outcome.resolved.with_plan(cap_bytes=66 * MIB)
+    found = assess(replace(outcome, resolved=tight))
     assert found.agrees and "out of memory in step 1: no room, as predicted" in as_text(found)
 
 
@@ -107,7 +107,7 @@ def test_whatever_ends_a_comparison_is_a_failed_run_that_tells_it(monkeypatch: p
     assert found.outcome.status == "failed" and found.agrees is None
     assert found.outcome.detail.startswith("cannot be compared: ZeroDivisionError: by nothing (broken, line ")
     assert found.to_json()["measured"]["seconds"] == (2.0, 0.5, 0.25)  # what was measured is not lost
-    assert "failed" in as_table([found]) and measure_command.exit_status([found]) == 1
+    assert "failed" in as_table([found]) and measure_command.exit_code_of([found]) == 1
 
 
 def test_unmatched_sizes_know_which_side_has_more() -> None:
