@@ -76,7 +76,7 @@ def schedule_text(profile: Profile, time: StepTime, images: int) -> str:
     """How long the profile's schedule takes: "39 to 163 days for 400 epochs of 50,000 images"."""
     training = profile.training
     if training.hours:
-        steps = between(*sorted(training.hours * _HOUR / s for s in (time.least_seconds, time.most_seconds)))
+        steps = range_text(*sorted(training.hours * _HOUR / s for s in (time.least_seconds, time.most_seconds)))
         return f"{format_seconds(training.hours * _HOUR)}, in which {steps} steps are done"
     what = f"{training.steps:,} steps" if training.steps else f"{training.epochs:g} epochs of {images:,} images"
     return f"{format_days(*time.training_seconds(profile, images))} for {what}"
