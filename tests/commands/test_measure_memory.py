@@ -25,7 +25,7 @@ from nvae_lowmem.units import GIB
 
 
 def command(*arguments: str) -> int:
-    path = Path(__file__).parents[3] / "tools" / "measure_memory.py"
+    path = Path(__file__).parents[2] / "tools" / "measure_memory.py"
     spec = importlib.util.spec_from_file_location("measure_memory", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
