@@ -11,7 +11,7 @@ from nvae_lowmem.config.model import ModelConfig
 from nvae_lowmem.config.sections import Crop, DataConfig
 from nvae_lowmem.errors import ConfigError
 
-_CELEBA_SIZE = (178, 218)
+CELEBA_SIZE = (178, 218)
 CELEBA_BOX = (15, 40, 163, 188)
 """(left, top, right, bottom) of the published crop of CelebA's aligned images; a centred one is five pixels higher."""
 
@@ -55,7 +55,7 @@ class Preparation:
     def _square(self, width: int, height: int, name: str) -> tuple[int, int, int, int]:
         """(left, top, right, bottom) of the square to cut."""
         if self.crop == "celeba":
-            if (width, height) != _CELEBA_SIZE:
+            if (width, height) != CELEBA_SIZE:
                 raise ConfigError(
                     f"image {name} is {width} x {height} pixels (width x height), but data.crop = 'celeba' cuts the "
                     "published square out of CelebA's aligned images, which are 178 x 218: set data.crop = 'centre'"

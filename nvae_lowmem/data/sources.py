@@ -77,6 +77,16 @@ def open_store(source: str, config: DataConfig, model: ModelConfig, *, log: Log 
         return _find(source, "--data", config, model, log).whole
 
 
+def open_parts(config: DataConfig, model: ModelConfig, *, log: Log = print) -> tuple[Store, Store | None]:
+    """The images of `config.source` as they are: (those for training, or all; held-out ones where it has a part).
+
+    Raises ConfigError as `open_source` does.
+    """
+    raise_problems(config.problems(), "data")
+    found = _find(config.source, "data.source", config, model, log)
+    return found.whole, found.test
+
+
 def _prepared(found: _Found, config: DataConfig, prepare: Preparation, log: Log) -> Datasets:
     check_colours(found.whole, prepare.channels, "data.source")
     if found.test is None:

@@ -1,0 +1,203 @@
+"""From images, a machine and hours to a profile: the largest model that the time and the images are enough for.
+
+    choice = choose(look, DataConfig(source="photos"), size=64, hours=8, speed=CardSpeed(card, budget, wishes))
+    choice.profile, choice.reasons, choice.gave_up
+
+The speed of a card is a range until it has been measured. Everything is planned with its slow end: that is where
+published timings lie, and whoever turns out to be faster sees more images with a model that still suits them.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, replace
+from pathlib import PurePath
+
+from nvae_lowmem.budget.ladder import LADDER, Rung
+from nvae_lowmem.budget.speed import Speed
+from nvae_lowmem.config.model import ModelConfig
+from nvae_lowmem.config.sections import EMBEDDED_SETS, DataConfig, Profile, TrainConfig
+from nvae_lowmem.data.look import Look
+from nvae_lowmem.errors import ConfigError
+from nvae_lowmem.memory.plan.duration import StepTime
+from nvae_lowmem.training.learning_rate import suggest_learning_rate
+from nvae_lowmem.units import format_seconds
+
+LEAST_STEPS = 200
+"""Fewer steps train no model worth having: the KL warm-up alone takes a third of them."""
+ENOUGH_STEPS = 2000
+"""The batch is halved until so many steps remain."""
+LEAST_BATCH = 8
+MOST_PASSES = 400
+"""Over the images: as often as the published recipes go over theirs at most (MNIST, CIFAR-10)."""
+LEAST_IMAGES = 20
+"""Of which one at least is held out; fewer say nothing about images that were not seen."""
+FINE_BITS_RUNG = 4
+"""From this rung on, and up to 64 pixels, all 8 bits are modelled, as published."""
+_SMALL_MODEL_RATE, _SMALL_MODELS = 5e-3, 3
+_SMALL_SET, _SMALL_SET_TEST_FRACTION = 10_000, 0.1
+_FEW_EVALUATIONS_HOURS = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """What was chosen, and why."""
+
+    profile: Profile
+    """Without a memory plan."""
+    rung: Rung
+    time: StepTime
+    hours: float
+    """As asked for."""
+    steps: int
+    """That the slow end of the step time leaves, or that the images are good for."""
+    images: int
+    """Different training images."""
+    stopped: str
+    """Why the next rung was not taken; empty on the highest one."""
+    limited_by_images: bool
+    """Whether training ends before the hours do, since more passes would only memorise the images."""
+
+    @property
+    def images_seen(self) -> int:
+        """Of all steps, mirrored and repeated ones counted."""
+        return self.steps * self.profile.training.total_batch
+
+    @property
+    def passes(self) -> float:
+        """Over the training images."""
+        return self.images_seen / self.images
+
+
+def choose(look: Look, data: DataConfig, *, size: int, hours: float, speed: Speed, below: int = len(LADDER)) -> Choice:
+    """The largest rung that fits the machine, sees enough images in the hours, and has enough different ones.
+
+    size: pixels per side, 0: the images' own where they are small, else 64. below: only rungs of lower numbers.
+    Raises ConfigError for a size that there is no model for, for too few images, and for hours that are not enough for
+    the smallest model.
+    """
+    side = size or look.native_side
+    if look.images < LEAST_IMAGES:
+        raise ConfigError(
+            f"--data: {look.description} leaves {look.images} images to train on; at least {LEAST_IMAGES} are needed "
+            "to learn anything but these images themselves: add images"
+        )
+    chosen: Choice | None = None
+    stopped = ""
+    for rung in LADDER[:below]:
+        if look.images < rung.training_images:
+            stopped = (
+                f"rung {rung.number} would learn these {look.images:,} images by heart: it is taken from "
+                f"{rung.training_images:,} training images on"
+            )
+            break
+        found = _on(rung, look, data, side, hours, speed)
+        if found is None:
+            stopped = f"rung {rung.number} has no memory plan that fits {speed.where}"
+            break
+        if chosen is None:
+            _check_hours(found, speed)
+        possible = hours * 3600 / found.time.most_seconds * found.profile.training.total_batch
+        if possible < rung.images_seen:
+            stopped = (
+                f"rung {rung.number} would see {possible:,.0f} images in the time, and is better than a smaller model "
+                f"from about {rung.images_seen:,} on"
+            )
+            break
+        chosen = found
+    if chosen is None:
+        raise ConfigError(
+            f"--size {side}: not even the smallest model has a memory plan that fits {speed.where}: lower --size"
+        )
+    return replace(chosen, stopped=stopped)
+
+
+def _check_hours(smallest: Choice, speed: Speed) -> None:
+    seconds = smallest.time.most_seconds
+    if smallest.hours * 3600 < LEAST_STEPS * seconds:
+        least = LEAST_STEPS * seconds / 60
+        raise ConfigError(
+            f"{format_seconds(smallest.hours * 3600)} are {smallest.hours * 3600 / seconds:.0f} steps of even the "
+            f"smallest model on {speed.where}, and fewer than {LEAST_STEPS} train nothing worth having: give at least "
+            f"--minutes {math.ceil(least)}, or a smaller --size"
+        )
+
+
+def _on(rung: Rung, look: Look, data: DataConfig, side: int, hours: float, speed: Speed) -> Choice | None:
+    """The choice at one rung, whether it sees enough images or not; None where no plan fits."""
+    model = rung.model(side, look.channels, _bits(rung, look, side))
+    batch = _most_batch(model)
+    while True:
+        profile = _profile(rung, model, look, data, batch)
+        time = speed.step_time(profile)
+        steps = int(hours * 3600 / time.most_seconds) if time is not None else 0
+        if batch <= LEAST_BATCH or (time is not None and steps >= ENOUGH_STEPS):
+            break
+        batch //= 2
+    if time is None:
+        return None
+    most_steps = math.ceil(MOST_PASSES * look.images / batch)
+    limited = steps > most_steps
+    steps = max(1, min(steps, most_steps))
+    return Choice(
+        profile=_scheduled(profile, look.images, steps, 0.0 if limited else hours, hours),
+        rung=rung,
+        time=time,
+        hours=hours,
+        steps=steps,
+        images=look.images,
+        stopped="",
+        limited_by_images=limited,
+    )
+
+
+def _most_batch(model: ModelConfig) -> int:
+    """The batch of the published recipe at that size, as a power of two: 128 at 32 pixels, 32 at 64, 8 at 256."""
+    return max(LEAST_BATCH, min(128, (1 << 17) // model.network_size**2))
+
+
+def _bits(rung: Rung, look: Look, side: int) -> int:
+    if look.binary_like:
+        return 1
+    return 8 if rung.number >= FINE_BITS_RUNG and side <= 64 else 5
+
+
+def _profile(rung: Rung, model: ModelConfig, look: Look, data: DataConfig, batch: int) -> Profile:
+    """The profile but for what follows from the number of steps."""
+    small_set = look.images < _SMALL_SET and data.test_fraction == DataConfig().test_fraction
+    source = replace(
+        data,
+        crop="celeba" if look.is_aligned_celeba and data.crop == "centre" and not data.crop_pixels else data.crop,
+        flip=look.channels == 3,
+        test_fraction=_SMALL_SET_TEST_FRACTION if small_set else data.test_fraction,
+    )
+    rate = _SMALL_MODEL_RATE
+    if rung.number >= _SMALL_MODELS:
+        published = TrainConfig()
+        rate, _ = suggest_learning_rate(batch, published.published_total_batch, published.published_learning_rate)
+    training = TrainConfig(total_batch=batch, learning_rate=rate, cosine="step")
+    return Profile(name=_name(data.source, model.image_size), model=model, data=source, training=training)
+
+
+def _scheduled(profile: Profile, images: int, steps: int, hours: float, asked_hours: float) -> Profile:
+    """With warm-up, averaging and reports that suit so many steps; hours 0: end after the steps."""
+    per_epoch = images / profile.training.total_batch
+    few = asked_hours < _FEW_EVALUATIONS_HOURS
+    training = replace(
+        profile.training,
+        steps=steps,
+        hours=hours,
+        warmup_epochs=float(f"{0.05 * steps / per_epoch:.3g}"),
+        ema_decay=float(f"{min(0.9999, max(0.9, 1 - 30 / steps)):.4g}"),
+        evaluate_every=max(1, steps // 4) if few else 0,
+        sample_every=max(1, steps // 2) if few else 0,
+        save_every=max(1, steps // 2) if few else 0,
+    )
+    return replace(profile, training=training)
+
+
+def _name(source: str, size: int) -> str:
+    """ "photos-64" of /data/photos.zip."""
+    stem = source if source in EMBEDDED_SETS else PurePath(source.rstrip("/\\")).stem
+    return f"{re.sub(r'[^A-Za-z0-9]+', '-', stem).strip('-')[:40] or 'images'}-{size}"

@@ -1,0 +1,126 @@
+"""The whole answer: the chosen profile with its memory plan, what it was chosen from, and a picture of the images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from nvae_lowmem.budget import words
+from nvae_lowmem.budget.choose import Choice, choose
+from nvae_lowmem.budget.ladder import LADDER
+from nvae_lowmem.budget.speed import CardSpeed, CpuSpeed, Speed
+from nvae_lowmem.config.sections import DataConfig, Profile
+from nvae_lowmem.data.look import Look, look_at, seen_by_training
+from nvae_lowmem.errors import NothingFits
+from nvae_lowmem.generation.grids import default_columns, grid, labelled
+from nvae_lowmem.hardware.budget import Budget
+from nvae_lowmem.hardware.card import Card, OsName
+from nvae_lowmem.memory.plan import explain
+from nvae_lowmem.memory.plan.candidates import Wishes
+from nvae_lowmem.memory.plan.fit import Fit, fit
+from nvae_lowmem.memory.predict.predict import predictor_for
+from nvae_lowmem.progress import Log
+
+SHEET_ROWS = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """What a person asks for."""
+
+    data: DataConfig
+    hours: float
+    size: int = 0
+    """Pixels per side; 0: the images' own where they are small, else 64."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planned:
+    """The profile to train with, and where it comes from."""
+
+    look: Look
+    choice: Choice
+    fit: Fit | None
+    """On a card."""
+    profile: Profile
+
+    def text(self) -> str:
+        """All of it in words, for a terminal."""
+        lines = [words.described(self.choice, self.look)]
+        if self.fit is not None:
+            lines += ["memory", *(f"  {reason}" for reason in explain.reasons(self.fit))]
+        return "\n".join(lines)
+
+    def header(self) -> str:
+        """The same as the head of the profile's file."""
+        lines = [*words.found(self.look), *words.chosen(self.choice, self.look), *words.gave_up(self.choice)]
+        return "\n".join(lines + (explain.reasons(self.fit) if self.fit is not None else []))
+
+
+def for_cpu(wanted: Wanted, look: Look | None = None) -> Planned:
+    """For this machine's CPU, which is timed for some seconds. Raises ConfigError as `choose` does."""
+    look = look or look_at(wanted.data, wanted.size)
+    choice = _chosen(wanted, look, CpuSpeed())
+    return Planned(look=look, choice=choice, fit=None, profile=_with_words(choice, look))
+
+
+def for_card(
+    wanted: Wanted,
+    card: Card,
+    budget: Budget,
+    wishes: Wishes,
+    *,
+    on: OsName,
+    command: str,
+    look: Look | None = None,
+    say: Log = lambda line: None,
+) -> Planned:
+    """For a card, whether there is one or not; the plan is verified by prediction.
+
+    command: what was typed, for the profile's provenance. Raises ConfigError as `choose` does, and NothingFits.
+    """
+    look = look or look_at(wanted.data, wanted.size)
+    speed, below = CardSpeed(card, budget, wishes), len(LADDER)
+    while below:
+        say("pricing models of several sizes")
+        choice = _chosen(wanted, look, speed, below)
+        # the table of the chosen model is known already; its precision is decided in the same way
+        found = fit(choice.profile, card, budget, wishes, predictor_for(card, budget), say=say)
+        if found.fits and found.chosen.groups == choice.profile.model.scale_groups:
+            profile = explain.planned(_named(found, _with_words(choice, look)), on, command)
+            return Planned(look=look, choice=choice, fit=found, profile=profile)
+        below = choice.rung.number
+    raise NothingFits(f"not even the smallest model fits {card.name}: lower --size")
+
+
+def sheet(profile: Profile) -> np.ndarray:
+    """(H, W, 3) uint8: images spread over the source, as training will see them."""
+    columns = default_columns(profile.model.image_size)
+    images = seen_by_training(profile, SHEET_ROWS * columns, log=lambda line: None)
+    colours = "grey" if profile.model.image_channels == 1 else "RGB"
+    size, bits = profile.model.image_size, profile.model.bits
+    caption = f"what training sees: {size} x {size}, {colours}, {bits} bit{'s' if bits > 1 else ''}"
+    return labelled(grid(torch.as_tensor(images), columns), caption)
+
+
+def _chosen(wanted: Wanted, look: Look, speed: Speed, below: int = len(LADDER)) -> Choice:
+    return choose(look, wanted.data, size=wanted.size, hours=wanted.hours, speed=speed, below=below)
+
+
+def _with_words(choice: Choice, look: Look) -> Profile:
+    made = {
+        "asked_hours": choice.hours,
+        "training_images": choice.images,
+        "images_seen": choice.images_seen,
+        "chosen": words.chosen(choice, look),
+        "given_up": words.gave_up(choice),
+    }
+    return replace(choice.profile, provenance=made)
+
+
+def _named(found: Fit, profile: Profile) -> Fit:
+    """The fit with the provenance of the choice in its profile."""
+    chosen = replace(found.chosen, profile=replace(found.chosen.profile, provenance=profile.provenance))
+    return replace(found, chosen=chosen)
