@@ -39,6 +39,7 @@ FLOORS = {
     "nvae_lowmem.memory.plan": 9,
     "nvae_lowmem.memory.measure": 9,
     "nvae_lowmem.memory.catalogue": 10,
+    "nvae_lowmem.budget": 10,
     "nvae_lowmem.demo": 10,
     "nvae_lowmem.library": 11,
     "nvae_lowmem.commands": 12,

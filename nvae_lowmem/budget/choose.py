@@ -1,6 +1,6 @@
 """From images, a machine and hours to a profile: the largest model that the time and the images are enough for.
 
-    choice = choose(look, DataConfig(source="photos"), size=64, hours=8, speed=CardSpeed(card, budget, wishes))
+    choice = choose(look, Wanted(data=DataConfig(source="photos"), hours=8), CardSpeed(card, budget, Wishes()))
     choice.profile, choice.reasons, choice.gave_up
 
 The speed of a card is a range until it has been measured. Everything is planned with its slow end: that is where
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import PurePath
 
@@ -37,7 +38,23 @@ FINE_BITS_RUNG = 4
 """From this rung on, and up to 64 pixels, all 8 bits are modelled, as published."""
 _SMALL_MODEL_RATE, _SMALL_MODELS = 5e-3, 3
 _SMALL_SET, _SMALL_SET_TEST_FRACTION = 10_000, 0.1
-_FEW_EVALUATIONS_HOURS = 1.0
+
+
+def unchanged(profile: Profile) -> Profile:
+    """No wishes of a person."""
+    return profile
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """What a person asks for."""
+
+    data: DataConfig
+    hours: float
+    size: int = 0
+    """Pixels per side; 0: the images' own where they are small, else 64."""
+    change: Callable[[Profile], Profile] = unchanged
+    """What a person wants otherwise (--set), in every profile that is considered."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,14 +87,13 @@ class Choice:
         return self.images_seen / self.images
 
 
-def choose(look: Look, data: DataConfig, *, size: int, hours: float, speed: Speed, below: int = len(LADDER)) -> Choice:
+def choose(look: Look, wanted: Wanted, speed: Speed, below: int = len(LADDER)) -> Choice:
     """The largest rung that fits the machine, sees enough images in the hours, and has enough different ones.
 
-    size: pixels per side, 0: the images' own where they are small, else 64. below: only rungs of lower numbers.
-    Raises ConfigError for a size that there is no model for, for too few images, and for hours that are not enough for
-    the smallest model.
+    below: only rungs of lower numbers. Raises ConfigError for a size that there is no model for, for too few images,
+    and for hours that are not enough for the smallest model.
     """
-    side = size or look.native_side
+    side = wanted.size or look.native_side
     if look.images < LEAST_IMAGES:
         raise ConfigError(
             f"--data: {look.description} leaves {look.images} images to train on; at least {LEAST_IMAGES} are needed "
@@ -92,13 +108,13 @@ def choose(look: Look, data: DataConfig, *, size: int, hours: float, speed: Spee
                 f"{rung.training_images:,} training images on"
             )
             break
-        found = _on(rung, look, data, side, hours, speed)
+        found = _on(rung, look, wanted, side, speed)
         if found is None:
             stopped = f"rung {rung.number} has no memory plan that fits {speed.where}"
             break
         if chosen is None:
             _check_hours(found, speed)
-        possible = hours * 3600 / found.time.most_seconds * found.profile.training.total_batch
+        possible = wanted.hours * 3600 / found.time.most_seconds * found.profile.training.total_batch
         if possible < rung.images_seen:
             stopped = (
                 f"rung {rung.number} would see {possible:,.0f} images in the time, and is better than a smaller model "
@@ -124,27 +140,28 @@ def _check_hours(smallest: Choice, speed: Speed) -> None:
         )
 
 
-def _on(rung: Rung, look: Look, data: DataConfig, side: int, hours: float, speed: Speed) -> Choice | None:
+def _on(rung: Rung, look: Look, wanted: Wanted, side: int, speed: Speed) -> Choice | None:
     """The choice at one rung, whether it sees enough images or not; None where no plan fits."""
     model = rung.model(side, look.channels, _bits(rung, look, side))
     batch = _most_batch(model)
     while True:
-        profile = _profile(rung, model, look, data, batch)
+        profile = wanted.change(_profile(rung, model, look, wanted.data, batch))
         time = speed.step_time(profile)
-        steps = int(hours * 3600 / time.most_seconds) if time is not None else 0
+        steps = int(wanted.hours * 3600 / time.most_seconds) if time is not None else 0
         if batch <= LEAST_BATCH or (time is not None and steps >= ENOUGH_STEPS):
             break
         batch //= 2
     if time is None:
         return None
+    batch = profile.training.total_batch
     most_steps = math.ceil(MOST_PASSES * look.images / batch)
     limited = steps > most_steps
     steps = max(1, min(steps, most_steps))
     return Choice(
-        profile=_scheduled(profile, look.images, steps, 0.0 if limited else hours, hours),
+        profile=wanted.change(_scheduled(profile, look.images, steps, 0.0 if limited else wanted.hours)),
         rung=rung,
         time=time,
-        hours=hours,
+        hours=wanted.hours,
         steps=steps,
         images=look.images,
         stopped="",
@@ -180,19 +197,15 @@ def _profile(rung: Rung, model: ModelConfig, look: Look, data: DataConfig, batch
     return Profile(name=_name(data.source, model.image_size), model=model, data=source, training=training)
 
 
-def _scheduled(profile: Profile, images: int, steps: int, hours: float, asked_hours: float) -> Profile:
-    """With warm-up, averaging and reports that suit so many steps; hours 0: end after the steps."""
+def _scheduled(profile: Profile, images: int, steps: int, hours: float) -> Profile:
+    """With a warm-up and an average that suit so many steps; hours 0: end after the steps."""
     per_epoch = images / profile.training.total_batch
-    few = asked_hours < _FEW_EVALUATIONS_HOURS
     training = replace(
         profile.training,
         steps=steps,
         hours=hours,
         warmup_epochs=float(f"{0.05 * steps / per_epoch:.3g}"),
         ema_decay=float(f"{min(0.9999, max(0.9, 1 - 30 / steps)):.4g}"),
-        evaluate_every=max(1, steps // 4) if few else 0,
-        sample_every=max(1, steps // 2) if few else 0,
-        save_every=max(1, steps // 2) if few else 0,
     )
     return replace(profile, training=training)
 

@@ -14,8 +14,8 @@ from nvae_lowmem.errors import ConfigError
 
 SMALLEST_SIDE, LARGEST_SIDE = 8, 512
 """Pixels per side of the images that the ladder has models for."""
-_MULTIPLE = 16
-"""Of pixels that the network works on: what four halvings need; the rest is padded."""
+_MULTIPLE, _MULTIPLE_ABOVE_256 = 16, 32
+"""Of pixels that the network works on: what its halvings down to 16 or fewer pixels need; the rest is padded."""
 _LEAST_WIDTH, _WIDTH_STEP = 8, 4
 _LEAST_GROUPS = 2
 
@@ -78,7 +78,7 @@ def padding_of(image_size: int) -> int:
             f"{SMALLEST_SIDE} to {LARGEST_SIDE}: the nearest is --size {nearest}, and 32, 64, 128 and 256 need no "
             "padding"
         )
-    return -image_size % _MULTIPLE // 2
+    return -image_size % (_MULTIPLE if image_size <= 256 else _MULTIPLE_ABOVE_256) // 2
 
 
 # The last two columns. Rung 6 is what was published: with 12 to 24 million images seen of 27,000 and more (CelebA-HQ),

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 
 from nvae_lowmem.budget import words
-from nvae_lowmem.budget.choose import Choice, choose
+from nvae_lowmem.budget.choose import Choice, Wanted, choose
 from nvae_lowmem.budget.ladder import LADDER
-from nvae_lowmem.budget.speed import CardSpeed, CpuSpeed, Speed
-from nvae_lowmem.config.sections import DataConfig, Profile
+from nvae_lowmem.budget.speed import CardSpeed, CpuSpeed
+from nvae_lowmem.config.sections import Profile
 from nvae_lowmem.data.look import Look, look_at, seen_by_training
 from nvae_lowmem.errors import NothingFits
 from nvae_lowmem.generation.grids import default_columns, grid, labelled
@@ -19,21 +20,10 @@ from nvae_lowmem.hardware.budget import Budget
 from nvae_lowmem.hardware.card import Card, OsName
 from nvae_lowmem.memory.plan import explain
 from nvae_lowmem.memory.plan.candidates import Wishes
-from nvae_lowmem.memory.plan.fit import Fit, fit
+from nvae_lowmem.memory.plan.fit import Fit, Predictor, Say, fit
 from nvae_lowmem.memory.predict.predict import predictor_for
-from nvae_lowmem.progress import Log
 
 SHEET_ROWS = 5
-
-
-@dataclass(frozen=True, kw_only=True)
-class Wanted:
-    """What a person asks for."""
-
-    data: DataConfig
-    hours: float
-    size: int = 0
-    """Pixels per side; 0: the images' own where they are small, else 64."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,11 +37,23 @@ class Planned:
     profile: Profile
 
     def text(self) -> str:
-        """All of it in words, for a terminal."""
-        lines = [words.described(self.choice, self.look)]
-        if self.fit is not None:
-            lines += ["memory", *(f"  {reason}" for reason in explain.reasons(self.fit))]
-        return "\n".join(lines)
+        """What was found, chosen and given up, in words for a terminal; the memory plan is explained by its fit."""
+        return words.described(self.choice, self.look)
+
+    def as_json(self) -> dict[str, Any]:
+        """What a program may want of the choice."""
+        choice = self.choice
+        return {
+            "rung": choice.rung.number,
+            "hours": choice.hours,
+            "steps": choice.steps,
+            "images_seen": choice.images_seen,
+            "training_images": choice.images,
+            "ends_before_the_hours": choice.limited_by_images,
+            "found": words.found(self.look),
+            "chosen": words.chosen(choice, self.look),
+            "given_up": words.gave_up(choice),
+        }
 
     def header(self) -> str:
         """The same as the head of the profile's file."""
@@ -62,7 +64,7 @@ class Planned:
 def for_cpu(wanted: Wanted, look: Look | None = None) -> Planned:
     """For this machine's CPU, which is timed for some seconds. Raises ConfigError as `choose` does."""
     look = look or look_at(wanted.data, wanted.size)
-    choice = _chosen(wanted, look, CpuSpeed())
+    choice = choose(look, wanted, CpuSpeed())
     return Planned(look=look, choice=choice, fit=None, profile=_with_words(choice, look))
 
 
@@ -71,23 +73,25 @@ def for_card(
     card: Card,
     budget: Budget,
     wishes: Wishes,
+    predictor: Predictor | None = None,
     *,
     on: OsName,
     command: str,
     look: Look | None = None,
-    say: Log = lambda line: None,
+    say: Say = lambda line: None,
 ) -> Planned:
     """For a card, whether there is one or not; the plan is verified by prediction.
 
-    command: what was typed, for the profile's provenance. Raises ConfigError as `choose` does, and NothingFits.
+    predictor: with what was measured on the card, if anything was. command: what was typed, for the provenance.
+    Raises ConfigError as `choose` does, and NothingFits.
     """
     look = look or look_at(wanted.data, wanted.size)
     speed, below = CardSpeed(card, budget, wishes), len(LADDER)
     while below:
         say("pricing models of several sizes")
-        choice = _chosen(wanted, look, speed, below)
+        choice = choose(look, wanted, speed, below)
         # the table of the chosen model is known already; its precision is decided in the same way
-        found = fit(choice.profile, card, budget, wishes, predictor_for(card, budget), say=say)
+        found = fit(choice.profile, card, budget, wishes, predictor or predictor_for(card, budget), say=say)
         if found.fits and found.chosen.groups == choice.profile.model.scale_groups:
             profile = explain.planned(_named(found, _with_words(choice, look)), on, command)
             return Planned(look=look, choice=choice, fit=found, profile=profile)
@@ -103,10 +107,6 @@ def sheet(profile: Profile) -> np.ndarray:
     size, bits = profile.model.image_size, profile.model.bits
     caption = f"what training sees: {size} x {size}, {colours}, {bits} bit{'s' if bits > 1 else ''}"
     return labelled(grid(torch.as_tensor(images), columns), caption)
-
-
-def _chosen(wanted: Wanted, look: Look, speed: Speed, below: int = len(LADDER)) -> Choice:
-    return choose(look, wanted.data, size=wanted.size, hours=wanted.hours, speed=speed, below=below)
 
 
 def _with_words(choice: Choice, look: Look) -> Profile:

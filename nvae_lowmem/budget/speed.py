@@ -24,14 +24,15 @@ from nvae_lowmem.training.build import build_model, build_training
 from nvae_lowmem.training.resolve import run_without_data
 from nvae_lowmem.training.step import training_step
 
-_TIMED_BATCHES, _TIMED_STEPS = (8, 32), 2
+_TIMED_BATCHES, _TIMED_STEPS = (8, 24), 1
 
 
 class Speed(Protocol):
     """What a step of a profile takes somewhere."""
 
-    where: str
-    """For people."""
+    @property
+    def where(self) -> str:
+        """For people."""
 
     def step_time(self, profile: Profile) -> StepTime | None:
         """Of the profile's model at its total batch; None: no plan fits, as far as a quick look tells."""

@@ -41,7 +41,8 @@ def chosen(choice: Choice, look: Look) -> list[str]:
     size = f"{model.image_size} x {model.image_size}"
     padded = f", padded by {model.padding} on each side to {model.network_size}" if model.padding else ""
     bits = {1: "1 bit: nearly every pixel is dark or light", 5: "5 bits: finer shades would take most of the model"}
-    likelihood = f"{make_likelihood(model.likelihood, model.image_channels, model.bits, model.mixtures).describe()}; {bits.get(model.bits, '8 bits, as published')}"
+    distribution = make_likelihood(model.likelihood, model.image_channels, model.bits, model.mixtures)
+    likelihood = f"{distribution.describe()}; {bits.get(model.bits, '8 bits, as published')}"
     if model.bits == 1 and data.dynamic_binarisation and look.levels > 2:
         likelihood += "; greys are drawn anew in every step (dynamic binarisation)"
     mirrored = "mirrored at random" if data.flip else "not mirrored: grey images may be writing (--set data.flip=true)"

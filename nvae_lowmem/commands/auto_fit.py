@@ -19,7 +19,8 @@ from nvae_lowmem.memory.predict.predict import predictor_for
 from nvae_lowmem.progress import say
 from nvae_lowmem.training.engines import distributed
 
-_HOST_SHARE = 0.8  # of the free host memory; the rest is for data and for what else runs
+HOST_SHARE = 0.8
+"""Of the free host memory, for plans; the rest is for data and for what else runs."""
 
 
 def auto_fitted(profile: Profile, gpu_mem: str, device: torch.device) -> Profile:
@@ -58,7 +59,7 @@ def _of_size(gpu_mem: str, on: OsName) -> tuple[Card, Budget]:
     return chosen
 
 
-def _left_here(on: OsName) -> tuple[Card, Budget]:
+def card_here(on: OsName) -> tuple[Card, Budget]:
     """This machine's GPU, and what other programs leave of it now. Raises ConfigError where it is nothing."""
     card = detect_card()
     budget = usable_bytes(card, on)
@@ -69,8 +70,8 @@ def _left_here(on: OsName) -> tuple[Card, Budget]:
 
 def _fitted(profile: Profile, gpu_mem: str, engine: EngineName) -> Profile:
     on = this_os()
-    card, budget = _of_size(gpu_mem, on) if gpu_mem else _left_here(on)
-    wishes = Wishes(host_mem_bytes=int(_HOST_SHARE * psutil.virtual_memory().available), engine=engine)
+    card, budget = _of_size(gpu_mem, on) if gpu_mem else card_here(on)
+    wishes = Wishes(host_mem_bytes=int(HOST_SHARE * psutil.virtual_memory().available), engine=engine)
     found = fit(profile, card, budget, wishes, predictor_for(card, budget), say=say)
     if found.prediction is None:
         raise NothingFits("\n  ".join([f"--auto-fit: nothing fits {card.name}", *reasons(found)[:1], *refusals(found)]))

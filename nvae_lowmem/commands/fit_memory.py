@@ -34,14 +34,23 @@ PICTURE_SUFFIXES = (".png", ".html")
 class FitCommand(CardFlags, ModelFlags):
     """Find the best memory plan of a model for a card, say why, and write the profile to train with; needs no GPU.
 
+    With --data and --hours it chooses the model, too: for these images, this card and so much time.
+
     Exit status: 0 a plan fits; 3 nothing fits, and what would make it fit; 2 when the command line or a file is wrong.
 
     Examples:
       nvae-lowmem fit-memory --recipe celeba64 --gpu-mem 4G
       nvae-lowmem fit-memory --recipe ffhq256 --card gtx-970 --groups 8..16 --out mine.toml
       nvae-lowmem fit-memory --profile mine.toml --card auto --prefer batch --picture step.html
+      nvae-lowmem fit-memory --card gtx-970 --hours 48 --data ~/pictures --size 64
     """
 
+    data: Annotated[str | None, tyro.conf.arg(metavar="PATH")] = None
+    """With --hours: the images that a model is to be chosen for, in any form that training takes."""
+    hours: float | None = None
+    """Choose the model for --data as well: what this card can train in so many hours."""
+    size: int = 0
+    """With --hours: pixels per side to train at; 0: the images' own where they are small, else 64."""
     host_mem: str = ""
     """Host memory that training may take, such as 16G; without it: any."""
     prefer: Prefer = "speed"
@@ -85,13 +94,15 @@ def _fit(command: FitCommand, given: Sequence[str]) -> ExitCode:
     if chosen is None:
         raise ConfigError("which card? Give --card NAME, --card auto, or --gpu-mem 4G")
     card, budget = chosen
-    profile = command.unplanned()
+    at_least(0, hours=command.hours, size=command.size)
+    profile = None if command.hours else command.unplanned()
+    _check_choice(command)
     host_mem_bytes = parse_memory(command.host_mem, "--host-mem") if command.host_mem else None
     groups = _range(command.groups) if command.groups else None
     out, table = output_file("--out", command.out), output_file("--json", command.json)
     picture = output_file("--picture", command.picture, PICTURE_SUFFIXES)
     from nvae_lowmem.memory.plan.candidates import Wishes
-    from nvae_lowmem.memory.plan.explain import as_json, as_text, planned
+    from nvae_lowmem.memory.plan.explain import as_json, as_text, planned, reasons
     from nvae_lowmem.memory.plan.fit import fit
     from nvae_lowmem.memory.predict.predict import predictor_for
     from nvae_lowmem.memory.predict.untraced import load_calibration
@@ -101,12 +112,29 @@ def _fit(command: FitCommand, given: Sequence[str]) -> ExitCode:
         prefer=command.prefer, min_micro_batch=command.min_micro_batch, groups=groups,
         host_mem_bytes=host_mem_bytes, engine=command.engine,
     )  # fmt: skip
-    found = fit(profile, card, budget, wishes, predictor_for(card, budget, calibration), say=say)
-    answer = json.dumps(as_json(found), indent=2)
-    print(answer if command.json == "-" else as_text(found))
+    predictor, on = predictor_for(card, budget, calibration), command.os or this_os()
+    typed, quiet = shlex.join(["tools/fit_memory.py", *given]), command.json == "-"
+    if profile is None:
+        from nvae_lowmem.budget.planned import for_card
+        from nvae_lowmem.commands.choice import wanted
+
+        assert command.data is not None
+        asked = wanted(command.data, command.size, command.hours, command.set)
+        chosen_plan = for_card(asked, card, budget, wishes, predictor, on=on, command=typed, say=say)
+        assert chosen_plan.fit is not None
+        found, plan, header = chosen_plan.fit, chosen_plan.profile, chosen_plan.header()
+        table_of = as_json(found) | chosen_plan.as_json()
+        text = f"{chosen_plan.text()}\n\n{as_text(found)}"
+    else:
+        found = fit(profile, card, budget, wishes, predictor, say=say)
+        table_of, text, header = as_json(found), as_text(found), "\n".join(reasons(found))
+        plan = planned(found, on, typed) if found.fits else profile
+    answer = json.dumps(table_of, indent=2)
+    print(answer if quiet else text)
     if found.fits:
-        plan = planned(found, command.os or this_os(), shlex.join(["tools/fit_memory.py", *given]))
-        _write_plan(plan, found, out, quiet=command.json == "-")
+        path = _write_plan(plan, header, out, quiet)
+        if profile is None:
+            _write_sheet(plan, path, quiet)
     if table is not None:
         write_output("--json", table, answer + "\n")
     if picture is not None and found.fits:
@@ -121,17 +149,45 @@ def _range(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2] or match[1])
 
 
-def _write_plan(plan: Profile, found: Fit, out: Path | None, quiet: bool) -> None:
-    from nvae_lowmem.memory.plan.explain import reasons
+def _check_choice(command: FitCommand) -> None:
+    """Raises ConfigError for flags that choose a model beside others that name one, or only half of them."""
+    if not command.hours:
+        for flag, given in (("--data", command.data), ("--size", command.size)):
+            if given:
+                raise ConfigError(f"{flag} {given} chooses a model only together with --hours: give --hours 8")
+        return
+    for flag, given in (
+        ("--recipe", command.recipe),
+        ("--profile", command.profile),
+        ("--groups", command.groups),
+        ("--total-batch", command.total_batch),
+    ):
+        if given:
+            raise ConfigError(f"--hours chooses the model and its batch, and {flag} {given} names one: leave one out")
+    if not command.data:
+        raise ConfigError(f"--hours {command.hours:g} chooses a model for images: name them with --data")
 
+
+def _write_plan(plan: Profile, header: str, out: Path | None, quiet: bool) -> Path:
     name = f"{plan.name}-{plan.provenance['card']}"
     path = out or Path(f"{re.sub(r'[^A-Za-z0-9.]+', '-', name)}.toml")
     try:
-        save(plan, path, header="\n".join(reasons(found)))
+        save(plan, path, header=header)
     except OSError as error:
         raise cannot_write("--out", path, error) from None
     if not quiet:
         print(f"\nwrote {path}: train with {command_line('train')} --profile {path}")
+    return path
+
+
+def _write_sheet(plan: Profile, beside: Path, quiet: bool) -> None:
+    """The images as training will see them, beside the profile."""
+    from nvae_lowmem.budget.planned import sheet
+    from nvae_lowmem.generation.grids import png_bytes
+
+    path = write_output("--out", beside.with_name(f"{beside.stem}-images.png"), png_bytes(sheet(plan)))
+    if not quiet:
+        print(f"wrote {path}: the images as training will see them")
 
 
 def _picture(found: Fit, suffix: str) -> bytes:

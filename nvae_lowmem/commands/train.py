@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+import shlex
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -18,6 +20,9 @@ from nvae_lowmem.config.sections import EngineName, Precision, Profile
 from nvae_lowmem.errors import ConfigError, ExitCode
 from nvae_lowmem.hardware.budget import parse_gpu_mem
 
+if TYPE_CHECKING:
+    import numpy as np
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainCommand:
@@ -26,7 +31,11 @@ class TrainCommand:
     Exit status: 0 done; 2 bad input, or nothing can be written; 3 with --auto-fit: nothing fits; 4 training blew up;
     5 out of memory; 6 another process of the run died; 129, 130, 143 stopped by a signal, with a checkpoint.
 
+    Without --profile, images and hours choose everything: nvae-lowmem train --data FOLDER.
+
     Examples:
+      nvae-lowmem train --data ~/pictures --size 64 --hours 8
+      nvae-lowmem train --data mnist5k --minutes 8
       nvae-lowmem train --profile demo-mnist
       nvae-lowmem train --profile demo-faces --data ~/pictures
       nvae-lowmem train --profile demo-mnist --minutes 8
@@ -37,9 +46,14 @@ class TrainCommand:
     """
 
     profile: str = ""
-    """TOML file, or the name of a shipped profile (profiles/); empty: the configuration of the run in --run-dir."""
+    """TOML file, or the name of a shipped profile (profiles/); empty: the configuration of the run in --run-dir, or
+    with --data chosen for these images, this machine and --hours."""
     data: Annotated[str | None, tyro.conf.arg(metavar="PATH")] = None
     """Images to train on instead: a folder, a ZIP, an LMDB, MNIST or CIFAR-10 files, mnist5k, faces."""
+    size: int = 0
+    """Without --profile: pixels per side to train at; 0: the images' own where they are small, else 64."""
+    card: str = ""
+    """Without --profile, with --dry-run or on a GPU: plan for this card (gtx-970, ...) instead of this machine's."""
     runs_dir: str = "runs"
     """Where the numbered run folder is made."""
     name: str = ""
@@ -59,7 +73,8 @@ class TrainCommand:
     steps: int = 0
     """Optimiser steps; 0: the profile's."""
     hours: float | None = None
-    """Hours that training may take, over all interruptions; it chooses the number of steps. 0: no limit."""
+    """Hours that training may take, over all interruptions; it chooses the number of steps. 0: no limit, and without
+    --profile overnight: 8."""
     minutes: float | None = None
     """The same in minutes."""
     precision: Precision | None = None
@@ -71,7 +86,7 @@ class TrainCommand:
     auto_fit: bool = False
     """First find the memory plan that fits the GPU, as tools/fit_memory.py does (up to a minute), then train."""
     gpu_mem: str = ""
-    """With --auto-fit: plan for a card of this size, such as 4G, instead of the whole GPU of this machine."""
+    """With --auto-fit, or without --profile: plan for a card of this size, such as 4G, instead of the whole GPU."""
     set: Overrides = ()
     """Any other key of the profile: --set training.learning_rate=1e-3 (the command settings lists them)."""
     dry_run: bool = False
@@ -80,7 +95,14 @@ class TrainCommand:
 
     def asked(self) -> Profile:
         """The profile with the command line's overrides. Raises ConfigError with every problem."""
-        profile = profiles.load(self._profile())
+        return self.changed(profiles.load(self._profile()))
+
+    def chooses(self) -> bool:
+        """Whether images and hours are to choose the profile."""
+        return bool(self.data) and not self.profile and not (self.run_dir and self._own().is_file())
+
+    def changed(self, profile: Profile) -> Profile:
+        """The profile with the command line's overrides. Raises ConfigError with every problem."""
         if self.name:
             profile = profiles.from_dict(profiles.to_dict(profile) | {"name": self.name}, "--name")
         shortcuts = {
@@ -108,10 +130,15 @@ class TrainCommand:
     def _profile(self) -> str:
         if self.profile:
             return self.profile
-        own = Path(self.run_dir) / "config.toml"
-        if self.run_dir and own.is_file():
-            return str(own)
-        raise ConfigError("--profile is missing: name a TOML file or a shipped profile, or a --run-dir to go on with")
+        if self.run_dir and self._own().is_file():
+            return str(self._own())
+        raise ConfigError(
+            "--profile is missing: name a TOML file or a shipped profile, or a --run-dir to go on with, or give --data "
+            "alone, and a model is chosen for these images"
+        )
+
+    def _own(self) -> Path:
+        return Path(self.run_dir) / "config.toml"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -128,14 +155,13 @@ def _train(command: TrainCommand) -> ExitCode:
         steps=command.steps,
         hours=command.hours,
         minutes=command.minutes,
+        size=command.size,
     )
-    profile = command.asked()
     if command.gpu_mem:
         parse_gpu_mem(command.gpu_mem)
-    if command.gpu_mem and not command.auto_fit:
-        raise ConfigError(f"--gpu-mem {command.gpu_mem} only means something together with --auto-fit")
     if command.resume_from is not None and not command.run_dir:
         raise ConfigError(f"--resume-from {command.resume_from} needs --run-dir: name the run that has this checkpoint")
+    profile, sheet = _chosen(command) if command.chooses() else (_given(command), None)
     from nvae_lowmem.commands.training_run import RunFolder, train
 
     return train(
@@ -153,4 +179,45 @@ def _train(command: TrainCommand) -> ExitCode:
         dry_run=command.dry_run,
         local_rank=command.local_rank,
         began=began,
+        sheet=sheet,
     )
+
+
+def _given(command: TrainCommand) -> Profile:
+    """The named profile, or that of the run that goes on."""
+    profile = command.asked()
+    for flag, given in ((f"--size {command.size}", command.size), (f"--card {command.card}", command.card)):
+        if given:
+            raise ConfigError(
+                f"{flag} only means something without --profile and without a --run-dir that goes on, where --data "
+                "chooses the model: leave it out, or change the profile with --set (such as model.image_size=64)"
+            )
+    if command.gpu_mem and not command.auto_fit:
+        raise ConfigError(f"--gpu-mem {command.gpu_mem} only means something together with --auto-fit")
+    return profile
+
+
+def _chosen(command: TrainCommand) -> tuple[Profile, np.ndarray]:
+    """The profile that images, machine and hours choose, and a contact sheet of the images."""
+    if command.auto_fit:
+        raise ConfigError("--auto-fit goes with --profile: where --data chooses the model, its plan is fitted anyway")
+    hours = command.asked_hours()
+    from nvae_lowmem.budget.planned import sheet
+    from nvae_lowmem.commands.choice import for_this_machine, wanted
+    from nvae_lowmem.memory.plan import explain
+
+    assert command.data is not None
+    planned = for_this_machine(
+        wanted(command.data, command.size, hours, command.set),
+        card=command.card,
+        gpu_mem=command.gpu_mem,
+        device=command.device,
+        only_plans=command.dry_run,
+        command=shlex.join(["launch/train.py", *sys.argv[1:]]),
+    )
+    print(planned.text(), flush=True)
+    if planned.fit is not None:
+        print("\n  ".join(["memory", *explain.reasons(planned.fit)]), flush=True)
+    # what was asked for in hours is in the profile already, or the images are used up before
+    rest = replace(command, hours=None, minutes=None, set=())
+    return rest.changed(planned.profile), sheet(planned.profile)

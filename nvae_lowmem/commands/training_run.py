@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 
 from nvae_lowmem.commands.auto_fit import auto_fitted
@@ -15,9 +16,10 @@ from nvae_lowmem.config.choices import DeviceChoice
 from nvae_lowmem.config.paths import storable
 from nvae_lowmem.config.sections import EngineName, MemoryPlan, Profile
 from nvae_lowmem.data.dataset import Dataset
+from nvae_lowmem.data.look import PHOTOGRAPH_SHARE, middle_share
 from nvae_lowmem.data.sources import Datasets, open_source
 from nvae_lowmem.errors import ConfigError, ExitCode, LostProcess, command_line, printable
-from nvae_lowmem.generation.grids import training_pictures
+from nvae_lowmem.generation.grids import save_png, training_pictures
 from nvae_lowmem.hardware import cuda_memory
 from nvae_lowmem.hardware.card import load_cards
 from nvae_lowmem.hardware.cpu import keep_freed_memory
@@ -35,7 +37,7 @@ from nvae_lowmem.training.session import Session, check_changes
 from nvae_lowmem.training.speed import Expected
 from nvae_lowmem.training.stopping import exit_status
 
-_LOOKED_AT, _PHOTOGRAPH_SHARE = 16, 0.2
+_LOOKED_AT = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,14 +86,16 @@ def train(
     dry_run: bool = False,
     local_rank: int = -1,
     began: float | None = None,
+    sheet: np.ndarray | None = None,
 ) -> ExitCode:
     """Train, or with dry_run only print what would be trained; DONE, or the signal that training was stopped by.
 
     began: when the time of a training that has hours began to run, by time.monotonic; None: as it begins.
+    sheet: a picture of the images (H, W, 3), for the run's folder.
     Raises ConfigError, NothingFits, Diverged, OutOfMemory, LostProcess; what was not begun leaves no folder behind.
     """
     with patient_output():
-        return _train(profile, folder, device, auto_fit, gpu_mem, dry_run, local_rank, began)
+        return _train(profile, folder, device, auto_fit, gpu_mem, dry_run, local_rank, began, sheet)
 
 
 def _train(
@@ -103,6 +107,7 @@ def _train(
     dry_run: bool,
     local_rank: int,
     began: float | None,
+    sheet: np.ndarray | None,
 ) -> ExitCode:
     where = choose_device(device)
     if auto_fit:
@@ -137,7 +142,7 @@ def _train(
         print(profiles.dumps(run.profile))
         return ExitCode.DONE
     try:
-        code = _train_on(folder, run, data, engine_name, where, rank, began)
+        code = _train_on(folder, run, data, engine_name, where, rank, began, sheet)
         distributed.barrier()  # nobody closes the groups while another still uses them
         return code
     except RuntimeError as error:
@@ -159,10 +164,13 @@ def _train_on(
     device: torch.device,
     rank: int,
     began: float | None,
+    sheet: np.ndarray | None,
 ) -> ExitCode:
     run_dir = Path(distributed.from_first(lambda: str(where.made(run))))
     if rank == 0:
         print(f"run folder {run_dir}\nwatch it with: tensorboard --logdir {run_dir}", flush=True)
+        if sheet is not None:
+            print(f"the images as training sees them: {save_png(sheet, run_dir / 'images.png')}", flush=True)
     session = Session(
         run=run,
         data=data,
@@ -213,15 +221,11 @@ def expected_speed(profile: Profile, device: torch.device) -> Expected | None:
 
 
 def warning_of_bits(profile: Profile, images: Dataset) -> str:
-    """Why these images should not be trained on with one bit: they are photographs; "" where they are drawings.
-
-    A pixel of a photograph is seldom near black or white; of MNIST's digits, 5 % are between.
-    """
+    """Why these images should not be trained on with one bit: they are photographs; "" where they are drawings."""
     if profile.model.bits > 1:
         return ""
-    pixels = images.images(range(min(_LOOKED_AT, len(images))))
-    share = float(((pixels > 63) & (pixels < 192)).float().mean())
-    if share < _PHOTOGRAPH_SHARE:
+    share = middle_share(images.images(range(min(_LOOKED_AT, len(images)))).numpy())
+    if share < PHOTOGRAPH_SHARE:
         return ""
     return (
         f"warning: {share:.0%} of the pixels are neither dark nor light, as in photographs, and model.bits = 1 makes "

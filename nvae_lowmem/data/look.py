@@ -141,10 +141,9 @@ def _looked(store: Store, has_test_part: bool, config: DataConfig, size: int) ->
     )
 
 
-def middle_share(pixels: np.ndarray | Tensor) -> float:
+def middle_share(pixels: np.ndarray) -> float:
     """Share of bytes that are neither dark nor light: above 63 and below 192."""
-    middle = (pixels > 63) & (pixels < 192)
-    return float(middle.sum()) / max(1, middle.shape.numel() if isinstance(middle, Tensor) else middle.size)
+    return float(((pixels > 63) & (pixels < 192)).mean())
 
 
 def spread(total: int, count: int) -> list[int]:
