@@ -56,9 +56,14 @@ class Finished(NamedTuple):
 
 def run(profile: Path | str, *arguments: str) -> Finished:
     """The training command in this process."""
+    return run_command_line("--profile", str(profile), "--device", "cpu", *arguments)
+
+
+def run_command_line(*arguments: str) -> Finished:
+    """The same with these arguments and no others."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = main(["--profile", str(profile), "--device", "cpu", *arguments])
+        code = main(arguments)
     return Finished(code, out.getvalue(), err.getvalue())
 
 

@@ -94,21 +94,23 @@ def choose(look: Look, wanted: Wanted, speed: Speed, below: int = len(LADDER)) -
     and for hours that are not enough for the smallest model.
     """
     side = wanted.size or look.native_side
-    if look.images < LEAST_IMAGES:
+    data = _data(look, wanted.data)
+    images = look.training_images(data)
+    if images < LEAST_IMAGES:
         raise ConfigError(
-            f"--data: {look.description} leaves {look.images} images to train on; at least {LEAST_IMAGES} are needed "
+            f"--data: {look.description} leaves {images} images to train on; at least {LEAST_IMAGES} are needed "
             "to learn anything but these images themselves: add images"
         )
     chosen: Choice | None = None
     stopped = ""
     for rung in LADDER[:below]:
-        if look.images < rung.training_images:
+        if images < rung.training_images:
             stopped = (
-                f"rung {rung.number} would learn these {look.images:,} images by heart: it is taken from "
+                f"rung {rung.number} would learn these {images:,} images by heart: it is taken from "
                 f"{rung.training_images:,} training images on"
             )
             break
-        found = _on(rung, look, wanted, side, speed)
+        found = _on(rung, look, replace(wanted, data=data, size=side), speed)
         if found is None:
             stopped = f"rung {rung.number} has no memory plan that fits {speed.where}"
             break
@@ -140,12 +142,13 @@ def _check_hours(smallest: Choice, speed: Speed) -> None:
         )
 
 
-def _on(rung: Rung, look: Look, wanted: Wanted, side: int, speed: Speed) -> Choice | None:
+def _on(rung: Rung, look: Look, wanted: Wanted, speed: Speed) -> Choice | None:
     """The choice at one rung, whether it sees enough images or not; None where no plan fits."""
-    model = rung.model(side, look.channels, _bits(rung, look, side))
+    images = look.training_images(wanted.data)
+    model = rung.model(wanted.size, look.channels, _bits(rung, look, wanted.size))
     batch = _most_batch(model)
     while True:
-        profile = wanted.change(_profile(rung, model, look, wanted.data, batch))
+        profile = wanted.change(_profile(rung, model, wanted.data, batch))
         time = speed.step_time(profile)
         steps = int(wanted.hours * 3600 / time.most_seconds) if time is not None else 0
         if batch <= LEAST_BATCH or (time is not None and steps >= ENOUGH_STEPS):
@@ -154,16 +157,16 @@ def _on(rung: Rung, look: Look, wanted: Wanted, side: int, speed: Speed) -> Choi
     if time is None:
         return None
     batch = profile.training.total_batch
-    most_steps = math.ceil(MOST_PASSES * look.images / batch)
+    most_steps = math.ceil(MOST_PASSES * images / batch)
     limited = steps > most_steps
     steps = max(1, min(steps, most_steps))
     return Choice(
-        profile=wanted.change(_scheduled(profile, look.images, steps, 0.0 if limited else wanted.hours)),
+        profile=wanted.change(_scheduled(profile, images, steps, 0.0 if limited else wanted.hours)),
         rung=rung,
         time=time,
         hours=wanted.hours,
         steps=steps,
-        images=look.images,
+        images=images,
         stopped="",
         limited_by_images=limited,
     )
@@ -180,21 +183,27 @@ def _bits(rung: Rung, look: Look, side: int) -> int:
     return 8 if rung.number >= FINE_BITS_RUNG and side <= 64 else 5
 
 
-def _profile(rung: Rung, model: ModelConfig, look: Look, data: DataConfig, batch: int) -> Profile:
-    """The profile but for what follows from the number of steps."""
-    small_set = look.images < _SMALL_SET and data.test_fraction == DataConfig().test_fraction
-    source = replace(
-        data,
-        crop="celeba" if look.is_aligned_celeba and data.crop == "centre" and not data.crop_pixels else data.crop,
+def _data(look: Look, asked: DataConfig) -> DataConfig:
+    """What is done to these images: the published crop of CelebA, mirroring, and a larger held-out part of few."""
+    standard = DataConfig()
+    celeba = look.is_aligned_celeba and asked.crop == standard.crop and not asked.crop_pixels
+    few = look.images < _SMALL_SET and asked.test_fraction == standard.test_fraction
+    return replace(
+        asked,
+        crop="celeba" if celeba else asked.crop,
         flip=look.channels == 3,
-        test_fraction=_SMALL_SET_TEST_FRACTION if small_set else data.test_fraction,
+        test_fraction=_SMALL_SET_TEST_FRACTION if few else asked.test_fraction,
     )
+
+
+def _profile(rung: Rung, model: ModelConfig, data: DataConfig, batch: int) -> Profile:
+    """The profile but for what follows from the number of steps."""
     rate = _SMALL_MODEL_RATE
     if rung.number >= _SMALL_MODELS:
         published = TrainConfig()
         rate, _ = suggest_learning_rate(batch, published.published_total_batch, published.published_learning_rate)
     training = TrainConfig(total_batch=batch, learning_rate=rate, cosine="step")
-    return Profile(name=_name(data.source, model.image_size), model=model, data=source, training=training)
+    return Profile(name=_name(data.source, model.image_size), model=model, data=data, training=training)
 
 
 def _scheduled(profile: Profile, images: int, steps: int, hours: float) -> Profile:

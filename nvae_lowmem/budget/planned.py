@@ -18,10 +18,12 @@ from nvae_lowmem.errors import NothingFits
 from nvae_lowmem.generation.grids import default_columns, grid, labelled
 from nvae_lowmem.hardware.budget import Budget
 from nvae_lowmem.hardware.card import Card, OsName
+from nvae_lowmem.hardware.find_card import device_name
 from nvae_lowmem.memory.plan import explain
 from nvae_lowmem.memory.plan.candidates import Wishes
 from nvae_lowmem.memory.plan.fit import Fit, Predictor, Say, fit
 from nvae_lowmem.memory.predict.predict import predictor_for
+from nvae_lowmem.training.speed import MEASURED, MEASURED_ON
 
 SHEET_ROWS = 5
 
@@ -50,14 +52,18 @@ class Planned:
             "images_seen": choice.images_seen,
             "training_images": choice.images,
             "ends_before_the_hours": choice.limited_by_images,
-            "found": words.found(self.look),
+            "found": words.found(self.look, choice.images),
             "chosen": words.chosen(choice, self.look),
             "given_up": words.gave_up(choice),
         }
 
     def header(self) -> str:
         """The same as the head of the profile's file."""
-        lines = [*words.found(self.look), *words.chosen(self.choice, self.look), *words.gave_up(self.choice)]
+        lines = [
+            *words.found(self.look, self.choice.images),
+            *words.chosen(self.choice, self.look),
+            *words.gave_up(self.choice),
+        ]
         return "\n".join(lines + (explain.reasons(self.fit) if self.fit is not None else []))
 
 
@@ -65,7 +71,10 @@ def for_cpu(wanted: Wanted, look: Look | None = None) -> Planned:
     """For this machine's CPU, which is timed for some seconds. Raises ConfigError as `choose` does."""
     look = look or look_at(wanted.data, wanted.size)
     choice = choose(look, wanted, CpuSpeed())
-    return Planned(look=look, choice=choice, fit=None, profile=_with_words(choice, look))
+    profile = _with_words(choice, look)
+    timed = {MEASURED: float(f"{choice.time.most_seconds:.4g}"), MEASURED_ON: device_name(torch.device("cpu"))}
+    profile = replace(profile, provenance={**profile.provenance, **timed})
+    return Planned(look=look, choice=choice, fit=None, profile=profile)
 
 
 def for_card(

@@ -9,15 +9,15 @@ from nvae_lowmem.memory.plan.duration import between, format_days
 from nvae_lowmem.model.likelihoods import make_likelihood
 
 
-def found(look: Look) -> list[str]:
-    """What a look has found."""
+def found(look: Look, images: int) -> list[str]:
+    """What a look has found; images: that are left to train on."""
     readable = look.looked_at - look.unreadable
     colours = "grey" if look.channels == 1 else "in colour" if not look.grey else f"in colour ({look.grey} grey)"
     w, h = look.least_size
     sizes = f"all {w} x {h} pixels" if look.same_size else f"from {w} x {h} to {look.most_size[0]} x "
     sizes += "" if look.same_size else f"{look.most_size[1]} pixels"
     out = [
-        f"{look.description}: {look.images:,} to train on" + ("" if look.has_test_part else ", the rest held out"),
+        f"{look.description}: {images:,} to train on" + ("" if look.has_test_part else ", the rest held out"),
         f"{readable} looked at: {colours}, {sizes}, {look.levels} different values, "
         f"{look.middle_share:.0%} of the pixels neither dark nor light",
     ]
@@ -87,7 +87,7 @@ def gave_up(choice: Choice) -> list[str]:
 
 def described(choice: Choice, look: Look) -> str:
     """All of it, for a terminal."""
-    parts = [("images", found(look)), ("chosen", chosen(choice, look)), ("given up", gave_up(choice))]
+    parts = [("images", found(look, choice.images)), ("chosen", chosen(choice, look)), ("given up", gave_up(choice))]
     return "\n".join(f"{head}\n" + "\n".join(f"  {line}" for line in lines) for head, lines in parts)
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import time
 import shlex
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path

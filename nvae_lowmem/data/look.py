@@ -41,7 +41,7 @@ class Look:
 
     description: str
     images: int
-    """For training, readable or not; held-out ones apart where the source has a part of them."""
+    """Readable or not; where the source has a part of held-out ones, without these."""
     has_test_part: bool
     looked_at: int
     unreadable: int
@@ -60,6 +60,11 @@ class Look:
     most_lost_share: float
     middle_share: float
     """Share of pixels, cropped and resized, that are neither dark nor light."""
+
+    def training_images(self, config: DataConfig) -> int:
+        """How many are left to train on, about: which ones are held out is a matter of their names."""
+        held_out = 0 if self.has_test_part else max(1, round(config.test_fraction * self.images))
+        return max(0, min(self.images - held_out, config.max_images or self.images))
 
     @property
     def channels(self) -> int:
@@ -123,10 +128,9 @@ def _looked(store: Store, has_test_part: bool, config: DataConfig, size: int) ->
     if not sizes:
         raise ConfigError(f"{store.description}: none of the {looked_at} images looked at can be read: {problem}")
     lost = [1 - min(w, h) / max(w, h) for w, h in sizes]
-    held_out = 0 if has_test_part else round(config.test_fraction * len(store))
     return Look(
         description=store.description,
-        images=max(1, min(len(store) - held_out, config.max_images or len(store))),
+        images=len(store),
         has_test_part=has_test_part,
         looked_at=looked_at,
         unreadable=unreadable,

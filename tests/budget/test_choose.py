@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 
 import pytest
@@ -71,7 +72,7 @@ def test_the_top_rung_is_of_the_published_size_at_64_pixels() -> None:
 
 
 def test_every_rung_needs_more_than_the_one_before() -> None:
-    for lower, upper in zip(LADDER, LADDER[1:], strict=False):
+    for lower, upper in itertools.pairwise(LADDER):
         assert lower.images_seen < upper.images_seen and lower.training_images < upper.training_images
 
 
@@ -80,19 +81,19 @@ def test_more_hours_never_choose_a_smaller_model(hours: float, times: float) -> 
     assert chosen(hours=hours).rung.number <= chosen(hours=hours * times).rung.number
 
 
-@given(st.integers(20, 300_000), st.integers(1, 50))
+@given(st.integers(25, 300_000), st.integers(1, 50))
 def test_fewer_images_never_choose_a_larger_model(images: int, times: int) -> None:
     few, many = (chosen(replace(PHOTOGRAPHS, images=n), hours=200.0) for n in (images, images * times))
     assert few.rung.number <= many.rung.number
 
 
-@given(st.floats(0.5, 500), st.integers(20, 300_000), st.sampled_from((16, 28, 64, 128, 256)))
+@given(st.floats(0.5, 500), st.integers(25, 300_000), st.sampled_from((16, 28, 64, 128, 256)))
 def test_a_choice_keeps_to_the_hours_and_to_what_the_images_are_good_for(hours: float, images: int, size: int) -> None:
     c = chosen(replace(PHOTOGRAPHS, images=images), hours=hours, size=size)
     training = c.profile.check().training
     assert c.steps * c.time.most_seconds <= hours * 3600 or c.steps == 1
-    assert c.images_seen <= MOST_PASSES * images + training.total_batch
-    assert images >= c.rung.training_images
+    assert c.images <= images and c.images_seen <= MOST_PASSES * c.images + training.total_batch
+    assert c.images >= c.rung.training_images
     assert training.hours == (0.0 if c.limited_by_images else hours) and training.steps == c.steps
     assert c.steps >= min(ENOUGH_STEPS, LEAST_STEPS) or c.limited_by_images
     text = words.described(c, PHOTOGRAPHS)
@@ -125,8 +126,8 @@ def test_hours_that_are_too_few_are_refused_with_what_would_be_enough() -> None:
 
 
 def test_too_few_images_are_refused() -> None:
-    with pytest.raises(ConfigError, match="leaves 19 images to train on; at least 20"):
-        chosen(replace(PHOTOGRAPHS, images=19))
+    with pytest.raises(ConfigError, match="leaves 1[0-9] images to train on; at least 20"):
+        chosen(replace(PHOTOGRAPHS, images=20))
 
 
 def test_digits_are_binary_padded_and_not_mirrored() -> None:

@@ -67,7 +67,7 @@ def test_a_huge_folder_is_counted_and_only_some_of_it_decoded(tmp_path: Path) ->
     for number in range(1, 1000):
         os.link(tmp_path / "a" / "0.png", tmp_path / "a" / f"{number}.png")
     look = look_at(config)
-    assert look.looked_at == LOOKED_AT and look.images == 950
+    assert look.looked_at == LOOKED_AT and look.images == 1000 and look.training_images(config) == 950
 
 
 def test_large_images_are_not_all_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
