@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -213,7 +212,9 @@ def _chosen(command: TrainCommand) -> tuple[Profile, np.ndarray]:
         gpu_mem=command.gpu_mem,
         device=command.device,
         only_plans=command.dry_run,
-        command=shlex.join(["launch/train.py", *sys.argv[1:]]),
+        command=shlex.join(
+            ["nvae-lowmem", "train", "--data", command.data, *(("--hours", f"{hours:g}") if hours else ())]
+        ),
     )
     print(planned.text(), flush=True)
     if planned.fit is not None:
