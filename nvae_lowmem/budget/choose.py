@@ -58,7 +58,7 @@ class Wanted:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Choice:
+class ChosenModel:
     """What was chosen, and why."""
 
     profile: Profile
@@ -87,7 +87,7 @@ class Choice:
         return self.images_seen / self.images
 
 
-def choose(look: Look, wanted: Wanted, speed: Speed, below: int = len(LADDER)) -> Choice:
+def choose(look: Look, wanted: Wanted, speed: Speed, below: int = len(LADDER)) -> ChosenModel:
     """The largest rung that fits the machine, sees enough images in the hours, and has enough different ones.
 
     below: only rungs of lower numbers. Raises ConfigError for a size that there is no model for, for too few images,
@@ -101,7 +101,7 @@ def choose(look: Look, wanted: Wanted, speed: Speed, below: int = len(LADDER)) -
             f"--data: {look.description} leaves {images} images to train on; at least {LEAST_IMAGES} are needed "
             "to learn anything but these images themselves: add images"
         )
-    chosen: Choice | None = None
+    chosen: ChosenModel | None = None
     stopped = ""
     for rung in LADDER[:below]:
         if images < rung.training_images:
@@ -131,7 +131,7 @@ def choose(look: Look, wanted: Wanted, speed: Speed, below: int = len(LADDER)) -
     return replace(chosen, stopped=stopped)
 
 
-def _check_hours(smallest: Choice, speed: Speed) -> None:
+def _check_hours(smallest: ChosenModel, speed: Speed) -> None:
     seconds = smallest.time.most_seconds
     if smallest.hours * 3600 < LEAST_STEPS * seconds:
         least = LEAST_STEPS * seconds / 60
@@ -142,7 +142,7 @@ def _check_hours(smallest: Choice, speed: Speed) -> None:
         )
 
 
-def _on(rung: Rung, look: Look, wanted: Wanted, speed: Speed) -> Choice | None:
+def _on(rung: Rung, look: Look, wanted: Wanted, speed: Speed) -> ChosenModel | None:
     """The choice at one rung, whether it sees enough images or not; None where no plan fits."""
     images = look.training_images(wanted.data)
     model = rung.model(wanted.size, look.channels, _bits(rung, look, wanted.size))
@@ -160,7 +160,7 @@ def _on(rung: Rung, look: Look, wanted: Wanted, speed: Speed) -> Choice | None:
     most_steps = math.ceil(MOST_PASSES * images / batch)
     limited = steps > most_steps
     steps = max(1, min(steps, most_steps))
-    return Choice(
+    return ChosenModel(
         profile=wanted.change(_scheduled(profile, images, steps, 0.0 if limited else wanted.hours)),
         rung=rung,
         time=time,

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from nvae_lowmem.budget import words
-from nvae_lowmem.budget.choose import Choice, Wanted, choose
+from nvae_lowmem.budget.choose import ChosenModel, Wanted, choose
 from nvae_lowmem.budget.ladder import LADDER
 from nvae_lowmem.budget.speed import CardSpeed, CpuSpeed
 from nvae_lowmem.config.sections import Profile
@@ -33,7 +33,7 @@ class Planned:
     """The profile to train with, and where it comes from."""
 
     look: Look
-    choice: Choice
+    choice: ChosenModel
     fit: Fit | None
     """On a card."""
     profile: Profile
@@ -118,7 +118,7 @@ def sheet(profile: Profile) -> np.ndarray:
     return labelled(grid(torch.as_tensor(images), columns), caption)
 
 
-def _with_words(choice: Choice, look: Look) -> Profile:
+def _with_words(choice: ChosenModel, look: Look) -> Profile:
     made = {
         "asked_hours": choice.hours,
         "training_images": choice.images,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nvae_lowmem.budget.choose import ENOUGH_STEPS, MOST_PASSES, Choice
+from nvae_lowmem.budget.choose import ENOUGH_STEPS, MOST_PASSES, ChosenModel
 from nvae_lowmem.budget.ladder import LADDER
 from nvae_lowmem.data.look import Look
 from nvae_lowmem.memory.plan.duration import between, format_days
@@ -33,7 +33,7 @@ def found(look: Look, images: int) -> list[str]:
     return out
 
 
-def chosen(choice: Choice, look: Look) -> list[str]:
+def chosen(choice: ChosenModel, look: Look) -> list[str]:
     """What was chosen, each with its reason."""
     model, training, data = choice.profile.model, choice.profile.training, choice.profile.data
     groups = " + ".join(map(str, model.scale_groups))
@@ -72,7 +72,7 @@ def chosen(choice: Choice, look: Look) -> list[str]:
     return out
 
 
-def gave_up(choice: Choice) -> list[str]:
+def gave_up(choice: ChosenModel) -> list[str]:
     """What more time, memory or images would have bought."""
     out = [choice.stopped] if choice.stopped else []
     if choice.limited_by_images:
@@ -85,7 +85,7 @@ def gave_up(choice: Choice) -> list[str]:
     return out or ["nothing: this is the largest model there is a recipe for"]
 
 
-def described(choice: Choice, look: Look) -> str:
+def described(choice: ChosenModel, look: Look) -> str:
     """All of it, for a terminal."""
     parts = [("images", found(look, choice.images)), ("chosen", chosen(choice, look)), ("given up", gave_up(choice))]
     return "\n".join(f"{head}\n" + "\n".join(f"  {line}" for line in lines) for head, lines in parts)
@@ -95,5 +95,5 @@ def _hours(hours: float) -> str:
     return f"{hours:g} hours" if hours >= 1 else f"{60 * hours:g} minutes"
 
 
-def _ends(choice: Choice) -> str:
+def _ends(choice: ChosenModel) -> str:
     return format_days(choice.steps * choice.time.least_seconds, choice.steps * choice.time.most_seconds)

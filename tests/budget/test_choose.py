@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nvae_lowmem.budget import words
-from nvae_lowmem.budget.choose import ENOUGH_STEPS, LEAST_STEPS, MOST_PASSES, Choice, Wanted, choose
+from nvae_lowmem.budget.choose import ENOUGH_STEPS, LEAST_STEPS, MOST_PASSES, ChosenModel, Wanted, choose
 from nvae_lowmem.budget.ladder import LADDER, LARGEST_SIDE, SMALLEST_SIDE, padding_of
 from nvae_lowmem.config.sections import DataConfig, Profile
 from nvae_lowmem.data.look import Look
@@ -43,7 +43,9 @@ class PlainSpeed:
         return estimated(self.seconds * m.channels_encoder * m.total_groups * (1 + 0.1 * images), images)
 
 
-def chosen(look: Look = PHOTOGRAPHS, hours: float = 8.0, speed: PlainSpeed | None = None, size: int = 64) -> Choice:
+def chosen(
+    look: Look = PHOTOGRAPHS, hours: float = 8.0, speed: PlainSpeed | None = None, size: int = 64
+) -> ChosenModel:
     wanted = Wanted(data=DataConfig(source="photos"), hours=hours, size=size)
     return choose(look, wanted, speed or PlainSpeed())
 
