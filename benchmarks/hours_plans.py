@@ -25,7 +25,7 @@ from nvae_lowmem.config.sections import DataConfig
 from nvae_lowmem.data.look import Look
 from nvae_lowmem.hardware.budget import chosen_card
 from nvae_lowmem.memory.plan.candidates import Wishes
-from nvae_lowmem.memory.plan.duration import between
+from nvae_lowmem.memory.plan.duration import range_text
 from nvae_lowmem.units import format_bytes
 
 
@@ -104,7 +104,7 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
         accumulation = r["total_batch"] // r["micro_batch"]
         batch = f"{r['micro_batch']}" + (f" x {accumulation}" if accumulation > 1 else "")
         early = ", ends early" if r["ends_before_the_hours"] else ""
-        seen = f"{r['images_seen']:,} ({r['passes']:.3g}{early}) at {between(*r['images_per_second'])}/s"
+        seen = f"{r['images_seen']:,} ({r['passes']:.3g}{early}) at {range_text(*r['images_per_second'])}/s"
         memory = f"{format_bytes(r['reserved_bytes'])} of {format_bytes(r['cap_bytes'])}"
         images = f"{r['images']:,} of {r['size']} px"
         lines.append(

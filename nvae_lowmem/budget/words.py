@@ -5,7 +5,7 @@ from __future__ import annotations
 from nvae_lowmem.budget.choose import ENOUGH_STEPS, MOST_PASSES, ChosenModel
 from nvae_lowmem.budget.ladder import LADDER
 from nvae_lowmem.data.look import Look
-from nvae_lowmem.memory.plan.duration import between, format_days
+from nvae_lowmem.memory.plan.duration import format_days
 from nvae_lowmem.model.likelihoods import make_likelihood
 
 
@@ -65,7 +65,7 @@ def chosen(choice: ChosenModel, look: Look) -> list[str]:
         )
     else:
         out.append(
-            f"{between(*steps)} steps until {_hours(choice.hours)} are over, at least {choice.images_seen:,} images "
+            f"{_count(*steps)} steps until {_hours(choice.hours)} are over, at least {choice.images_seen:,} images "
             f"seen, {choice.passes:.3g} passes over {choice.images:,} images; the first minutes of training measure "
             "the speed, and every schedule then ends with the time"
         )
@@ -93,6 +93,12 @@ def described(choice: ChosenModel, look: Look) -> str:
 
 def _hours(hours: float) -> str:
     return f"{hours:g} hours" if hours >= 1 else f"{60 * hours:g} minutes"
+
+
+def _count(least: float, most: float) -> str:
+    """ "9,752 to 40,956", or one number."""
+    low, high = f"{least:,.0f}", f"{most:,.0f}"
+    return low if low == high else f"{low} to {high}"
 
 
 def _ends(choice: ChosenModel) -> str:
