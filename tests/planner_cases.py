@@ -84,7 +84,7 @@ def priced(profile: Profile, micro_batch: int, accumulation: int, share: float =
     named = table.choices(groups, micro_batch, RATES, gradients_stay=stay)
     picked = Assignment(tuple(next(c for c in row if c.keep == plan.keep_of(name)) for name, row in named))
     peak = resident_bytes(table, groups, plan, accumulation) + picked.peak_bytes
-    averages = 4 * sum(table.parameter_elements(groups)) + table.count(table.buffer_bytes, groups)
+    averages = table.count(table.copy_bytes, groups)
     host = host_bytes(table, groups, plan, accumulation) + averages + picked.host_bytes
     return predicted(profile, Peak(peak, 0, "", "", "", {}, {}), int(share * peak) + 40 * MIB, host)
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from nvae_lowmem.config.model import ModelConfig
 from nvae_lowmem.config.sections import MemoryPlan, Profile, TrainConfig
 from nvae_lowmem.data.pipeline import MicroBatch
+from nvae_lowmem.model.freeze import freeze_blocks
 from nvae_lowmem.model.nvae import NVAE
 from nvae_lowmem.model.objective import Objective
 from nvae_lowmem.training.batch_split import BatchSplit
@@ -68,6 +69,7 @@ def make(
     """An engine around a model with the same initial weights every time; evaluating: BatchNorm's running statistics."""
     torch.manual_seed(0)
     objective = Objective(NVAE(MODEL), run.training, precision)
+    freeze_blocks(objective.model, run.training.freeze)
     return kind(objective.eval() if evaluating else objective.train(), run, CPU, accumulation)
 
 

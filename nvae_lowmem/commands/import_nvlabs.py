@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import tyro
 
 from nvae_lowmem.commands.command_line import run_command
-from nvae_lowmem.errors import ConfigError, ExitCode
+from nvae_lowmem.errors import ConfigError, ExitCode, command_line
 
 if TYPE_CHECKING:
     from nvae_lowmem.config.sections import Profile
@@ -97,3 +97,5 @@ def _export(run: Path, profile: Profile, model: NVAE) -> None:
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"--out {run}: cannot be written: {error}; name a folder that can") from None
     print(f"  run folder           {run}")
+    begin = f"{command_line('train')} --init-from {run} --data FOLDER_OR_ZIP"
+    print(f"\nsample from it with:    {command_line('sample')} --run {run}\ntrain it on with:       {begin}")

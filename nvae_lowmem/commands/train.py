@@ -39,6 +39,7 @@ class TrainCommand:
       nvae-lowmem train --profile demo-faces --data ~/pictures
       nvae-lowmem train --profile demo-mnist --minutes 8
       nvae-lowmem train --profile gtx-970-celeba64 --data celeba.zip --steps 5
+      nvae-lowmem train --init-from runs/00003-demo-faces --data ~/pictures --steps 2000
       nvae-lowmem train --run-dir runs/00003-demo-mnist
       nvae-lowmem train --run-dir runs/00003-demo-mnist --set training.learning_rate=1e-3
       deepspeed launch/train.py --profile profiles/demo-mnist.toml
@@ -53,6 +54,11 @@ class TrainCommand:
     """Without --profile: pixels per side to train at; 0: the images' own where they are small, else 64."""
     card: str = ""
     """Without --profile, with --dry-run or on a GPU: plan for this card (gtx-970, ...) instead of this machine's."""
+    init_from: str = ""
+    """Start from trained weights: a run, one of its checkpoints, an export, or a published checkpoint.pt. Without
+    --profile everything else is as they were trained, but for a lower learning rate."""
+    freeze: tuple[str, ...] = ()
+    """Blocks that are not trained, by name or prefix*: --freeze stem 'pre_*' 'enc_*' top is the encoder."""
     runs_dir: str = "runs"
     """Where the numbered run folder is made."""
     name: str = ""
@@ -94,11 +100,13 @@ class TrainCommand:
 
     def asked(self) -> Profile:
         """The profile with the command line's overrides. Raises ConfigError with every problem."""
-        return self.changed(profiles.load(self._profile()))
+        return self.changed(self._base())
 
     def chooses(self) -> bool:
         """Whether images and hours are to choose the profile."""
-        return bool(self.data) and not self.profile and not (self.run_dir and self._own().is_file())
+        return (
+            bool(self.data) and not self.profile and not self.init_from and not (self.run_dir and self._own().is_file())
+        )
 
     def changed(self, profile: Profile) -> Profile:
         """The profile with the command line's overrides. Raises ConfigError with every problem."""
@@ -106,6 +114,7 @@ class TrainCommand:
             profile = profiles.from_dict(profiles.to_dict(profile) | {"name": self.name}, "--name")
         shortcuts = {
             "data.source": self.data,
+            "training.freeze": self.freeze or None,
             "training.total_batch": self.total_batch or None,
             "plan.micro_batch": self.micro_batch or None,
             "training.steps": self.steps or None,
@@ -126,11 +135,16 @@ class TrainCommand:
             return 0.0
         return self.minutes / 60 if self.minutes is not None else self.hours
 
-    def _profile(self) -> str:
+    def _base(self) -> Profile:
+        """The profile before any override."""
+        if self.init_from:
+            from nvae_lowmem.commands.fine_tuning import starting_profile
+
+            return starting_profile(self.init_from, self.runs_dir, self.profile, self.run_dir)
         if self.profile:
-            return self.profile
+            return profiles.load(self.profile)
         if self.run_dir and self._own().is_file():
-            return str(self._own())
+            return profiles.load(self._own())
         raise ConfigError(
             "--profile is missing: name a TOML file or a shipped profile, or a --run-dir to go on with, or give --data "
             "alone, and a model is chosen for these images"

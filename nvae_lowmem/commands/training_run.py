@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -24,12 +25,15 @@ from nvae_lowmem.hardware import cuda_memory
 from nvae_lowmem.hardware.card import load_cards
 from nvae_lowmem.hardware.cpu import keep_freed_memory
 from nvae_lowmem.hardware.find_card import device_name
+from nvae_lowmem.library.weights import initial_weights
 from nvae_lowmem.memory.plan.duration import expected, step_time
+from nvae_lowmem.model.freeze import freeze_blocks
 from nvae_lowmem.model.keep import check_block_names
 from nvae_lowmem.model.nvae import NVAE
 from nvae_lowmem.training import checkpoint, runs
 from nvae_lowmem.training.batch_split import split_batch
 from nvae_lowmem.training.engines import distributed
+from nvae_lowmem.training.initial_weights import InitialWeights
 from nvae_lowmem.training.open_run import choose_device
 from nvae_lowmem.training.patient_output import patient_output
 from nvae_lowmem.training.resolve import ResolvedRun, resolve_run
@@ -53,6 +57,11 @@ class RunFolder:
     rewind: bool = True
     """Whether training may go back when it blows up."""
 
+    def begun(self) -> bool:
+        """Whether it holds a run that goes on from a checkpoint."""
+        folder = Path(self.run_dir)
+        return bool(self.run_dir) and folder.is_dir() and bool(checkpoint.all_checkpoints(folder))
+
     def made(self, run: ResolvedRun) -> Path:
         """The folder, made if need be; an earlier run in it must be one that this one can go on from.
 
@@ -70,7 +79,7 @@ class RunFolder:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"--run-dir {folder}: cannot be made: {error.strerror or error}") from None
-        if checkpoint.all_checkpoints(folder) and self.resume == "never":
+        if self.begun() and self.resume == "never":
             raise ConfigError(f"--run-dir {folder} holds a checkpoint and --resume is never: name another folder")
         check_changes(folder, run)
         return folder
@@ -130,10 +139,13 @@ def _train(
         cuda_memory.apply_memory_cap(profile.plan, where),
         _policies(profile.plan),
     )
-    run = replace(run, reasons=tuple(reason for reason in reasons if reason))
     with torch.device("meta"):  # for its size and its blocks; the session makes the one that is trained
         model = NVAE(profile.model)
     check_block_names(model, profile.plan)
+    reasons = (*reasons, freeze_blocks(model, profile.training.freeze))
+    initial, taken = initial_weights(profile, folder.runs_dir, folder.begun())
+    reasons = (*reasons, taken if dry_run else "")  # else the session says it, into the log, too
+    run = replace(run, reasons=tuple(reason for reason in reasons if reason))
     if rank == 0:
         print(_summary(run, model), flush=True)
         if warning := warning_of_bits(profile, data.train):
@@ -142,7 +154,7 @@ def _train(
         print(profiles.dumps(run.profile))
         return ExitCode.DONE
     try:
-        code = _train_on(folder, run, data, engine_name, where, rank, began, sheet)
+        code = _train_on(folder, run, data, engine_name, where, rank, began, sheet, initial)
         distributed.barrier()  # nobody closes the groups while another still uses them
         return code
     except RuntimeError as error:
@@ -165,6 +177,7 @@ def _train_on(
     rank: int,
     began: float | None,
     sheet: np.ndarray | None,
+    initial: Callable[[], InitialWeights] | None,
 ) -> ExitCode:
     run_dir = Path(distributed.from_first(lambda: str(where.made(run))))
     if rank == 0:
@@ -183,6 +196,7 @@ def _train_on(
         most_rewinds=run.profile.training.rewinds if where.rewind else 0,
         began=began,
         expected=expected_speed(run.profile, device),
+        initial=initial,
     )
     try:
         stopped_by = session.train()

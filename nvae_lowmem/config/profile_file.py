@@ -23,7 +23,8 @@ _PACKAGE = Path(__file__).resolve().parent.parent
 # an installed wheel carries the profiles inside the package, a checkout beside it
 PROFILES_DIR = _PACKAGE / "profiles" if (_PACKAGE / "profiles").is_dir() else _PACKAGE.parent / "profiles"
 _SECTIONS = ("model", "data", "training", "plan")
-_DATA_PATHS = ("source", "test_source", "cache_dir")
+_PATHS = {"data": ("source", "test_source", "cache_dir"), "training": ("init_from",)}
+"""Keys that hold paths, by section."""
 _NOT_IN_FOLDER_NAMES = frozenset('/\\<>:"|?*&')
 _LONGEST_NAME = 100
 
@@ -60,7 +61,8 @@ def find(path: str | os.PathLike[str]) -> Path:
 def dumps(profile: Profile) -> str:
     """The Profile as TOML; `loads(dumps(p)) == p`, where paths that are no UTF-8 come back absolute."""
     table = to_dict(profile)
-    table["data"] |= {key: storable(table["data"][key]) for key in _DATA_PATHS}
+    for section, keys in _PATHS.items():
+        table[section] |= {key: storable(table[section][key]) for key in keys}
     return to_toml(table)
 
 
@@ -121,7 +123,7 @@ def override(profile: Profile, assignments: Sequence[str] = (), values: Mapping[
     )
 
 
-_FITTED_TO = ("total_batch", "clip_norm", "ema_decay", "ema_on_host")
+_FITTED_TO = ("freeze", "total_batch", "clip_norm", "ema_decay", "ema_on_host")
 """Training keys that a step's memory and time depend on, as they do on everything of the model and the plan."""
 
 
@@ -195,7 +197,7 @@ def _section(kind: type, values: Mapping[str, Any], section: str) -> tuple[Any, 
                 good[name] = _strict(hints[name], values[name])
             except pydantic.ValidationError:
                 problems.append(f"{section}.{name} = {shown(values[name])} must be {describe_kind(hints[name])}")
-            if section == "data" and name in _DATA_PATHS and isinstance(good.get(name), str):
+            if name in _PATHS.get(section, ()) and isinstance(good.get(name), str):
                 good[name] = from_uri(good[name])
     return (None if problems else kind(**good)), problems
 

@@ -20,7 +20,11 @@ EngineName = Literal["auto", "torch", "deepspeed"]
 Crop = Literal["centre", "none", "celeba"]
 Keep = Literal["all", "cheap", "input", "host"]
 Cosine = Literal["epoch", "step"]
+Statistics = Literal["keep", "estimate"]
+FacesStyle = Literal["mixed", "toon-head", "avataaars", "open-peeps"]
 EMBEDDED_SETS = ("mnist5k", "faces")
+LATEST = ("latest",)
+"""What names a run without being its path."""
 KEEPS: tuple[Keep, ...] = ("all", "cheap", "input", "host")
 
 
@@ -49,6 +53,8 @@ class DataConfig:
     """Use only the first so many training images; 0: all."""
     faces_count: Annotated[int, Range(1, 10**6)] = 4000
     """Embedded set faces: how many to draw."""
+    faces_style: FacesStyle = "mixed"
+    """Embedded set faces: who draws them; mixed: ToonHead and Avataaars in turn."""
     cache_dir: str = ""
     """Where embedded sets are kept; empty: the user's cache folder."""
 
@@ -64,6 +70,15 @@ class DataConfig:
 class TrainConfig:
     """The objective, the optimiser and the loop."""
 
+    init_from: str = ""
+    """Weights to start from: a run's folder, one of its checkpoints (averaged weights; its training.safetensors: those
+    without averaging), an export (folder or ZIP), or a published checkpoint.pt; empty: random ones."""
+    init_statistics: Statistics = "keep"
+    """BatchNorm's running statistics with init_from: keep those of the weights, or estimate them from the first 32
+    micro-batches of training images."""
+    freeze: tuple[str, ...] = ()
+    """Blocks that are not trained, by name or by a prefix of it ending in *: ["stem", "pre_*", "enc_*", "top"] is the
+    encoder."""
     total_batch: Annotated[int, Range(1, 1 << 20)] = 200
     """Images per optimiser step over all processes and micro-batches."""
     epochs: Annotated[float, Range(0, 10**9)] = 400.0
@@ -232,7 +247,8 @@ class Profile:
             test_source=absolute_path(data.test_source, unless=EMBEDDED_SETS),
             cache_dir=absolute_path(data.cache_dir),
         )
-        return replace(self, data=located)
+        begun = absolute_path(self.training.init_from, unless=LATEST)
+        return replace(self, data=located, training=replace(self.training, init_from=begun))
 
     def check(self, where: str = "profile") -> Profile:
         """Itself, or a ConfigError that lists every problem."""

@@ -83,4 +83,6 @@ def _as_toml(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, dict):
         return "{}"
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_as_toml, value))}]"
     return f'"{value}"' if isinstance(value, str) else f"{value!r}"

@@ -1,4 +1,4 @@
-"""The embedded set `faces`: cartoon faces, drawn once by two DiceBear styles, kept in the cache folder.
+"""The embedded set `faces`: cartoon faces, drawn once by DiceBear styles, kept in the cache folder.
 
 Which face index i gives is fixed by i alone (for given versions of the drawing packages). No torch here: the worker
 processes that draw import this file.
@@ -15,11 +15,12 @@ import sys
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from PIL import Image
 
+from nvae_lowmem.config.sections import FacesStyle
 from nvae_lowmem.data.cache import one_process_at_a_time, write_npz
 from nvae_lowmem.errors import ConfigError
 from nvae_lowmem.progress import Log, Progress
@@ -30,7 +31,7 @@ _FACES_PER_WORKER = 200
 """Fewer are drawn in the time that a worker process takes to start."""
 
 _BACKGROUNDS = "b6e3f4 c0aede ffd5dc d1f4d9 ffdfbf".split()
-# Scale and shift put both styles' eyes at the same height and give their heads one size. The lists leave out what
+# Scale and shift put all styles' eyes at the same height and give their heads one size. The lists leave out what
 # does not read as a face at 64 pixels: masks, hats down to the eyes, hearts for eyes, a tongue out.
 _STYLES: dict[str, dict[str, Any]] = {
     "toon-head": {"translateY": 2, "hairProbability": 100, "beardProbability": 20, "rearHairProbability": 50},
@@ -49,33 +50,41 @@ _STYLES: dict[str, dict[str, Any]] = {
         "skinColor": "614335 d08b5b ae5d29 edb98a ffdbb4".split(),
         "hairColor": "a55728 2c1b18 b58143 d6b370 724133 4a312c c93305 e8e1e1".split(),
     },
+    "open-peeps": {"maskProbability": 0, "accessoriesProbability": 10},
 }
-CREDIT = "ToonHead by Johan Melin (CC BY 4.0) and Avataaars by Pablo Stanley (free for personal and commercial use)"
+_DRAWN_BY: dict[FacesStyle, tuple[str, ...]] = {"mixed": ("toon-head", "avataaars")}
+"""Styles of several kinds of faces, which take turns."""
+_CREDITS = {
+    "toon-head": "ToonHead by Johan Melin (CC BY 4.0)",
+    "avataaars": "Avataaars by Pablo Stanley (free for personal and commercial use)",
+    "open-peeps": "Open Peeps by Pablo Stanley (CC0 1.0)",
+}
 
 
-def faces(count: int, size: int, folder: Path, log: Log) -> np.ndarray:
-    """(count, 3, size, size) uint8: from the cache in `folder`, else drawn and cached there.
+def faces(count: int, size: int, folder: Path, log: Log, style: FacesStyle = "mixed") -> np.ndarray:
+    """(count, 3, size, size) uint8 in a style: from the cache in `folder`, else drawn and cached there.
 
     A cache file that is damaged is drawn again; a folder that cannot be written is no error, only slower next time.
     Raises ConfigError where the drawing packages are missing.
     """
-    path = folder / f"faces-v{_VERSION}-{size}px-{count}.npz"
+    kind = "" if style == "mixed" else f"-{style}"
+    path = folder / f"faces-v{_VERSION}{kind}-{size}px-{count}.npz"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with one_process_at_a_time(path):
-            return _cached(path, count, size, log)
+            return _cached(path, count, size, log, style)
     except OSError as error:
         log(f"warning: faces cannot be kept in {str(folder)!r} ({error.strerror or error}); set data.cache_dir")
-        return draw_faces(count, size, log)
+        return draw_faces(count, size, log, style)
 
 
-def _cached(path: Path, count: int, size: int, log: Log) -> np.ndarray:
+def _cached(path: Path, count: int, size: int, log: Log, style: FacesStyle) -> np.ndarray:
     if path.exists():
         pixels = _read(path, (count, 3, size, size))
         if pixels is not None:
             return pixels
         log(f"{path} is damaged: drawing the faces again")
-    pixels = draw_faces(count, size, log)
+    pixels = draw_faces(count, size, log, style)
     try:
         write_npz(path, images=pixels)
     except OSError as error:
@@ -92,26 +101,27 @@ def _read(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
     return pixels if pixels.shape == shape and pixels.dtype == np.uint8 else None
 
 
-def draw_faces(count: int, size: int, log: Log) -> np.ndarray:
+def draw_faces(count: int, size: int, log: Log, style: FacesStyle = "mixed") -> np.ndarray:
     """(count, 3, size, size) uint8, drawn on all cores. Raises ConfigError where the drawing packages are missing."""
     _check_packages()
-    log(f"drawing {count:,} faces of {size} x {size} pixels, once: {CREDIT}")
+    credit = " and ".join(_CREDITS[name] for name in _drawn_by(style))
+    log(f"drawing {count:,} faces of {size} x {size} pixels, once: {credit}")
     out = np.empty((count, 3, size, size), dtype=np.uint8)
     progress = Progress("drawing faces", count, log)
     done = 0
     workers = min(_cores(), count // _FACES_PER_WORKER)
     if workers > 1:
-        for face in _from_workers(workers, count, size):
+        for face in _from_workers(workers, count, size, style):
             out[done] = face
             done += 1
             progress.advance()
     for index in range(done, count):  # all of them, or what workers that could not start or died have left
-        out[index] = draw_face(index, size)
+        out[index] = draw_face(index, size, style)
         progress.advance()
     return out
 
 
-def _from_workers(workers: int, count: int, size: int) -> Iterator[np.ndarray]:
+def _from_workers(workers: int, count: int, size: int, style: FacesStyle) -> Iterator[np.ndarray]:
     """(3, size, size) per face, in order, drawn by other processes in turn; ends early if one of them does.
 
     Plain processes, not multiprocessing's: those import the main script again, and in one without a __main__ guard
@@ -122,7 +132,7 @@ def _from_workers(workers: int, count: int, size: int) -> Iterator[np.ndarray]:
     processes: list[subprocess.Popen[bytes]] = []
     try:
         for first in range(workers):
-            command = [sys.executable, "-m", __name__, *map(str, (first, count, workers, size))]
+            command = [sys.executable, "-m", __name__, *map(str, (first, count, workers, size)), style]
             # silent: the worker's traceback at Ctrl-C, or what this process will meet itself when it draws the rest
             processes.append(
                 subprocess.Popen(
@@ -143,10 +153,10 @@ def _from_workers(workers: int, count: int, size: int) -> Iterator[np.ndarray]:
             process.communicate()
 
 
-def _work(first: int, stop: int, step: int, size: int) -> None:
+def _work(first: int, stop: int, step: int, size: int, style: FacesStyle) -> None:
     """What a worker does: write the faces range(first, stop, step) as raw bytes to the standard output."""
     for index in range(first, stop, step):
-        sys.stdout.buffer.write(draw_face(index, size).tobytes())
+        sys.stdout.buffer.write(draw_face(index, size, style).tobytes())
         sys.stdout.buffer.flush()
 
 
@@ -156,16 +166,22 @@ def _cores() -> int:
     return os.cpu_count() or 1
 
 
-def draw_face(index: int, size: int) -> np.ndarray:
+def draw_face(index: int, size: int, style: FacesStyle = "mixed") -> np.ndarray:
     """(3, size, size) uint8 of the face with this index."""
     from dicebear import Avatar
     from resvg_py import svg_to_bytes
 
-    name = list(_STYLES)[index % len(_STYLES)]
+    names = _drawn_by(style)
+    name = names[index % len(names)]
     svg = Avatar(_style(name), {"seed": f"face-{index}", "backgroundColor": _BACKGROUNDS, **_STYLES[name]}).to_string()
     png = bytes(svg_to_bytes(svg_string=svg, width=size, height=size, skip_system_fonts=True))
     with Image.open(io.BytesIO(png)) as image:
         return np.asarray(image.convert("RGB")).transpose(2, 0, 1)
+
+
+def _drawn_by(style: FacesStyle) -> tuple[str, ...]:
+    """The DiceBear styles that draw such faces, in turn."""
+    return _DRAWN_BY.get(style, (style,))
 
 
 @functools.cache
@@ -188,4 +204,5 @@ def _check_packages() -> None:
 
 
 if __name__ == "__main__":
-    _work(*map(int, sys.argv[1:]))
+    _first, _stop, _step, _size = map(int, sys.argv[1:5])
+    _work(_first, _stop, _step, _size, cast(FacesStyle, sys.argv[5]))

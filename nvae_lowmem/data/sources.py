@@ -172,9 +172,9 @@ def _find_faces(config: DataConfig, model: ModelConfig, log: Log) -> _Found:
             f"data.faces_count = {count:,} faces of {size} x {size} pixels take {count * 3 * size**2 / (1 << 30):.3g} "
             f"GiB; at most {_MOST_FACE_BYTES >> 30} GiB are drawn: set fewer faces or a smaller model.image_size"
         )
-    pixels = faces(count, size, cache_folder(config.cache_dir), log)
+    pixels = faces(count, size, cache_folder(config.cache_dir), log, config.faces_style)
     test, train = by_number(count, config.test_fraction)
-    text = f"{count:,} drawn cartoon faces"
+    text = f"{count:,} drawn cartoon faces{'' if config.faces_style == 'mixed' else f' ({config.faces_style})'}"
     if count == 1:
         return _Found(ArrayStore(pixels, text))
     share = f"a fixed share of {config.test_fraction:.3g}"

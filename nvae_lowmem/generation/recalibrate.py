@@ -62,10 +62,10 @@ def recalibrate(
     temperatures = group_temperatures(temperature, model.config)
     noise, images = SeededNoise(seed, step=NoiseStep.RECALIBRATION), images_per_estimate(micro_batch)
     layers, settings = list(_decoder_norms(model).values()), model.settings
-    before, momentum = [layer.training for layer in layers], settings.momentum
+    before, momentum = [(layer.training, layer.frozen) for layer in layers], settings.momentum
     try:
         for layer in layers:
-            layer.training = True  # the others' statistics stand still
+            layer.training, layer.frozen = True, False  # the others' statistics stand still
         for i in range(passes):
             # statistics += (batch's - statistics) / (i + 1): the mean over passes; i = 0 forgets the old ones
             settings.momentum = 1 / (i + 1)
@@ -74,8 +74,8 @@ def recalibrate(
                 progress(i + 1, passes)
     finally:
         settings.momentum = momentum
-        for layer, training in zip(layers, before, strict=True):
-            layer.training = training
+        for layer, (training, frozen) in zip(layers, before, strict=True):
+            layer.training, layer.frozen = training, frozen
 
 
 @contextlib.contextmanager

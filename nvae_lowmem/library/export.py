@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import json
 import platform
+import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -114,6 +115,34 @@ def read_export(folder: Path) -> tuple[Profile, NVAE]:
 def is_export(folder: Path) -> bool:
     """Whether a folder is an export and no run."""
     return (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file()
+
+
+def is_packed_export(path: Path) -> bool:
+    """Whether a ZIP is an export and no checkpoint, which torch writes as a ZIP, too."""
+    with zipfile.ZipFile(path) as archive:
+        return any(Path(name).name == CONFIG for name in archive.namelist())
+
+
+class Unpacked:
+    """An export's files in a temporary folder, which goes with this object or at the end of `with`."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises ConfigError for a ZIP that is damaged or claims to be far larger than it is."""
+        self._temporary = tempfile.TemporaryDirectory(prefix="nvae-lowmem-")
+        with zipfile.ZipFile(path) as archive:
+            if sum(entry.file_size for entry in archive.infolist()) > 4 * path.stat().st_size + (1 << 20):
+                raise ConfigError(f"{path}: claims to hold far more than its size, as no weights do: give an export")
+            try:
+                archive.extractall(self._temporary.name)  # takes drive letters and ".." out of the names
+            except (zipfile.BadZipFile, OSError) as error:
+                raise ConfigError(f"{path}: cannot be unpacked: {error}; copy the file anew") from None
+        self.folder = next(Path(self._temporary.name).rglob(CONFIG)).parent
+
+    def __enter__(self) -> Path:
+        return self.folder
+
+    def __exit__(self, *_: object) -> None:
+        self._temporary.cleanup()
 
 
 def pack(folder: Path) -> Path:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -43,7 +42,7 @@ from nvae_lowmem.generation.recalibrate import (
 from nvae_lowmem.generation.reconstruct import posterior_noise, reconstruct
 from nvae_lowmem.generation.sample import Temperature, decoded_mean, sample_images, temperature_text
 from nvae_lowmem.interop import nvlabs
-from nvae_lowmem.library.export import CONFIG, is_export, read_export
+from nvae_lowmem.library.export import Unpacked, is_export, is_packed_export, read_export
 from nvae_lowmem.library.images import Images, Output, as_batch, as_output
 from nvae_lowmem.model.latents import FromPosterior, Given
 from nvae_lowmem.model.nvae import NVAE
@@ -290,7 +289,7 @@ def load(
     Raises ConfigError with what to do for anything else.
     """
     path = Path(str(source))
-    if path.is_file() and zipfile.is_zipfile(path) and _is_packed_export(path):
+    if path.is_file() and zipfile.is_zipfile(path) and is_packed_export(path):
         return _of_zip(path, device)
     if path.is_file():
         return _of_parts(*nvlabs.load_published(path), device, path.name)
@@ -311,22 +310,8 @@ def _of_parts(profile: Profile, network: NVAE, device: DeviceChoice, name: str, 
     return Model(profile, network.to(where), where, images_per_pass(profile), name, folder)
 
 
-def _is_packed_export(path: Path) -> bool:
-    """Whether a ZIP is an export and no checkpoint, which torch writes as a ZIP, too."""
-    with zipfile.ZipFile(path) as archive:
-        return any(Path(name).name == CONFIG for name in archive.namelist())
-
-
 def _of_zip(path: Path, device: DeviceChoice) -> Model:
-    unpacked = tempfile.TemporaryDirectory(prefix="nvae-lowmem-")
-    with zipfile.ZipFile(path) as archive:
-        if sum(entry.file_size for entry in archive.infolist()) > 4 * path.stat().st_size + (1 << 20):
-            raise ConfigError(f"{path}: claims to hold far more than its size, as no weights do: give an export")
-        try:
-            archive.extractall(unpacked.name)  # takes drive letters and ".." out of the names
-        except (zipfile.BadZipFile, OSError) as error:
-            raise ConfigError(f"{path}: cannot be unpacked: {error}; copy the file anew") from None
-    folder = next(Path(unpacked.name).rglob(CONFIG)).parent
-    model = _of_parts(*read_export(folder), device, path.stem, folder)
+    unpacked = Unpacked(path)
+    model = _of_parts(*read_export(unpacked.folder), device, path.stem, unpacked.folder)
     model._unpacked = unpacked
     return model

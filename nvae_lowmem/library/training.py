@@ -26,12 +26,13 @@ from nvae_lowmem.hardware import cuda_memory
 from nvae_lowmem.hardware.budget import chosen_card, this_os
 from nvae_lowmem.library.images import as_pixels
 from nvae_lowmem.library.model import Model, load
+from nvae_lowmem.library.weights import initial_weights
 from nvae_lowmem.memory.plan.candidates import Wishes
 from nvae_lowmem.memory.plan.explain import planned
 from nvae_lowmem.memory.plan.fit import Fit, fit
 from nvae_lowmem.memory.predict.predict import Prediction, predictor_for
 from nvae_lowmem.memory.predict.predict import predict as predict_profile
-from nvae_lowmem.training import runs
+from nvae_lowmem.training import checkpoint, runs
 from nvae_lowmem.training.engines.distributed import choose_engine, launched
 from nvae_lowmem.training.open_run import choose_device
 from nvae_lowmem.training.resolve import resolve_run
@@ -49,16 +50,21 @@ def train(
     run_dir: str | os.PathLike[str] | None = None,
     runs_dir: str | os.PathLike[str] = "runs",
     device: DeviceChoice = "auto",
+    init_from: str | os.PathLike[str] | None = None,
 ) -> Model:
     """Train a model in this process, and return it as `load` would.
 
     dataset: images, or (image, anything) tuples, as tensors, arrays or PIL images, prepared as `as_batch` does; a share
     of data.test_fraction of them is held out by content. None: the profile's own data.source. All of it is read once
     into host memory. settings: other values by key, {"training.steps": 1000}. run_dir: this very folder, whose run goes
-    on where it stopped; None: a new numbered one in runs_dir. Ctrl-C saves, and ends as it does in the command.
+    on where it stopped; None: a new numbered one in runs_dir. init_from: trained weights to start from, as
+    the command's --init-from takes them; the profile says the model, and what fits of the weights is taken. Ctrl-C
+    saves, and ends as it does in the command.
     Raises ConfigError, Diverged and OutOfMemory as the command train says them.
     """
-    resolved = _profile(profile, settings)
+    if init_from is not None:
+        settings = {**(settings or {}), "training.init_from": str(init_from)}
+    resolved = _profile(profile, settings).with_absolute_paths()
     where = choose_device(device)
     cuda_memory.prepare_environment(resolved.plan)
     data = open_source(resolved.data, resolved.model) if dataset is None else datasets_of(dataset, resolved)
@@ -67,6 +73,8 @@ def train(
         raise ConfigError("plan.engine = 'deepspeed' is started by the command train; set plan.engine = 'torch' here")
     run = resolve_run(resolved, len(data.train), where, 1)
     cuda_memory.apply_memory_cap(resolved.plan, where)
+    begun = run_dir is not None and bool(checkpoint.all_checkpoints(Path(run_dir)))
+    initial, _ = initial_weights(run.profile, str(runs_dir), begun)
     folder = Path(run_dir) if run_dir is not None else runs.new_run(str(runs_dir), resolved.name)
     folder.mkdir(parents=True, exist_ok=True)
     check_changes(folder, run)
@@ -79,6 +87,7 @@ def train(
         run_dir=folder,
         pictures=training_pictures(run.profile),
         most_rewinds=run.profile.training.rewinds,
+        initial=initial,
     ).train()
     return load(folder, device=device)
 

@@ -1,7 +1,8 @@
-"""Initialisation from data for networks without BatchNorm (res_elu): the first batch sets scale and bias."""
+"""What a model takes from its first images: scale and bias where there is no BatchNorm, BatchNorm's statistics."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from nvae_lowmem.model.cells import Cell
 from nvae_lowmem.model.latents import Noise
 from nvae_lowmem.model.layers import ConvUnit
 from nvae_lowmem.model.nvae import NVAE
+from nvae_lowmem.model.objective import Objective
 
 
 @torch.no_grad()
@@ -32,6 +34,24 @@ def initialise_from_data(model: NVAE, x: Tensor, noise: Noise) -> int:
         for unit in units:
             unit.pre_run_hook = None
     return len(units)
+
+
+@torch.no_grad()
+def estimate_statistics(objective: Objective, micro_batches: Iterable[Tensor], noise: Noise) -> None:
+    """Set BatchNorm's running statistics to their mean over micro-batches (b, C, S, S), seen as in training.
+
+    Nothing else of the model changes. The weights are those of other images, whose statistics they bring along.
+    """
+    model, settings = objective.model, objective.model.settings
+    training, momentum = model.training, settings.momentum
+    try:
+        model.train()
+        for i, x in enumerate(micro_batches):
+            settings.momentum = 1 / (i + 1)  # the mean over all so far; the first one forgets the old statistics
+            objective(x, noise, 1.0)
+    finally:
+        settings.momentum = momentum
+        model.train(training)
 
 
 def _initialise(unit: ConvUnit, x: Tensor) -> None:

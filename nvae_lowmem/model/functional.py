@@ -135,9 +135,12 @@ def batch_norm_with(x: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, varian
 
 
 def batch_norm_backward(
-    g: Tensor, x: Tensor, gamma: Tensor, statistics: BatchStatistics, regulariser: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients with respect to x, gamma, beta; gamma's includes regulariser x d max|gamma|: a sign at the maximum."""
+    g: Tensor, x: Tensor, gamma: Tensor, statistics: BatchStatistics, regulariser: float, learns: bool = True
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Gradients with respect to x, gamma, beta; gamma's includes regulariser x d max|gamma|: a sign at the maximum.
+
+    learns: whether those of gamma and beta are wanted; None in their place where they are not.
+    """
     training = statistics.inverse_std is not None
     gx, ggamma, gbeta = aten.native_batch_norm_backward(
         g,
@@ -149,8 +152,10 @@ def batch_norm_backward(
         statistics.inverse_std,
         training,
         BN_EPS,
-        [True, True, True],
+        [True, learns, learns],
     )
+    if not learns:
+        return gx, None, None
     if regulariser:
         largest = gamma.abs().argmax().view(1)
         ggamma = ggamma.index_add(0, largest, gamma.index_select(0, largest).sign(), alpha=regulariser)

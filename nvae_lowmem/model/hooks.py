@@ -3,13 +3,14 @@
     hook              sits on                       set by
     run_block         NVAE: a BlockRunner           keep.apply_plan; the tracer and the summary wrap what is there
     recompute         NormLayer, Cell, FlowCell     keep.apply_plan: keep less for backward
+    frozen            NormLayer                     freeze.freeze_blocks: running statistics, which stand still
     recompute_latent  DecoderGroup                  keep.apply_plan: run the latents' arithmetic again in backward
     chunk_bytes       Head                          keep.apply_plan: bound of the likelihood's temporaries
     settings          NVAE and each of its layers,  the step, by way of regularizers.py; momentum also by the
                       one object for all            recalibration of BatchNorm
     pre_run_hook      ConvUnit                      data_init.py, while it runs
 
-What a plan sets changes what is kept, never what is computed. Copying a model copies its hooks.
+What a plan sets (not `frozen`) changes what is kept, never what is computed. Copying a model copies its hooks.
 """
 
 from __future__ import annotations

@@ -12,7 +12,6 @@ Loss and gradients do not depend on the choice; BatchNorm statistics and power i
 
 from __future__ import annotations
 
-import difflib
 import weakref
 from collections.abc import Mapping
 from typing import Any
@@ -25,6 +24,7 @@ from nvae_lowmem.errors import ConfigError, command_line
 from nvae_lowmem.model.blocks import DecoderGroup, Head
 from nvae_lowmem.model.cells import Cell
 from nvae_lowmem.model.flows import FlowCell
+from nvae_lowmem.model.freeze import blocks_matching, unknown_block
 from nvae_lowmem.model.functional import recompute_in_backward
 from nvae_lowmem.model.host import host_memory
 from nvae_lowmem.model.layers import NormLayer
@@ -48,13 +48,11 @@ def check_block_names(model: NVAE, plan: MemoryPlan) -> None:
     """Raise ConfigError where plan.keep_blocks names a block that the model does not have, with the nearest names."""
     names = _names(model)
     for key in plan.keep_blocks:
-        if key in names or (key.endswith("*") and any(name.startswith(key[:-1]) for name in names)):
-            continue
-        near = difflib.get_close_matches(key, names, n=3, cutoff=0.5) or [*names[:2], names[-1]]
-        raise ConfigError(
-            f"plan.keep_blocks names {key!r}, a block that this model does not have; near: {', '.join(near)}; a prefix "
-            f"ends in *. A plan made for another model does not serve: fit this one ({command_line('fit-memory')})"
-        )
+        if not blocks_matching(key, names):
+            raise ConfigError(
+                f"{unknown_block('plan.keep_blocks', key, names)}. A plan made for another model does not serve: fit "
+                f"this one ({command_line('fit-memory')})"
+            )
 
 
 def _names(model: NVAE) -> list[str]:
@@ -81,7 +79,7 @@ class KeepRunner:
 
     def __call__(self, name: str, block: nn.Module, *args: Any) -> Any:
         keep = self.keeps.get(name, "all")
-        if keep in ("all", "cheap") or not torch.is_grad_enabled():
+        if keep in ("all", "cheap") or not torch.is_grad_enabled() or not _takes_part(block, args):
             return block(*args)
         if keep == "input":
             return recompute_in_backward(block, *args)
@@ -92,6 +90,12 @@ class KeepRunner:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KeepRunner:
         return KeepRunner(self.keeps)
+
+
+def _takes_part(block: nn.Module, args: tuple[Any, ...]) -> bool:
+    """Whether the backward pass comes to the block: it learns, or something before it does."""
+    inputs = (a for a in args if isinstance(a, Tensor))
+    return any(t.requires_grad for t in (*block.parameters(), *inputs))
 
 
 class _Parked:

@@ -34,6 +34,7 @@ class NormLayer(nn.Module):
         super().__init__()
         self.settings = LayerSettings()  # a hook: the model puts its own here
         self.recompute = False  # a hook: keep only what cannot be recomputed cheaply
+        self.frozen = False  # a hook: statistics and power iterations stand still
         self.gamma = self.beta = None
         if norm_channels is not None:
             self.gamma = nn.Parameter(torch.ones(norm_channels))
@@ -45,7 +46,8 @@ class NormLayer(nn.Module):
         """The running statistics and how they are to be used now."""
         if self.gamma is None:
             return None
-        return RunningStatistics(self.running_mean, self.running_variance, self.settings.momentum, self.training)
+        training = self.training and not self.frozen
+        return RunningStatistics(self.running_mean, self.running_variance, self.settings.momentum, training)
 
 
 class ConvUnit(NormLayer):
@@ -107,7 +109,7 @@ class ConvUnit(NormLayer):
     @torch.no_grad()
     def iterate(self) -> None:
         """The power iterations that are due, once per step however often the unit runs."""
-        if self.training and self.settings.iterations and not recomputing():
+        if self.training and not self.frozen and self.settings.iterations and not recomputing():
             w = effective_weight(self.weight, self.log_norm, self.mask)
             self.sigma.copy_(power_iteration(w, self.u, self.v, self.settings.iterations))
 

@@ -37,9 +37,9 @@ def beta_at(step: float, total_steps: float, config: TrainConfig) -> float:
 
         beta = clip((step - constant T) / (warm-up T), beta_min, beta_max),   T = total_steps
 
-    constant and warm-up are shares of T; without warm-up it is beta_max.
+    constant and warm-up are shares of T; without warm-up, and from trained weights on, it is beta_max.
     """
-    if config.kl_warmup_fraction == 0:
+    if config.kl_warmup_fraction == 0 or config.init_from:
         return config.kl_beta_max
     raw = (step - config.kl_constant_fraction * total_steps) / (config.kl_warmup_fraction * total_steps)
     return min(config.kl_beta_max, max(config.kl_beta_min, raw))

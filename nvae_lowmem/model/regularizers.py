@@ -43,7 +43,12 @@ def end_step(model: NVAE) -> None:
 
 @torch.no_grad()
 def regularisation_values(model: NVAE) -> tuple[Tensor, Tensor]:
-    """(sum of spectral norms as of the last power iteration, sum of max|gamma|), 0-dim each, before lambda."""
-    sigmas = [m.sigma for m in model.modules() if isinstance(m, ConvUnit)]
-    gammas = [layer.gamma.abs().amax() for layer in model.layers() if layer.gamma is not None]
-    return torch.stack(sigmas).sum(), torch.stack(gammas).sum() if gammas else torch.zeros(())
+    """(sum of spectral norms as of the last power iteration, sum of max|gamma|), 0-dim each, before lambda.
+
+    Frozen layers, which have no regulariser, are not in them.
+    """
+    layers = [layer for layer in model.layers() if not layer.frozen]
+    sigmas = [layer.sigma for layer in layers if isinstance(layer, ConvUnit)]
+    gammas = [layer.gamma.abs().amax() for layer in layers if layer.gamma is not None]
+    sums = (torch.stack(values).sum() if values else torch.zeros(()) for values in (sigmas, gammas))
+    return next(sums), next(sums)

@@ -98,41 +98,47 @@ def _unit_backward(
     p: UnitParameters,
     spec: UnitSpec,
     needs_input_gradient: bool,
+    learns: bool,
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """Gradients with respect to x and (weight, log_norm, bias, gamma, beta).
 
-    g: of the output; x: the unit's input; a: what its convolution read, where that was saved.
+    g: of the output; x: the unit's input; a: what its convolution read, where that was saved. learns: whether the
+    parameters' gradients are wanted: of a frozen unit they are None.
     """
     s, q, d = spec.stride, spec.padding, spec.dilation
 
     # What the convolution read, and the weight that it used, once more.
     normed: Tensor | None = None
-    if a is None:
+    if not learns:
+        a = _of_its_shape(x, spec)
+    elif a is None:
         normed, _ = _normalise(x, p, None, statistics)
         a = _activate(normed, spec, overwrite=False)
     w = effective_weight(p.weight, p.log_norm, spec.mask).to(a.dtype)
 
     # Backward through the convolution: ga of what it read, gw of the weight it used, gb of the bias.
     sizes = [p.weight.shape[0]] if p.bias is not None else None
-    wanted = [needs_input_gradient or p.gamma is not None, True, p.bias is not None]
-    by_groups = weight_gradient_by_groups(a, w, spec.stride, spec.dilation)
-    wanted[1] = not by_groups
+    wanted = [needs_input_gradient or p.gamma is not None, learns, learns and p.bias is not None]
+    by_groups = learns and weight_gradient_by_groups(a, w, spec.stride, spec.dilation)
+    wanted[1] = learns and not by_groups
     ga, gw, gb = aten.convolution_backward(g, a, w, sizes, [s, s], [q, q], [d, d], False, [0, 0], spec.groups, wanted)
     if by_groups:
         gw = depthwise_weight_gradient(g, a, spec.padding)
     del a, w
 
-    # The spectral regulariser, d(u^T w v)/dw = u v^T, is one of the weight as it is used: before the normalisation.
-    gw = gw.to(p.weight.dtype)
-    if spec.settings.coefficient:
-        matrix = gw if gw.is_contiguous() else gw.contiguous()
-        matrix.view(gw.shape[0], -1).addr_(spec.u, spec.v, alpha=spec.settings.coefficient)
-        gw = matrix
+    grads: list[Tensor | None] = [None] * 5
+    if learns:
+        # The spectral regulariser, d(u^T w v)/dw = u v^T, is one of the weight as it is used: before the normalisation.
+        gw = gw.to(p.weight.dtype)
+        if spec.settings.coefficient:
+            matrix = gw if gw.is_contiguous() else gw.contiguous()
+            matrix.view(gw.shape[0], -1).addr_(spec.u, spec.v, alpha=spec.settings.coefficient)
+            gw = matrix
 
-    # Backward through weight normalisation and mask.
-    gweight, glog = effective_weight_backward(gw, p.weight, p.log_norm, spec.mask)
-    del gw
-    grads: list[Tensor | None] = [gweight, glog, gb.to(p.weight.dtype) if p.bias is not None else None, None, None]
+        # Backward through weight normalisation and mask.
+        grads[0], grads[1] = effective_weight_backward(gw, p.weight, p.log_norm, spec.mask)
+        del gw
+        grads[2] = gb.to(p.weight.dtype) if p.bias is not None else None
     if ga is None:
         return None, grads
 
@@ -147,8 +153,15 @@ def _unit_backward(
     del normed
     if p.gamma is not None:
         assert statistics is not None
-        ga, grads[3], grads[4] = batch_norm_backward(ga, x, p.gamma, statistics, spec.settings.coefficient)
+        ga, grads[3], grads[4] = batch_norm_backward(ga, x, p.gamma, statistics, spec.settings.coefficient, learns)
     return ga, grads
+
+
+def _of_its_shape(x: Tensor, spec: UnitSpec) -> Tensor:
+    """What stands for the convolution's input where only its shape is asked for: the weight is not differentiated."""
+    if not spec.upsample:
+        return x
+    return x.new_empty(*x.shape[:2], 2 * x.shape[2], 2 * x.shape[3])
 
 
 class Chain(torch.autograd.Function):
@@ -168,6 +181,7 @@ class Chain(torch.autograd.Function):
         save_conv_inputs: bool,
         *parameters: Tensor | None,
     ) -> Tensor:
+        ctx.learns = any(ctx.needs_input_grad[4:])  # or all of its units are frozen: they are of one block
         saved: list[Tensor | None] = [x]
         y = x
         for i, (spec, running) in enumerate(zip(specs, runnings, strict=True)):
@@ -184,7 +198,7 @@ class Chain(torch.autograd.Function):
             saved += statistics if statistics is not None else (None, None, None)
             saved += [
                 unit_input if save_conv_inputs and i else None,
-                a if save_conv_inputs and a is not unit_input else None,
+                a if save_conv_inputs and ctx.learns and a is not unit_input else None,
             ]
         ctx.specs = specs
         ctx.save_for_backward(*saved, *parameters)
@@ -211,7 +225,7 @@ class Chain(torch.autograd.Function):
         for i in reversed(range(n)):
             needs_input = i > 0 or ctx.needs_input_grad[0]
             gx, own = _unit_backward(
-                g, inputs.pop(), read.pop(), statistics[i], parameters[i], ctx.specs[i], needs_input
+                g, inputs.pop(), read.pop(), statistics[i], parameters[i], ctx.specs[i], needs_input, ctx.learns
             )
             grads = own + grads
             g = cast(Tensor, gx)  # None for the first unit alone, where nobody needs it
@@ -257,7 +271,7 @@ class Tail(torch.autograd.Function):
             out = torch.add(skip, y, alpha=0.1)
 
         # What backward needs.
-        ctx.settings = settings
+        ctx.settings, ctx.learns = settings, any(ctx.needs_input_grad[5:])
         output = y if save_output and y is not c else None
         stats = statistics if statistics is not None else (None, None, None)
         ctx.save_for_backward(c, output, *stats, mean, hidden, gate, gamma, beta, w1, b1, w2, b2)
@@ -273,9 +287,11 @@ class Tail(torch.autograd.Function):
                 y = c if gamma is None else batch_norm_with(c, gamma, beta, mu, variance)
             glogit = (g * y).sum((2, 3), dtype=gate.dtype).mul_(0.1).mul_(gate * (1 - gate))
             del y
-            gw2, gb2 = glogit.t() @ hidden, glogit.sum(0)
+            if ctx.learns:
+                gw2, gb2 = glogit.t() @ hidden, glogit.sum(0)
             ghidden = (glogit @ w2).mul_(hidden > 0)
-            gw1, gb1 = ghidden.t() @ mean, ghidden.sum(0)
+            if ctx.learns:
+                gw1, gb1 = ghidden.t() @ mean, ghidden.sum(0)
             gmean = (ghidden @ w1).div_(c.shape[2] * c.shape[3]).to(g.dtype)
             # y reaches the output directly, scaled by the gate, and by way of the mean.
             gy = torch.addcmul(gmean[:, :, None, None], g, (0.1 * gate).to(g.dtype)[:, :, None, None])
@@ -283,5 +299,5 @@ class Tail(torch.autograd.Function):
             gy = 0.1 * g
         if gamma is not None:
             statistics = BatchStatistics(mu, variance, inverse_std)
-            gy, ggamma, gbeta = batch_norm_backward(gy, c, gamma, statistics, ctx.settings.coefficient)
+            gy, ggamma, gbeta = batch_norm_backward(gy, c, gamma, statistics, ctx.settings.coefficient, ctx.learns)
         return g, gy, None, None, None, ggamma, gbeta, gw1, gb1, gw2, gb2

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from nvae_lowmem.config.sections import EngineName, Profile
-from nvae_lowmem.model.data_init import initialise_from_data
+from nvae_lowmem.model.data_init import estimate_statistics, initialise_from_data
+from nvae_lowmem.model.freeze import freeze_blocks
 from nvae_lowmem.model.keep import apply_plan
 from nvae_lowmem.model.latents import SeededNoise
 from nvae_lowmem.model.nvae import NVAE
@@ -26,6 +27,8 @@ from nvae_lowmem.training.step import Training
 
 EngineFactory = Callable[[Objective, Profile, torch.device, int], Engine]
 """(objective, profile, device, accumulation) -> engine."""
+ESTIMATION_PASSES = 32
+"""Micro-batches that BatchNorm's statistics are estimated from, where trained weights meet other images."""
 
 
 def build_model(profile: Profile) -> NVAE:
@@ -39,19 +42,20 @@ def build_training(
     model: NVAE,
     device: torch.device,
     make_engine: EngineFactory = TorchEngine,
-    first_images: Callable[[], Tensor] | None = None,
+    first_images: Callable[[int], Tensor] | None = None,
 ) -> Training:
     """Average, policies, objective and engine around a model, ready for `training_step`.
 
-    first_images: the first micro-batch (b, C, S, S) in [0, 1], asked for if the model is to be initialised from it;
-    None: it is not, because its weights come from elsewhere.
-    Raises ConfigError for a plan that names unknown blocks, and for what the engine refuses.
+    first_images: of a step by its number, the first micro-batch (b, C, S, S) in [0, 1]; asked for if the model is to be
+    initialised from images. None: it is not, because its weights are those of an earlier step.
+    Raises ConfigError for a plan or training.freeze that names unknown blocks, and for what the engine refuses.
     """
     profile, config = run.profile, run.profile.training
     # 1. weights
     model.train()
-    if profile.model.data_init and first_images is not None:
-        initialise_from_data(model.to(device), first_images().to(device), SeededNoise(config.seed))
+    if first_images is not None:
+        _look_at_images(model.to(device), profile, first_images)
+    freeze_blocks(model, config.freeze)
     # 2. the average, a copy of the model while nothing is hooked on it
     ema = None
     if config.ema_decay:
@@ -61,6 +65,18 @@ def build_training(
     objective = Objective(model, config, profile.plan.precision)
     engine = make_engine(objective, profile, device, run.split.accumulation)
     return Training(run=run, engine=engine, ema=ema)
+
+
+def _look_at_images(model: NVAE, profile: Profile, first_images: Callable[[int], Tensor]) -> None:
+    """Set what a new run's model takes from its first images."""
+    config, device = profile.training, next(model.parameters()).device
+    noise = SeededNoise(config.seed)
+    if not config.init_from:
+        if profile.model.data_init:
+            initialise_from_data(model, first_images(0).to(device), noise)
+    elif config.init_statistics == "estimate":
+        micro_batches = (first_images(step).to(device) for step in range(ESTIMATION_PASSES))
+        estimate_statistics(Objective(model, config, profile.plan.precision).to(device), micro_batches, noise)
 
 
 def engine_factory(name: EngineName) -> EngineFactory:

@@ -28,6 +28,7 @@ _UNSAID = {
     "keep_last",
     "ema_on_host",
     "rewinds",
+    "init_statistics",
 }
 """Keys of [training] that leave the trained weights as they would be."""
 _EFFECTS = {
@@ -44,6 +45,7 @@ _EFFECTS = {
     "regulariser": "another objective from the next step on",
     "regulariser_start": "another objective from the next step on",
     "ema_decay": "the average goes on from where it is; without one so far, from the present weights",
+    "freeze": "other blocks learn from the next step on; the optimiser's states of newly frozen ones are gone",
     "seed": "another order of the images and other noise; the weights stay",
 }
 _SCHEDULES = ("learning_rate", "cosine", "warmup_epochs", "published_", "kl_")
@@ -79,6 +81,12 @@ def changes(before: Profile, now: Profile) -> list[Change]:
         raise ConfigError(
             f"these differ and cannot change, because the run's weights belong to its model: {', '.join(fixed)}. "
             "Set them back, or train a new run in another folder"
+        )
+    if ("training", "init_from") in differing:
+        begun, asked = (table["training"]["init_from"] or "random weights" for table in (old, new))
+        raise ConfigError(
+            f"the run began from {begun}, and goes on from its own checkpoints: it cannot begin from {asked}. Leave "
+            "--profile and --init-from out, or train a new run in another folder"
         )
     return [
         Change(key=f"{section}.{key}", before=old[section][key], now=new[section][key], effect=_effect(section, key))

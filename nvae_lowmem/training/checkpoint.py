@@ -333,14 +333,20 @@ def _load_matching(path: Path, model: NVAE) -> tuple[dict[str, Tensor], dict[str
     _, training, weights = load_training(path)
     expected = {f"buffer.{name}": t for name, t in persistent_buffers(model).items()}
     expected |= {f"weight.{name}": p for name, p in model.named_parameters()}
-    if any(name.startswith("exp_avg.") for name in training):  # none before the first step
-        expected |= {f"{key}.{name}": p for key in ("exp_avg", "exp_inf") for name, p in model.named_parameters()}
-        expected |= {f"step.{name}": torch.zeros(()) for name, _ in model.named_parameters()}
+    updated = {_block_of(name) for name in training if name.startswith("exp_avg.")}  # not before a step, not if frozen
+    for name, p in model.named_parameters():
+        if _block_of(f"weight.{name}") in updated:
+            expected |= {f"exp_avg.{name}": p, f"exp_inf.{name}": p, f"step.{name}": torch.zeros(())}
     single = {name: torch.zeros(()) for name in ("loss_scale", GOOD_STEPS) if name in training}
     by_name = ("buffer.", "weight.", "exp_avg.", "exp_inf.", "step.", *single)
     _matching(expected | single, {k: v for k, v in training.items() if k.startswith(by_name)}, path)
     distributed.check_statistics(model, training, path)
     return training, _matching(model.state_dict(), weights, path)
+
+
+def _block_of(name: str) -> str:
+    """The block of a tensor in an engine's state: "dec_0_1" of "exp_avg.blocks.dec_0_1.prior.weight"."""
+    return ".".join(name.split(".")[2:3])
 
 
 def _matching(expected: Mapping[str, Tensor], state: dict[str, Tensor], where: Path) -> dict[str, Tensor]:

@@ -55,10 +55,10 @@ class WeightEma:
         average = get_ema_multi_avg_fn(min(self.decay, (1 + step) / (10 + step)))
         # One parameter at a time, not AveragedModel.update_parameters: that brings the whole model over first.
         for averaged, live in zip(self.module.parameters(), model.parameters(), strict=True):
-            if averaged.is_floating_point():
-                average([averaged], [live.detach().to(averaged.device, averaged.dtype)], self._averaged.n_averaged)
-            else:
+            if not averaged.is_floating_point():
                 averaged.copy_(live)
+            elif live.requires_grad:  # a frozen parameter is its own average
+                average([averaged], [live.detach().to(averaged.device, averaged.dtype)], self._averaged.n_averaged)
         for held, running in zip(self.module.buffers(), model.buffers(), strict=True):
             held.copy_(running)
         self._averaged.n_averaged += 1
@@ -90,6 +90,13 @@ class WeightEma:
         finally:
             with self._memory():
                 undo.close()
+
+    @torch.no_grad()
+    def follow_frozen(self, model: nn.Module) -> None:
+        """Let frozen parameters be their own average: `load_state_dict` may have brought that of earlier steps."""
+        for averaged, live in zip(self.module.parameters(), model.parameters(), strict=True):
+            if not live.requires_grad:
+                averaged.copy_(live)
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's AveragedModel: `n_averaged` and the averaged model's own keys after `module.`."""

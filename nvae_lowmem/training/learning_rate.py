@@ -8,6 +8,8 @@ from nvae_lowmem.errors import ConfigError
 
 SMALLEST_SUGGESTED_RATE = 1e-3
 """The lower of the two rates (5e-3, 1e-3) that NVAE's authors advise for small batches."""
+FINE_TUNING_SHARE = 0.1
+"""Of the rate for random weights: what trained ones begin with."""
 
 
 def learning_rate(
@@ -69,3 +71,12 @@ def suggest_learning_rate(total_batch: int, published_total_batch: int, publishe
     sum_ = f"{published_rate:g} x sqrt({total_batch} / {published_total_batch}) = {scaled:.2g}"
     raised = f", raised to {floor:g}, the least advised for small batches" if rate == floor > scaled else ""
     return rate, f"learning rate {rate:g}: {published}; {sum_}{raised}"
+
+
+def fine_tuning_rate(rate: float, why: str) -> tuple[float, str]:
+    """Peak learning rate for weights that are trained already, and the reason to print; rate, why: for random ones."""
+    lower = float(f"{FINE_TUNING_SHARE * rate:.2g}")
+    return lower, (
+        f"learning rate {lower:g}: {FINE_TUNING_SHARE:g} of the one for random weights, because these are trained and "
+        f"large steps would undo that ({why})"
+    )

@@ -13,7 +13,7 @@ from nvae_lowmem.errors import command_line
 from nvae_lowmem.hardware.precision import precision_here
 from nvae_lowmem.model.objective import beta_at
 from nvae_lowmem.training.batch_split import BatchSplit, split_batch
-from nvae_lowmem.training.learning_rate import suggest_learning_rate
+from nvae_lowmem.training.learning_rate import fine_tuning_rate, suggest_learning_rate
 from nvae_lowmem.training.schedule import LONGEST_WARM_UP, Schedule
 from nvae_lowmem.units import format_seconds
 
@@ -55,12 +55,16 @@ def resolve_run(profile: Profile, images: int, device: torch.device, processes: 
         rate, why_rate = suggest_learning_rate(
             training.total_batch, training.published_total_batch, training.published_learning_rate
         )
+        if training.init_from:
+            rate, why_rate = fine_tuning_rate(rate, why_rate)
     steps = f"{total} steps = {total / epoch:.1f} epochs x {epoch} steps ({images} images)"
     if training.hours:
         length = format_seconds(training.hours * 3600)
         steps = f"{length} of training, as many steps as that makes ({epoch} steps an epoch, {images} images)"
     longest = f", or {LONGEST_WARM_UP:.0%} of the time" if training.hours else ""
     reasons = [str(split), steps, f"warm-up {warmup} steps{longest}", why_rate, f"precision {precision}: {why}"]
+    if training.init_from:
+        reasons.append(f"beta {training.kl_beta_max:g} from the first step on: the weights are trained already")
     if CHANGED in profile.provenance:
         reasons.append(
             f"WARNING: the memory plan was fitted before {profile.provenance[CHANGED]} changed, so it may not fit and "

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from nvae_lowmem.model.nvae import NVAE
 from nvae_lowmem.training import changes, checkpoint, rewind, runs
 from nvae_lowmem.training.build import build_model, build_training, engine_factory
 from nvae_lowmem.training.engines import distributed
+from nvae_lowmem.training.initial_weights import InitialWeights, take_over
 from nvae_lowmem.training.out_of_memory import is_out_of_memory, report
 from nvae_lowmem.training.pace import Pace
 from nvae_lowmem.training.resolve import ResolvedRun
@@ -54,6 +56,8 @@ class Session:
     """When this process began, by time.monotonic, where the time of training is limited; None: as `train` begins."""
     expected: Expected | None = None
     """Seconds per step as they were measured or estimated before; None: not known."""
+    initial: Callable[[], InitialWeights] | None = None
+    """Reads the weights that a new run begins from; None: random ones."""
 
     def train(self) -> int:
         """Train to the end, or until asked to stop; returns the number of the signal that asked, 0 at the end.
@@ -73,6 +77,7 @@ class Session:
                     print(f"{self.run_dir} is already done: {resumed.step} of {total} steps")
                 return 0
             said: Said = distributed.from_first(lambda: self._record_configuration(run, resumed))
+            said += self._begin_from(model, resumed)
             while True:
                 made: list[rewind.Rewind] = distributed.from_first(lambda: rewind.rewinds(self.run_dir))
                 run = self._timed(rewind.after_rewinds(self.run, made), budget, resumed)
@@ -95,6 +100,13 @@ class Session:
                     torch.cuda.empty_cache()
                 model = build_model(self.run.profile)
                 resumed = self._resume(model, last.back_to or None) if last.back_to else None
+                said += self._begin_from(model, resumed)
+
+    def _begin_from(self, model: NVAE, resumed: checkpoint.Resumed | None) -> Said:
+        """Give the model of a run without a checkpoint the weights that it is to begin from."""
+        if self.initial is None or resumed is not None:
+            return []
+        return [("weights", take_over(model, self.initial()))]
 
     def _go_back(self, error: Diverged) -> rewind.Rewind:
         return distributed.from_first(lambda: rewind.go_back(self.run_dir, self.run, error, self.most_rewinds))
@@ -151,12 +163,12 @@ class Session:
             if close is not None:
                 close()
 
-    def _first_images(self) -> Tensor:
-        """The first micro-batch, from which a model may be initialised."""
+    def _first_images(self, step: int) -> Tensor:
+        """The first micro-batch of a step, from which a model may be initialised."""
         profile = self.run.profile
         config = profile.training
         batches = Batches(self.data.train, profile.model, profile.data, config.total_batch, config.seed)
-        return batches.batch(0, slice(0, profile.plan.micro_batch))
+        return batches.batch(step, slice(0, profile.plan.micro_batch))
 
     def _resume(self, model: NVAE, step: int | None) -> checkpoint.Resumed | None:
         """What training goes on from, in every process the same."""
@@ -207,6 +219,8 @@ def _load(training: Training, resumed: checkpoint.Resumed) -> None:
     distributed.restore_statistics(training.engine.model, resumed.training)
     if training.ema is not None:
         training.ema.module.load_state_dict(resumed.weights)
+        with training.engine.gathered():
+            training.ema.follow_frozen(training.engine.model)
 
 
 def check_changes(run_dir: Path, run: ResolvedRun) -> None:

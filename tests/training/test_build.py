@@ -59,8 +59,8 @@ def test_a_model_is_initialised_from_data_before_its_average_is_made(asked: bool
     run = run_without_data(replace(profile(), model=model), TOTAL)
     drawn: list[Tensor] = []
 
-    def first_images() -> Tensor:
-        drawn.append(images(0, 0, TOTAL))
+    def first_images(step: int) -> Tensor:
+        drawn.append(images(step, 0, TOTAL))
         return drawn[0]
 
     network = build_model(run.profile)

@@ -10,7 +10,6 @@ it is at.
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import sys
@@ -240,7 +239,10 @@ def _convolutions(training: Training, step: int) -> list[Convolution]:
 def _set_up(run: ResolvedRun, engine_name: EngineName, device: torch.device) -> Training:
     """Build what training builds, in its order."""
     model = build_model(run.profile)
-    images = functools.partial(synthetic_images, run.profile.model, 0, 0, run.split.micro, device)
+
+    def images(step: int) -> Tensor:
+        return synthetic_images(run.profile.model, step, 0, run.split.micro, device)
+
     return build_training(run, model, device, engine_factory(engine_name), images)
 
 

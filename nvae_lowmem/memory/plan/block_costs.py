@@ -11,6 +11,7 @@ with a prime batch that divides no other size, divisibility tells one from the o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,6 +28,7 @@ from nvae_lowmem.memory.plan.roofline import OperationCosts, Rates, operation_co
 from nvae_lowmem.memory.trace.events import Category, Phase
 from nvae_lowmem.memory.trace.storageless import StoragelessTensors
 from nvae_lowmem.memory.trace.tracer import StorageTracer, TracedRunner, paused_gc
+from nvae_lowmem.model.freeze import freeze_blocks, frozen_blocks
 from nvae_lowmem.model.functional import as_on_card
 from nvae_lowmem.model.keep import apply_plan
 from nvae_lowmem.model.latents import SeededNoise
@@ -147,31 +149,20 @@ class BlockTable:
     """The batch that was traced."""
     costs: dict[Keep, dict[str, BlockCosts]]
     parameters: dict[str, tuple[int, ...]]
-    """Elements of each trainable parameter by traced block."""
+    """Elements of each parameter that learns, by traced block."""
     parameter_bytes: dict[str, int]
     """Their fp32 weights on the card, each rounded up as the allocator does."""
     state_bytes: dict[str, int]
-    """The same with buffers."""
-    buffer_bytes: dict[str, int]
-    """Buffers without rounding."""
+    """The same of all parameters and buffers."""
+    copy_bytes: dict[str, int]
+    """All parameters and buffers without rounding."""
     convolutions: dict[str, int]
     order: tuple[str, ...]
     """The traced blocks as a pass runs them."""
 
     def blocks(self, groups: tuple[int, ...]) -> list[PlannedBlock]:
         """The blocks of the model with `groups` per scale, highest resolution first, as a pass runs them."""
-        top = len(groups) - 1
-        out = []
-        for name in self.order:
-            tower, _, rest = name.partition("_")
-            scale, _, index = rest.partition("_")
-            if tower not in ("enc", "dec") or not index.isdecimal():
-                out.append(PlannedBlock(name, name))
-            elif index == "0":  # in both towers, group 0 is the one that is always there
-                count, others = groups[int(scale)], f"{tower}_{scale}_{1 if int(scale) == top else 0}"
-                numbers = range(count) if tower == "dec" else range(count - 1, -1, -1)
-                out += [PlannedBlock(f"{tower}_{scale}_{i}", others if i else name) for i in numbers]
-        return out
+        return _planned_blocks(self.order, groups)
 
     def sources(self, groups: tuple[int, ...]) -> list[str]:
         """The traced block behind every block of the model with `groups`, the learned start first."""
@@ -239,6 +230,34 @@ class BlockTable:
         return tuple(out)
 
 
+def _planned_blocks(order: Sequence[str], groups: tuple[int, ...]) -> list[PlannedBlock]:
+    """The blocks of the model with `groups` per scale, from those of the traced model in `order`."""
+    top = len(groups) - 1
+    out = []
+    for name in order:
+        tower, _, rest = name.partition("_")
+        scale, _, index = rest.partition("_")
+        if tower not in ("enc", "dec") or not index.isdecimal():
+            out.append(PlannedBlock(name, name))
+        elif index == "0":  # in both towers, group 0 is the one that is always there
+            count, others = groups[int(scale)], f"{tower}_{scale}_{1 if int(scale) == top else 0}"
+            numbers = range(count) if tower == "dec" else range(count - 1, -1, -1)
+            out += [PlannedBlock(f"{tower}_{scale}_{i}", others if i else name) for i in numbers]
+    return out
+
+
+def _frozen_in_small(order: Sequence[str], groups: tuple[int, ...], freeze: Sequence[str]) -> list[str]:
+    """The blocks of the traced model, all of which are frozen that it stands for in the model with `groups`.
+
+    One that stands for others as well counts as learning, so that it is never priced too low; the predictor, which
+    traces the model as it is, has the last word. Raises ConfigError as `frozen_blocks` does.
+    """
+    stands_for = {block.name: block.stands_for for block in _planned_blocks(order, groups)}
+    frozen = set(frozen_blocks(list(stands_for), freeze))
+    learning = {source for name, source in stands_for.items() if name not in frozen}
+    return [name for name in order if name not in learning]
+
+
 def record_blocks(profile: Profile, keeps: tuple[Keep, ...] = KEEPS) -> BlockTable:
     """Trace one micro-batch of a small model of the same blocks under every policy. Precision must be decided."""
     config = profile.model
@@ -248,18 +267,20 @@ def record_blocks(profile: Profile, keeps: tuple[Keep, ...] = KEEPS) -> BlockTab
     with paused_gc(), as_on_card():
         with StorageTracer(StoragelessTensors()):
             model = NVAE(small.model).train()
+            freeze_blocks(model, _frozen_in_small(model.block_names(), config.scale_groups, profile.training.freeze))
         batch = _batch_prime(model)
         for keep in keeps:
             costs[keep] = _record(model, small, keep, batch)
         blocks = {name: model.blocks[name] for name in model.blocks}
+        learning = {name: [p for p in block.parameters() if p.requires_grad] for name, block in blocks.items()}
         return BlockTable(
             model=config,
             batch=batch,
             costs=costs,
-            parameters={n: tuple(p.numel() for p in b.parameters()) for n, b in blocks.items()},
-            parameter_bytes={n: sum(map(_rounded_bytes, b.parameters())) for n, b in blocks.items()},
+            parameters={n: tuple(p.numel() for p in own) for n, own in learning.items()},
+            parameter_bytes={n: sum(map(_rounded_bytes, own)) for n, own in learning.items()},
             state_bytes={n: sum(map(_rounded_bytes, [*b.parameters(), *b.buffers()])) for n, b in blocks.items()},
-            buffer_bytes={n: sum(t.nbytes for t in b.buffers()) for n, b in blocks.items()},
+            copy_bytes={n: sum(t.nbytes for t in [*b.parameters(), *b.buffers()]) for n, b in blocks.items()},
             convolutions={n: sum(isinstance(m, ConvUnit) for m in b.modules()) for n, b in blocks.items()},
             order=tuple(name for name in model.block_names() if name != "start"),
         )
@@ -274,7 +295,8 @@ def _record(model: NVAE, profile: Profile, keep: Keep, batch: int) -> dict[str, 
     plan: MemoryPlan = replace(profile.plan, keep=keep, keep_blocks={})
     apply_plan(model, plan)
     model.run_block = TracedRunner(model.run_block, recorder)
-    hooks = [p.register_post_accumulate_grad_hook(_drop_gradient) for p in model.parameters()]
+    learning = [p for p in model.parameters() if p.requires_grad]
+    hooks = [p.register_post_accumulate_grad_hook(_drop_gradient) for p in learning]
     begin_micro_batch(model, 1, 2, 1.0, 1)  # not the first of its step: power iterations belong to no batch size
     with recorder:
         recorder.category = Category.WEIGHT

@@ -123,6 +123,9 @@ class Planner:
         if self.wishes.groups is None:
             if not fewer:
                 return [own]
+            training = self.profile.training
+            if training.init_from or training.freeze:
+                return []  # the weights belong to the groups that they have
             low, high = 1, own[0] - 1
         elif fewer:
             return []
@@ -203,7 +206,7 @@ class Planner:
         sizes = self.table.parameter_elements(groups)
         resident = resident_bytes(self.table, groups, plan, accumulation)
         host = host_bytes(self.table, groups, plan, accumulation)
-        averages = self.table.count(self.table.buffer_bytes, groups) + 4 * sum(sizes)
+        averages = self.table.count(self.table.copy_bytes, groups)
         if self.profile.training.ema_decay and self.profile.training.ema_on_host:
             host += averages
         elif self.profile.training.ema_decay:

@@ -194,7 +194,7 @@ def _averages(profile: Profile, trace: Trace) -> list[Entry]:
 
 
 def engine_entries(plan: MemoryPlan, parameter_bytes: Sequence[int], accumulation: int) -> list[Entry]:
-    """What the engine holds beyond a trace of its step. parameter_bytes: of each parameter in fp32."""
+    """What the engine holds beyond a trace of its step. parameter_bytes: of each that learns, in fp32."""
     if runs_deepspeed(plan):
         return _zero(plan, parameter_bytes, accumulation)
     return _masters(plan, parameter_bytes)

@@ -112,7 +112,7 @@ class Trace:
     """Images in a whole chunk of the likelihood."""
     micro_batch: int = 0
     parameter_bytes: tuple[int, ...] = ()
-    """Bytes of each parameter of the model."""
+    """Bytes of each parameter that learns."""
 
     # -- appending --
 

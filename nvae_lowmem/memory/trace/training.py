@@ -136,7 +136,7 @@ def complete_trace(trace: Trace, model: NVAE, micro_batch: int) -> Trace:
     """The trace with every allocation categorised, its model's sizes, and of the set-up only what stays."""
     categorise_by_lifetime(trace)
     trace.micro_batch = micro_batch
-    trace.parameter_bytes = tuple(p.numel() * p.element_size() for p in model.parameters())
+    trace.parameter_bytes = tuple(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     trace.chunk_images = _images_per_chunk(model)
     return trace.without_temporaries(trace.marks["setup done"])
 

@@ -86,7 +86,9 @@ class ZeroEngine:
         self._gate = GradientGate(training)
         self._refused_norm: float | None = None
         self._optimizer = HostAdamax(
-            objective.parameters(), eps=training.adamax_eps, weight_decay=training.weight_decay
+            [p for p in objective.parameters() if p.requires_grad],
+            eps=training.adamax_eps,
+            weight_decay=training.weight_decay,
         )
         if self.stage == 3:
             # A cell runs its units' parameters itself, past their forward and its hooks: DeepSpeed is to gather all of

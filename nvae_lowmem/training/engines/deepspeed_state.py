@@ -25,14 +25,19 @@ def portable_state(
     collect: whether this one is to have them; the others get nothing.
     zero: DeepSpeed's optimiser around `adamax`. Before the first step there are no Adamax states.
     """
+    import deepspeed
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     out = {f"buffer.{name}": b.detach().to("cpu", copy=True) for name, b in persistent_buffers(model).items()}
     flats = _flat_partitions(zero, stage)
     stepped = any("step" in adamax.state[t] for t in flats) if flats else bool(adamax.state)
     for name, parameter in model.named_parameters():
-        full = {"weight": safe_get_full_fp32_param(parameter) if stage == 3 else parameter.detach()}
-        if stepped:
+        if stage == 3 and not parameter.requires_grad:  # DeepSpeed knows the masters of what learns
+            with deepspeed.zero.GatheredParameters(parameter):
+                full = {"weight": parameter.detach().to("cpu", copy=True)}
+        else:
+            full = {"weight": safe_get_full_fp32_param(parameter) if stage == 3 else parameter.detach()}
+        if stepped and parameter.requires_grad:
             for key in STATES:
                 full[key] = safe_get_full_optimizer_state(parameter, key) if flats else adamax.state[parameter][key]
             full["step"] = adamax.state[flats[0] if flats else parameter]["step"]
@@ -57,7 +62,7 @@ def load_portable_state(
             zero._lazy_init_hp_params_optimizer_state()  # or DeepSpeed would not know of them before the first step
     for name, parameter in named.items():
         _set_weight(parameter, state[f"weight.{name}"], stage)
-        for key in STATES if f"exp_avg.{name}" in state else ():
+        for key in STATES if f"exp_avg.{name}" in state and parameter.requires_grad else ():
             value = state[f"{key}.{name}"]
             if stage == 0:
                 adamax.state[parameter][key].copy_(value)
@@ -93,7 +98,7 @@ def _set_weight(parameter: Tensor, weight: Tensor, stage: int) -> None:
             parameter.copy_(weight)
     else:
         parameter.copy_(weight)
-    if stage > 0:
+    if stage > 0 and parameter.requires_grad:
         _set_master(parameter, weight, stage)
 
 

@@ -307,8 +307,8 @@ def largest(values: Sequence[int], device: torch.device) -> list[int]:
 # --- BatchNorm's running statistics, which differ between processes ---------------------------------------------------
 
 
-def _running_statistics(model: NVAE) -> list[Tensor]:
-    statistics = [layer.running() for layer in model.layers()]
+def _running_statistics(model: NVAE, frozen: bool = True) -> list[Tensor]:
+    statistics = [layer.running() for layer in model.layers() if frozen or not layer.frozen]
     return [t for used in statistics if used is not None for t in (used.mean, used.variance)]
 
 
@@ -323,7 +323,7 @@ def average_statistics(model: NVAE) -> None:
 
     For evaluation; every process has to call it. Training itself reads no running statistics.
     """
-    running = _running_statistics(model)
+    running = _running_statistics(model, frozen=False)  # the others are the same everywhere, to the last bit
     if not running or not dist.is_initialized() or dist.get_world_size() == 1:
         return
     flat = torch.cat(running)  # one exchange in place of two per layer
@@ -366,7 +366,12 @@ def restore_statistics(model: NVAE, state: Mapping[str, Tensor]) -> None:
     if rows is None or not running:
         return
     several = dist.is_initialized() and dist.get_world_size() == len(rows)
-    _set_statistics(running, (rows[dist.get_rank()] if several else rows.mean(0)).to(running[0].device))
+    _set_statistics(running, (rows[dist.get_rank()] if several else _mean(rows)).to(running[0].device))
+
+
+def _mean(rows: Tensor) -> Tensor:
+    """(values,) the mean over processes of (processes, values); where all are equal, that very number."""
+    return torch.where((rows == rows[0]).all(0), rows[0], rows.mean(0))
 
 
 @contextmanager
@@ -378,7 +383,7 @@ def mean_statistics(model: NVAE, state: Mapping[str, Tensor]) -> Iterator[None]:
         return
     own = torch.cat(running)
     with torch.no_grad():
-        _set_statistics(running, state[STATISTICS].mean(0).to(own.device))
+        _set_statistics(running, _mean(state[STATISTICS]).to(own.device))
     try:
         yield
     finally:

@@ -127,7 +127,8 @@ class TorchEngine:
     def state(self) -> dict[str, Tensor]:
         """Weights, Adamax states, buffers and the loss scale, by name, on the host."""
         out = {f"buffer.{name}": b for name, b in persistent_buffers(self.model).items()}
-        for (name, _), held in zip(self.model.named_parameters(), self._placement.held, strict=True):
+        out |= {f"weight.{name}": p.detach() for name, p in self.model.named_parameters() if not p.requires_grad}
+        for name, held in self._held():
             out[f"weight.{name}"] = held.detach()
             for key in ("exp_avg", "exp_inf", "step"):
                 if key in self.optimizer.state[held]:
@@ -143,8 +144,9 @@ class TorchEngine:
         """The inverse of `state`."""
         for name, buffer in persistent_buffers(self.model).items():
             buffer.copy_(state[f"buffer.{name}"])
-        for (name, parameter), held in zip(self.model.named_parameters(), self._placement.held, strict=True):
+        for name, parameter in self.model.named_parameters():
             parameter.copy_(state[f"weight.{name}"])
+        for name, held in self._held():
             held.copy_(state[f"weight.{name}"])
             if f"exp_avg.{name}" in state:
                 own = self.optimizer.state[held]
@@ -155,6 +157,11 @@ class TorchEngine:
         if self._scaler is not None and float(state.get("loss_scale", 1.0)) != 1.0:  # 1: saved by a run without fp16
             saved = {"scale": float(state["loss_scale"]), "_growth_tracker": int(state.get(GOOD_STEPS, 0))}
             self._scaler.load_state_dict(self._scaler.state_dict() | saved)
+
+    def _held(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, the tensor that the optimiser updates) of every parameter that learns."""
+        names = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
+        return zip(names, self._placement.held, strict=True)
 
 
 def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:

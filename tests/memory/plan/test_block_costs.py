@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from planner_cases import RATES, TWO_SCALES, mixed_assignments, profile_of, small_model, table_of
+from planner_cases import RATES, TWO_SCALES, mixed_assignments, profile_of, run, small_model, table_of, traced
 
-from nvae_lowmem.config.sections import MemoryPlan
+from nvae_lowmem.config.sections import MemoryPlan, Profile, TrainConfig
+from nvae_lowmem.errors import ConfigError
 from nvae_lowmem.memory.plan.block_costs import record_blocks
 from nvae_lowmem.memory.plan.candidates import resident_bytes
 from nvae_lowmem.memory.plan.search import Assignment
@@ -41,3 +42,36 @@ def test_the_table_prices_mixed_policies_as_a_trace_of_the_whole_model_does(offl
         trace = trace_training(replace(TWO_SCALES, plan=plan), images, 1, 1 if offload else 2)
         # rather too much than too little: what a parked input's neighbours fetch ahead is counted at its most
         assert 0.98 < (always + picked.peak_bytes) / trace.peak().nbytes < 1.05, keeps
+
+
+def frozen(*freeze: str) -> Profile:
+    return replace(TWO_SCALES, training=replace(TWO_SCALES.training, freeze=freeze))
+
+
+@pytest.mark.parametrize("offload", [True, False], ids=["offloaded", "on the card"])
+@pytest.mark.parametrize("freeze", [("stem", "pre_*", "enc_*", "top"), ("dec_*", "start"), ("enc_0_*", "post_*")])
+def test_the_table_prices_frozen_blocks_as_a_trace_does(freeze: tuple[str, ...], offload: bool) -> None:
+    images, profile = 64, frozen(*freeze)
+    groups, table = profile.model.scale_groups, record_blocks(profile)
+    named = table.choices(groups, images, RATES, gradients_stay=not offload)
+    always = resident_bytes(table, groups, MemoryPlan(offload_optimizer=offload), 1)
+    (keeps,) = mixed_assignments([name for name, _ in named], 1)[-1:]
+    picked = Assignment(tuple(next(c for c in row if c.keep == keeps[name]) for name, row in named))
+    plan = MemoryPlan(precision="bf16", offload_optimizer=offload, keep_blocks=keeps)
+    trace = trace_training(replace(profile, plan=plan), images, 1, 1 if offload else 2)
+    assert sum(table.parameter_elements(groups)) == sum(trace.parameter_bytes) // 4
+    assert 0.98 < (always + picked.peak_bytes) / trace.peak().nbytes < 1.08
+
+
+def test_a_block_that_stands_for_one_that_learns_is_never_priced_too_low() -> None:
+    groups = TWO_SCALES.model.scale_groups
+    part, whole = (record_blocks(frozen(*freeze), keeps=("all",)) for freeze in (("dec_0_1",), ()))
+    assert part.parameter_elements(groups) == whole.parameter_elements(groups)
+    with pytest.raises(ConfigError, match="'dec_0_7', a block that this model does not have"):
+        record_blocks(frozen("dec_0_7"))
+
+
+def test_fewer_groups_are_not_tried_where_weights_belong_to_them() -> None:
+    for training in (TrainConfig(freeze=("stem",)), TrainConfig(init_from="run")):
+        found = run(replace(TWO_SCALES, training=replace(training, total_batch=16)), 1 << 16, traced)
+        assert not found.fits and found.chosen.groups == TWO_SCALES.model.scale_groups

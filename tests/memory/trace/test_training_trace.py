@@ -10,6 +10,7 @@ from traced_steps import lives, small
 
 from nvae_lowmem.config.model import ModelConfig
 from nvae_lowmem.config.recipes import recipe
+from nvae_lowmem.config.sections import Keep, Profile
 from nvae_lowmem.memory.allocator.settings import MIN_BLOCK_BYTES
 from nvae_lowmem.memory.trace import training as tracing
 from nvae_lowmem.memory.trace.events import Phase, Window, loop_carried, repeat
@@ -39,6 +40,63 @@ def test_a_trace_without_memory_equals_that_of_a_real_step(
     assert lives(traced) == lives(real)
     assert traced.events == real.events
     assert traced.peak() == real.peak()
+
+
+ENCODER = ("stem", "pre_*", "enc_*", "top")
+
+
+def frozen(freeze: tuple[str, ...], model: ModelConfig = SMALL_RGB, **plan: Any) -> Profile:
+    profile = profile_of(model, **plan)
+    return replace(profile, training=replace(profile.training, freeze=freeze))
+
+
+@pytest.mark.parametrize(
+    ("freeze", "accumulation", "plan"),
+    [
+        (ENCODER, 1, {"keep": "all"}),
+        (("dec_*", "start"), 3, {"keep": "cheap", "precision": "bf16"}),
+        (("stem", "pre_*", "dec_1_0"), 1, {"keep": "input", "offload_optimizer": True, "precision": "fp16"}),
+        ((*ENCODER, "post_*", "head"), 3, {"keep": "host", "keep_blocks": {"dec_1*": "all"}}),
+        (("dec_0_*", "post_*"), 1, {"keep": "all"}),
+    ],
+)
+def test_a_trace_with_frozen_blocks_equals_that_of_a_real_step(
+    freeze: tuple[str, ...], accumulation: int, plan: dict[str, Any]
+) -> None:
+    profile = frozen(freeze, **plan)
+    traced, real = (trace_training(profile, 2, accumulation, steps=2, fake=fake) for fake in (True, False))
+    assert lives(traced) == lives(real)
+    assert traced.events == real.events and traced.peak() == real.peak()
+
+
+@pytest.mark.parametrize("keep", ["all", "cheap"])  # under input, a decoder block keeps the map that it is given
+def test_frozen_blocks_that_nothing_learns_before_keep_no_activations(keep: Keep) -> None:
+    def kept(freeze: tuple[str, ...]) -> dict[str, int]:
+        """Bytes of activations by block at the end of the forward pass."""
+        trace = trace_training(frozen(freeze, keep=keep), 2, steps=1)
+        end = next(a.born for a in trace.allocations if a.phase == "backward")
+        found: dict[str, int] = {}
+        for a in trace.allocations:
+            alive = a.born < end and (a.died < 0 or a.died >= end)
+            if alive and a.phase == "forward" and a.category in ("saved activation", "temporary"):
+                found[a.block] = found.get(a.block, 0) + a.nbytes
+        return found
+
+    everything, without = kept(()), kept(ENCODER)
+    for name in ("stem", "pre_0_0", "enc_0_0", "enc_0_down", "enc_1_0"):
+        assert without.get(name, 0) == 0
+        assert everything[name] > 0
+    assert without["dec_0_0"] <= everything["dec_0_0"]
+
+
+def test_frozen_blocks_have_no_states_and_no_gradients() -> None:
+    whole, part = (trace_training(frozen(freeze), 2, steps=2) for freeze in ((), ENCODER))
+    assert sum(part.parameter_bytes) < sum(whole.parameter_bytes)
+    for trace in (whole, part):
+        states = sum(a.nbytes for a in trace.allocations if a.category == "optimizer state" and a.died < 0)
+        assert 2 * sum(trace.parameter_bytes) <= states < 2.1 * sum(trace.parameter_bytes)
+    on_host = frozen(ENCODER, offload_optimizer=True)
+    assert trace_training(on_host, 2, steps=1).host_bytes() == 2 * sum(part.parameter_bytes)
 
 
 def test_two_real_steps_of_a_shipped_recipe_are_traced_exactly() -> None:

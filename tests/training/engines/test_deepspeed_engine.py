@@ -17,6 +17,7 @@ pytest.importorskip("deepspeed")
 from zero_worker import CPU, MODEL, PLANS, SHARED, TOTAL, finish, free_port, losses, make, profile, start, train
 
 from nvae_lowmem.errors import ConfigError
+from nvae_lowmem.model.freeze import frozen_blocks
 from nvae_lowmem.model.keep import apply_plan
 from nvae_lowmem.model.nvae import NVAE
 from nvae_lowmem.model.objective import LossTerms
@@ -75,6 +76,25 @@ def test_losses_and_state_are_those_of_the_torch_engine(name: str) -> None:
     expected, state = torch_run()
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=0.0)
     assert_same_state(engine.state(), state, 1e-5)
+    engine.close()
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_frozen_blocks_stay_and_the_others_train_as_with_the_torch_engine(name: str) -> None:
+    freeze = ("stem", "pre_*", "enc_*", "dec_1_0")
+    plain, run = profile(freeze=freeze), profile(PLANS[name], freeze=freeze)
+    expected, engine = make(TorchEngine, plain), make(ZeroEngine, run)
+    before = engine.state()
+    torch.testing.assert_close(
+        losses(train(engine, run, range(6))), losses(train(expected, plain, range(6))), rtol=1e-6, atol=0.0
+    )
+    state = engine.state()
+    assert_same_state(state, expected.state(), 1e-5)
+    names = tuple(f"blocks.{block}." for block in frozen_blocks(engine.model.block_names(), freeze))
+    frozen = {key for key in before if key.partition(".")[2].startswith(names)}
+    assert len(frozen) > 40 and all(torch.equal(state[key], before[key]) for key in frozen)
+    engine.load_state(before | {key: value for key, value in state.items() if key not in frozen})
+    assert_same_state(engine.state(), state, 0.0)
     engine.close()
 
 
