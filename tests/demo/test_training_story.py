@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,18 @@ def test_time_left_is_that_of_the_steps_to_come(tmp_path: Path) -> None:
     add(tmp_path, 40, 86)
     story.refresh()
     assert dict(story.rows())["state"] == "finished" and "time left" not in dict(story.rows())
+
+
+def test_a_training_that_ends_at_an_hour_has_as_many_steps_as_were_planned_last(tmp_path: Path) -> None:
+    folder = begun(tmp_path)
+    profile = profile_file.load(folder / "config.toml")
+    profile_file.save(replace(profile, training=replace(profile.training, hours=2.0)), folder / "config.toml")
+    story = RunStory(folder)
+    assert story.total_steps is None
+    for step, planned in ((6, 90), (20, 50)):
+        add(folder, step, 10 * step, **{"schedule/total_steps": planned})
+    story.refresh()
+    assert story.total_steps == 50 and story.seconds_left() == 30 * 10
 
 
 def test_without_the_count_of_images_there_is_no_time_left(tmp_path: Path) -> None:
