@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 PERIODIC = ("evaluate", "sample", "save")
 """What is done now and then between steps, by the names of the settings evaluate_every, sample_every, save_every."""
+IN_WORDS = {"evaluate": "evaluations", "sample": "pictures", "save": "saves"}
 WARM_STEPS = 2
 """First steps of a process, slower than all others: kernels are chosen, memory is taken, caches are cold."""
 ENOUGH_STEPS = 4

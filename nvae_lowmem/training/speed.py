@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -41,16 +42,23 @@ class Expected:
 
 
 def promise(
-    step: int, seconds: float, device: str, left_steps: int, left_seconds: float, expected: Expected | None
+    step: int,
+    seconds: float,
+    device: str,
+    left_steps: int,
+    left_seconds: float,
+    expected: Expected | None,
+    uncounted: Sequence[str] = (),
 ) -> str:
     """When training ends, for people: after step `step`, at so many seconds per step, with so much left to do.
 
-    left_seconds: of all that is left, as far as it is known what it takes.
+    uncounted: what left_seconds leaves out, since nobody knows yet what it takes.
     """
+    without = f" without {', '.join(uncounted)}" if uncounted else ""
     beside = f". {expected.beside(seconds)}" if expected is not None else ""
     return (
         f"step {step}: {seconds:.3g} s per step on {device}: with {left_steps:,} steps left, training ends "
-        f"{clock_time(left_seconds)}, in {format_seconds(left_seconds)}{beside}"
+        f"{clock_time(left_seconds)}, in {format_seconds(left_seconds)}{without}{beside}"
     )
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nvae_lowmem.config.limits import LARGEST_STEPS
 from nvae_lowmem.config.sections import TrainConfig
-from nvae_lowmem.training.pace import ENOUGH_STEPS, PERIODIC, WARM_STEPS, Pace
+from nvae_lowmem.training.pace import ENOUGH_STEPS, IN_WORDS, PERIODIC, WARM_STEPS, Pace
 from nvae_lowmem.training.schedule import Knot, Schedule
 from nvae_lowmem.units import clock_time, format_seconds
 
@@ -123,8 +123,7 @@ class TimeBudget:
         """A sentence on a new plan, for people."""
         if total_steps <= step:
             return f"step {step}: the time is over, so this is the last step, of {before:,} planned"
-        names = {"evaluate": "evaluations", "sample": "pictures", "save": "saves"}
-        known = [f"{name} {self._seconds(what):.3g} s" for what, name in names.items() if self._seconds(what)]
+        known = [f"{name} {self._seconds(what):.3g} s" for what, name in IN_WORDS.items() if self._seconds(what)]
         measured = ", ".join([f"{self._seconds('step'):.3g} s per step", *known])
         return (
             f"step {step}: {measured}: {total_steps:,} steps in all instead of {before:,}; training ends "

@@ -30,7 +30,7 @@ from nvae_lowmem.training.engines import distributed
 from nvae_lowmem.training.engines.torch_engine import persistent_buffers
 from nvae_lowmem.training.first_bad import first_bad
 from nvae_lowmem.training.monitor import Monitor, is_early
-from nvae_lowmem.training.pace import PERIODIC, Pace
+from nvae_lowmem.training.pace import IN_WORDS, PERIODIC, Pace
 from nvae_lowmem.training.schedule import Schedule
 from nvae_lowmem.training.speed import Expected, promise
 from nvae_lowmem.training.speed import record as record_speed
@@ -306,9 +306,13 @@ class Trainer:
         self._promised = True
         seconds, left_steps = self._pace.mean(), self.total_steps - step
         left = sum(self._pace.seconds.get(what, 0.0) * (left_steps // self._every(what) + 1) for what in PERIODIC)
-        left = self._budget.left if self._budget is not None else left + left_steps * seconds
+        uncounted = [name for what, name in IN_WORDS.items() if what not in self._pace.seconds]
+        if self._budget is not None:
+            left, uncounted = self._budget.left, []
+        else:
+            left += left_steps * seconds
         device = device_name(self.engine.device)
-        monitor.event(step, "speed", promise(step, seconds, device, left_steps, left, self._expected))
+        monitor.event(step, "speed", promise(step, seconds, device, left_steps, left, self._expected, uncounted))
         self._record_speed()
 
     def _record_speed(self) -> None:

@@ -160,12 +160,13 @@ def test_a_long_training_saves_every_half_hour(clock: Clock, tmp_path: Path) -> 
 
 
 def test_the_end_is_said_after_a_few_steps_and_the_speed_is_kept_in_the_run(clock: Clock, tmp_path: Path) -> None:
-    path = write_profile(tmp_path, steps="steps = 12")
+    path = write_profile(tmp_path, steps="steps = 12", sample_every="sample_every = 12")
     path.write_text(path.read_text() + "\n[provenance]\ncard = 'gtx-970'\npredicted_seconds_per_step = 0.5\n")
     folder = tmp_path / "run"
     assert run(path, "--run-dir", str(folder)).code == 0
     (said,) = [record["text"] for record in records(folder) if record.get("event") == "speed"]
-    assert f"{STEP:g} s per step on the CPU" in said and "with 6 steps left, training ends about" in said
+    assert f"{STEP:g} s per step on the CPU" in said and "s without pictures. 0.5 to" in said
+    assert "with 6 steps left, training ends about" in said
     assert "0.5 to 2.1 s were estimated for NVIDIA GeForce GTX 970, which this is not" in said
     assert f"it takes {STEP / 2.1:.2f} times the most of that" in said
     made = profiles.load(folder / "config.toml")
