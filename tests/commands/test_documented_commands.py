@@ -68,7 +68,7 @@ def test_the_named_script_exists(one: Documented) -> None:
 @pytest.mark.parametrize("one", [one for one in ONCE if one.command in COMMANDS and one.flags], ids=ids)
 def test_the_command_knows_every_flag_and_value(one: Documented) -> None:
     command = parsed(one)
-    if isinstance(command, TrainCommand) and _given(command.profile):
+    if isinstance(command, TrainCommand) and _given(command.profile) and not command.init_from:
         command.asked()
     elif isinstance(command, ModelFlags) and (command.recipe or _given(command.profile)):
         overridden(command.base(), command.set)

@@ -54,6 +54,7 @@ ARGUMENTS = {
     "FOLDER": "pictures", "FOLDER_OR_ZIP": "pictures.zip", "IMAGES": "pictures", "LATENTS": "latents",
     "~/pictures": "pictures", "parts.zip": "pictures.zip", "faces.zip": "pictures.zip", "mine.toml": "mine.toml",
     "3": "latest", "celeba64-4g": "latest", "runs/00003-mnist": "latest", "runs/00003-celeba64-4g": "latest",
+    "runs/00003-demo-faces": "runs/00000-demo-mnist", "runs/00003-...": "runs/00000-demo-mnist",
     "10000": "20", "0.7,0.8,1.0": "0.7,1.0",  # a temperature for each of two scales
 }  # fmt: skip
 """What stands for something of the reader's -> the same here."""

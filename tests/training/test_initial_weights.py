@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from models import build, images, tiny_rgb
@@ -13,14 +15,19 @@ from torch import Tensor
 from nvae_lowmem.config.model import ModelConfig
 from nvae_lowmem.config.recipes import with_groups
 from nvae_lowmem.config.sections import Profile, TrainConfig
-from nvae_lowmem.errors import ConfigError
+from nvae_lowmem.data.dataset import ArrayDataset
+from nvae_lowmem.data.fingerprint import Fingerprint
+from nvae_lowmem.data.sources import Datasets
+from nvae_lowmem.data.stores import ArrayStore
+from nvae_lowmem.errors import ConfigError, Diverged
 from nvae_lowmem.model.data_init import estimate_statistics
 from nvae_lowmem.model.latents import SeededNoise
 from nvae_lowmem.model.nvae import NVAE
 from nvae_lowmem.model.objective import Objective, beta_at
 from nvae_lowmem.training.build import ESTIMATION_PASSES, build_training
 from nvae_lowmem.training.initial_weights import InitialWeights, differing_fields, take_over
-from nvae_lowmem.training.resolve import resolve_run, run_without_data
+from nvae_lowmem.training.resolve import ResolvedRun, resolve_run, run_without_data
+from nvae_lowmem.training.session import Session
 
 CONFIG = tiny_rgb()
 CPU = torch.device("cpu")
@@ -149,3 +156,38 @@ def test_statistics_are_kept_or_estimated_as_asked(how: str) -> None:
     assert made.ema is not None
     averaged = dict(made.ema.module.named_buffers())
     assert all(torch.equal(averaged[name], buffer) for name, buffer in model.named_buffers())
+
+
+def test_going_back_to_the_beginning_goes_back_to_these_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[dict[str, Tensor]] = []
+
+    def blows_up_once(session: Session, run: ResolvedRun, model: NVAE, *_: Any) -> int:
+        seen.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+        with torch.no_grad():
+            model.blocks["stem"].conv.weight.zero_()  # type: ignore[union-attr]
+        if len(seen) == 1:
+            raise Diverged("blown up", step=3, good_until=0)
+        return 0
+
+    monkeypatch.setattr(Session, "_train_from", blows_up_once)
+    trained = build(CONFIG, seed=2)
+    profile = Profile(model=CONFIG, training=TrainConfig(init_from="somewhere")).with_plan(precision="fp32")
+    array = np.zeros((4, 3, 16, 16), np.uint8)
+    session = Session(
+        run=run_without_data(profile, 2),
+        data=Datasets(ArrayDataset(array), ArrayDataset(array), "zeros", Fingerprint.of(*[two_parts(array)] * 2)),
+        engine="torch",
+        device=CPU,
+        rank=0,
+        run_dir=tmp_path,
+        initial=lambda: weights_of(trained),
+    )
+    assert session.train() == 0 and len(seen) == 2
+    for state in seen:
+        assert all(torch.equal(tensor, trained.state_dict()[name]) for name, tensor in state.items())
+
+
+def two_parts(array: np.ndarray) -> tuple[ArrayStore, np.ndarray, int]:
+    return ArrayStore(array, "zeros"), np.arange(len(array)), len(array)
