@@ -45,7 +45,7 @@ class AnomalyCommand(RunFlags):
     compare: int = 200
     """Held-out images to compare with; 0: none."""
     shown: int = 16
-    """Worst images in the figure."""
+    """Worst images in the picture."""
     seed: int = 0
     """Seed of the draws."""
     out: str = ""
@@ -99,10 +99,10 @@ def _anomaly(command: AnomalyCommand) -> None:
     if limit is not None:
         print(f"{int((score > limit).sum()):,} of {len(names):,} images are above it")
     worst = order[: command.shown]
-    print(_figure(run.profile.model, batch[worst], maps[worst], [float(score[i]) for i in worst], out))
+    print(_picture(run.profile.model, batch[worst], maps[worst], [float(score[i]) for i in worst], out))
 
 
-def _figure(model: ModelConfig, batch: Tensor, maps: Tensor, scores: Sequence[float], out: Path) -> Path:
+def _picture(model: ModelConfig, batch: Tensor, maps: Tensor, scores: Sequence[float], out: Path) -> Path:
     """The worst images above their maps: bright where the later groups had something to say."""
     import torch
 

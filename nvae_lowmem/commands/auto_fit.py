@@ -26,9 +26,9 @@ HOST_SHARE = 0.8
 def auto_fitted(profile: Profile, gpu_mem: str, device: torch.device) -> Profile:
     """The profile under the best plan for a card of size `gpu_mem`, such as 4G; "": the GPU of this machine.
 
-    The total batch stays; the micro-batch is chosen. On the CPU the profile's own precision stays, too: speed is
-    another there. Raises ConfigError for a size that no card has, for several processes, and where neither a size nor a
-    GPU is given; NothingFits.
+    The total batch stays; the micro-batch is chosen. On the CPU the profile's own precision stays, too, since half
+    types gain nothing there. Raises ConfigError for a size that no card has, for several processes, and where neither a
+    size nor a GPU is given; NothingFits.
     """
     if distributed.launched_processes() > 1:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""Show what a model is made of, block by block, as a table and as a figure."""
+"""Show what a model is made of, block by block, as a table and as a picture."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PICTURE_SUFFIXES = (".svg", ".png")
 
 @dataclass(frozen=True, kw_only=True)
 class DescribeCommand(ModelFlags):
-    """Show what a model is made of, block by block: sizes, parameters, receptive fields, and if asked for a figure.
+    """Show what a model is made of, block by block: sizes, parameters, receptive fields, and if asked for a picture.
 
     Needs no GPU and no weights. Exit status: 0; 2 when the command line or a file is wrong.
 

@@ -69,7 +69,7 @@ class RunFlags:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageFlags(RunFlags):
-    """The flags of every command that sends images through a model and draws figures."""
+    """The flags of every command that sends images through a model and draws pictures."""
 
     box: Repeated = ()
     """x,y,w,h in pixels of the square to take from the images; once for all of them, or repeated for each."""

@@ -17,9 +17,9 @@ from nvae_lowmem.progress import progress_bar
 
 @dataclass(frozen=True, kw_only=True)
 class ReconstructCommand(ImageFlags):
-    """Send images through a trained model and back: a figure, and a table of errors and likelihoods.
+    """Send images through a trained model and back: a picture, and a table of errors and likelihoods.
 
-    The figure has the originals, their reconstructions, and what the first groups alone say of them.
+    The picture has the originals, their reconstructions, and what the first groups alone say of them.
 
     Examples:
       nvae-lowmem reconstruct --run latest

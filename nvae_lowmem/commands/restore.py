@@ -90,14 +90,14 @@ def _restore(command: RestoreCommand) -> None:
     if originals is not None:
         print(_table(names, originals, measured.first_guess(), restored))
     columns = grids.default_columns(restored.shape[-1], command.scale)
-    figure = grids.stack(
+    picture = grids.stack(
         [
             grids.labelled(grids.grid(images, columns, scale=command.scale), text)
             for text, images in rows.items()
             if images is not None
         ]
     )
-    print(grids.save_png(figure, out / f"restored-{command.task}.png"))
+    print(grids.save_png(picture, out / f"restored-{command.task}.png"))
     for name, image in zip(_stems(names), grids.to_uint8(restored), strict=True):
         print(grids.save_png(image, out / f"restored-{command.task}-{name}.png"))
 

@@ -56,7 +56,7 @@ class SampleCommand(RunFlags):
     likelihood: Literal["mean", "sample"] = "mean"
     """Pixels of p(x|z): its mean (smooth, for people) or a draw from it (the data's grid of bits, with its noise)."""
     format: Literal["grid", "png", "zip"] = "grid"
-    """grid: one figure per temperature and overview.png; png: a folder of single images per temperature; zip: the same
+    """grid: one picture per temperature and overview.png; png: a folder of single images per temperature; zip: the same
     in one file per temperature."""
     scale: PictureScale = 0
     """How many times as large as in their files images are shown in grids; 0: at least 56 pixels wide."""
@@ -110,7 +110,7 @@ def _sample(command: SampleCommand) -> None:
         else:
             print(f"{series.write_pngs(chunks, out / name)}: {command.count} images", flush=True)
     if sections:
-        overview = grids.stack([grids.labelled(figure, caption) for caption, figure in sections])
+        overview = grids.stack([grids.labelled(picture, caption) for caption, picture in sections])
         print(grids.save_png(overview, out / "overview.png"))
 
 
@@ -133,7 +133,7 @@ def _recalibrate(command: SampleCommand, run: OpenRun, temperature: Temperature)
 
 
 def _held_out_sections(run: OpenRun, scale: int) -> list[tuple[str, np.ndarray]]:
-    """(caption, figure) of held-out images and their reconstructions, or of what training saw of them."""
+    """(caption, picture) of held-out images and their reconstructions, or of what training saw of them."""
     import numpy as np
     import torch
     from PIL import Image

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class TraverseCommand(ImageFlags):
-    """Move one latent group of an image at a time: a figure of what each controls, and a table of which ones live.
+    """Move one latent group of an image at a time: a picture of what each controls, and a table of its KL.
 
     Examples:
       nvae-lowmem traverse --run latest

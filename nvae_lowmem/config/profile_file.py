@@ -105,7 +105,7 @@ def override(profile: Profile, assignments: Sequence[str] = (), values: Mapping[
     """The Profile with changes: `values` by section.key, taken as they are, then `section.key=value` texts as of --set.
 
     The value of a text is read as TOML, and as a plain string where it is none. Raises ConfigError with every problem.
-    What a plan was fitted to must not change unnoticed: then the predictions leave the provenance, which says why.
+    If a change touches what the plan was fitted to, the predictions leave the provenance, which then says why.
     """
     table = to_dict(profile)
     problems = []

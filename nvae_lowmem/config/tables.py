@@ -1,4 +1,4 @@
-"""Tables in text files: TOML (and JSON), whose size and depth are looked at before they are parsed.
+"""Tables in text files: TOML (and JSON), whose size and depth are checked before they are parsed.
 
 A parser calls itself for every level of nesting, and makes a table for every dot of a key: a file of a few hundred
 kilobytes could otherwise end the interpreter or fill the memory.
@@ -58,7 +58,7 @@ def read_table(path: str | os.PathLike[str], what: str) -> dict[str, Any]:
 
 
 def parse_toml(text: str, what: str) -> dict[str, Any]:
-    """The table in TOML text. Raises ConfigError that begins with `what`, for whatever text."""
+    """The table in TOML text. Raises ConfigError that begins with `what`, whatever is wrong with the text."""
     text = text.removeprefix("\ufeff")
     _check_shape(text, _TOML_TEXT, what)
     try:
@@ -68,7 +68,7 @@ def parse_toml(text: str, what: str) -> dict[str, Any]:
 
 
 def parse_json(text: str, what: str) -> dict[str, Any]:
-    """The table (object) in JSON text. Raises ConfigError that begins with `what`, for whatever text."""
+    """The table (object) in JSON text. Raises ConfigError that begins with `what`, whatever is wrong with the text."""
     _check_shape(text, _JSON_TEXT, what)
     try:
         table = json.loads(text)

@@ -39,7 +39,7 @@ def default_passes(device: torch.device, micro_batch: int) -> int:
 
 
 def images_per_estimate(micro_batch: int) -> int:
-    """A pass takes two images at least: at 1 x 1 pixels a single value has no variance."""
+    """Images of a pass: at least two, because a single value, at 1 x 1 pixels, has no variance."""
     return max(2, micro_batch)
 
 

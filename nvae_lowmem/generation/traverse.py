@@ -1,4 +1,4 @@
-"""What a latent group controls: an image with one group moved by so many sigmas of the prior, and which groups live.
+"""What a latent group controls: an image with one group moved by some sigmas of the prior, and its activity.
 
 The groups below the moved one keep their place relative to the prior, r_l = (z_l - mu_p) / sigma_p, while mu_p and
 sigma_p follow the new state: the picture changes as the model thinks it must, and where nothing is moved it is the

@@ -1,4 +1,4 @@
-"""Which precision a card trains in, decided in one place; where fp16 is not to be trusted it is tried first."""
+"""Which precision a card trains in, decided in one place; where fp16 may be unreliable it is tested first."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def choose_precision(wanted: Precision, card: Card | None, device: torch.device 
     """fp32, bf16 or fp16 for training on a card, and the reason.
 
     card: None where none was named. device: of this machine, where training is about to run on it: a CPU gains nothing
-    by half precision, and on a card whose fp16 may give NaN one convolution is tried. Without it such a card's fp16 is
-    a promise that the trying has to keep.
+    by half precision, and a card whose fp16 may give NaN has to pass `fp16_convolution_selftest`. None: fp16 is chosen
+    for such a card on the condition that it passes when training begins.
     Raises ConfigError for what was asked for by name and the card cannot do.
     """
     if wanted == "bf16" and card is not None and not card.bf16:

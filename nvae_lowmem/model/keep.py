@@ -32,7 +32,7 @@ from nvae_lowmem.model.nvae import NVAE
 
 
 def apply_plan(model: NVAE, plan: MemoryPlan) -> None:
-    """Make every block of the model keep what the plan says. Raises ConfigError for a block nobody knows."""
+    """Make every block of the model keep what the plan says. Raises ConfigError for a block that is not there."""
     check_block_names(model, plan)
     names = _names(model)
     keeps: dict[str, Keep] = {name: plan.keep_of(name) for name in names}

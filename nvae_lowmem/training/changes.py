@@ -30,7 +30,7 @@ _UNSAID = {
     "rewinds",
     "init_statistics",
 }
-"""Keys of [training] that leave the trained weights as they would be."""
+"""Keys of [training] that do not influence the trained weights."""
 _EFFECTS = {
     "total_batch": "an optimiser step has another number of images, and an epoch another number of steps",
     "epochs": "the schedules of learning rate and beta stretch to the new end",
@@ -96,7 +96,7 @@ def changes(before: Profile, now: Profile) -> list[Change]:
 
 
 def differ(before: Profile, now: Profile) -> bool:
-    """Whether anything differs but where the profiles come from, also what `changes` has nothing to say of."""
+    """Whether the profiles differ in anything but their provenance, keys that `changes` leaves out included."""
     old, new = (profiles.to_dict(replace(p.with_absolute_paths(), name="", provenance={})) for p in (before, now))
     return old != new
 

@@ -52,7 +52,7 @@ class DivergenceGuard:
         self._recently_refused: deque[bool] = deque(maxlen=REFUSALS_AMONG)
 
     def check(self, update: Update, step: int) -> None:
-        """Step `step` (from 1) is done. Raises Diverged with advice where more steps would be for nothing."""
+        """Take in the update of step `step` (from 1). Raises Diverged with advice where further steps are pointless."""
         self.overflows += update.overflow
         self._in_a_row = self._in_a_row + 1 if update.overflow else 0
         if self._in_a_row >= STUCK_AFTER:

@@ -1,4 +1,4 @@
-"""Finds where in a network the first number arises that is none: a weight, or a block's output in the forward pass."""
+"""Finds where in a network the first inf or NaN arises: a weight, or a block's output in the forward pass."""
 
 from __future__ import annotations
 

@@ -61,8 +61,8 @@ def open_run(
 ) -> OpenRun:
     """The newest checkpoint of a run, under the run's memory plan.
 
-    micro_batch: images per pass, and then the plan's cap is not put into force: who asks for more images means to use
-    more of the card; 0: what the plan has room for in `precision`.
+    micro_batch: images per pass. Where it is given, the plan's cap is not applied, since more images may need more of
+    the card. 0: as many as the plan has room for in `precision`.
     data: takes the place of the run's data.source.
     Raises ConfigError: no such run, no whole checkpoint, one of another version, no GPU though asked for.
     """

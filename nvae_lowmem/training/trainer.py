@@ -100,7 +100,7 @@ class Trainer:
     def train(self, said: Sequence[tuple[str, str]] = ()) -> int:
         """Train; returns the number of finished steps. said: (kind, sentence) of what is told and written down first.
 
-        Raises Diverged where more steps would be for nothing, and SaveFailed.
+        Raises Diverged where further steps are pointless, and SaveFailed.
         """
         step = self.first_step
         with (
@@ -230,7 +230,7 @@ class Trainer:
         return Diverged(text, step, self._alarms.good_until(step), curable)
 
     def _first_bad(self, step: int) -> str:
-        """Where in the network the first number of step `step` (from 0) arose that is none; all processes take part."""
+        """Where in the network the first inf or NaN of step `step` (from 0) arose; all processes take part."""
         with self.engine.gathered():
             slots = self.run.split.slots(self.engine.rank)
             images = ((s.start, self._batches.batch(step, s).to(self.engine.device)) for s in slots)

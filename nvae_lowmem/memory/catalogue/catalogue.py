@@ -1,4 +1,4 @@
-"""The shipped profiles: every published recipe fitted to small cards, and whether the files are still true.
+"""The shipped profiles: every published recipe fitted to small cards, and whether the files are still right.
 
 A cell is one recipe on one card under one system. Cells are independent of each other, so that making one of them alone
 gives the same file as making them all.
@@ -123,7 +123,7 @@ class CatalogueRow:
 
     @property
     def time(self) -> StepTime:
-        """What the estimate means for a person."""
+        """The estimate as a range of seconds, for people."""
         return estimated(self.seconds_per_step, self.micro_batch * self.accumulation)
 
     @property

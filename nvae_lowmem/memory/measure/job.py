@@ -59,7 +59,7 @@ class Outcome:
     job: Job
     status: RunStatus
     detail: str = ""
-    """Why there is no more, in words."""
+    """Why it did not end well, in words; empty where it did."""
     ended: Ended
     measured: Measurement | None = None
     """What the process saw; None where it did not come to its end."""

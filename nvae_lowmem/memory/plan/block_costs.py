@@ -170,7 +170,7 @@ class BlockTable:
         return start + [b.stands_for for b in self.blocks(groups) if b.name != "start"]
 
     def count(self, per_block: dict[str, int], groups: tuple[int, ...]) -> int:
-        """A sum over the blocks of the model with `groups`: of state_bytes, convolutions, ...."""
+        """The sum of a figure per block, such as state_bytes, over the blocks of the model with `groups`."""
         return sum(per_block.get(source, 0) for source in self.sources(groups))
 
     def parameter_elements(self, groups: tuple[int, ...]) -> list[int]:

@@ -1,4 +1,4 @@
-"""What a person may wish of a plan, and the plans of one model for one card in the order of those wishes."""
+"""What a person may wish of a plan, and the plans of one model for one card, ranked by those wishes."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Wishes:
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """A plan as the table sees it."""
+    """A plan, with what it takes by the table of block costs."""
 
     profile: Profile
     micro_batch: int
@@ -91,7 +91,7 @@ class Candidate:
 
     @property
     def time(self) -> StepTime:
-        """What the estimate means for a person."""
+        """The estimate as a range of seconds, for people."""
         return estimated(self.seconds.total, self.profile.training.total_batch)
 
 
@@ -99,8 +99,8 @@ class Candidate:
 class Planner:
     """The plans of one profile for one card.
 
-    It holds no state: what it answers follows from these fields and the overhead that it is handed. Answers are only
-    remembered, because the same ones are asked for again and again.
+    It holds no state: what it answers follows from these fields and the overhead that it is handed. Answers are
+    cached, because the same ones are asked for again and again.
     """
 
     profile: Profile
@@ -169,7 +169,7 @@ class Planner:
         return found
 
     def priced(self, plan: MemoryPlan, groups: Groups) -> Candidate:
-        """A plan that is there already, by the table."""
+        """An existing plan, priced by the table."""
         names = [block.name for block in self.table.blocks(groups) if block.name != "start"]
 
         def as_planned(rows: BlockChoices, _: int) -> Assignment:
@@ -281,10 +281,10 @@ class Planner:
 
 
 def fastest_of(candidates: Sequence[Candidate]) -> Candidate:
-    """The fastest; of those that the estimate cannot tell from it, the one with the largest micro-batch.
+    """The fastest plan; among those within `ALIKE` of it, one without retries, then the largest micro-batch.
 
-    BatchNorm's statistics are the better for it, and seconds are estimated far less exactly than bytes. Before that,
-    one that the allocator serves without giving back its cache: the others use their room to the last piece.
+    Seconds are estimated far less exactly than bytes, and larger micro-batches give better BatchNorm statistics. A plan
+    with retries, for which the allocator gives back its cache, uses its room to the last piece.
     """
     least = min(c.seconds.total for c in candidates)
     near = [c for c in candidates if c.seconds.total <= ALIKE * least]

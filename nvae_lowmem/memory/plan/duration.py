@@ -49,7 +49,7 @@ class StepTime:
 
 
 def estimated(seconds: float, images: int) -> StepTime:
-    """What an estimate of the speed model means for a person."""
+    """The range of step times that an estimate of the speed model stands for."""
     return StepTime(least_seconds=seconds, most_seconds=seconds * PUBLISHED_RATIO, images=images)
 
 

@@ -19,7 +19,7 @@ _STEP_SHARE = 0.01  # of the cap: the least that an unsuitable prediction adds t
 
 
 class Size(NamedTuple):
-    """What plans of one overhead have in common."""
+    """What the overhead of a plan depends on."""
 
     groups: Groups
     micro_batch: int
@@ -53,7 +53,7 @@ class OverheadModel:
     def observe(self, size: Size, table: Taken, prediction: Prediction) -> None:
         """Learn from the prediction of a plan of that size that takes `table` by the table.
 
-        A plan that does not fit, or lives from the allocator giving back its cache, had too little left free.
+        A plan that does not fit, or only where the allocator gives back its cache, had too little left free.
         """
         before = self.estimate(size).card_bytes
         suits = prediction.fits(self.cap_bytes) and not prediction.run_retries

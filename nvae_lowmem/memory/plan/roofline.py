@@ -33,8 +33,8 @@ HOST_SECONDS_PER_PARAMETER = 1.02e-9
 UPDATE_BYTES_PER_PARAMETER = 80  # Adamax on the card reads and writes about twenty fp32 values per parameter
 LAUNCHES_PER_POWER_ITERATION = 10  # two products, two norms with their clamps and divisions, two copies
 RETRY_SECONDS = 0.1
-"""Of one return of the allocator's cache: assumed, measured on no card. The card runs empty, some hundred segments go
-back to the driver and are taken anew, each at a few tenths of a millisecond."""
+"""Seconds of one return of the allocator's cache: assumed, measured on no card. The card runs empty, some hundred
+segments go back to the driver and are taken anew, each at a few tenths of a millisecond."""
 BACKWARD_SHARE = 0.6  # of a step without recomputation, two of three parts are backward
 
 

@@ -51,7 +51,7 @@ Build = Callable[[torch.device], Step]
 
 _CPU = torch.device("cpu")  # stands in for the card
 _CUBLAS_WORKSPACE_BYTES = 8_519_680
-"""Of cuBLAS per thread and stream, from the caching allocator (torch's default below compute capability 9.0)."""
+"""Bytes of a cuBLAS workspace, one per thread and stream, in the caching allocator (torch's default below sm_90)."""
 _MATRIX_PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::linear")
 
 
@@ -68,7 +68,7 @@ class StepPrediction:
     allocations: int
     """Allocations on the card, of all steps."""
     cap_bytes: int
-    """What the allocator may take; 0: nobody said."""
+    """What the allocator may take; 0: no cap was given."""
     oom: str | None
     """Why the allocator runs out of memory under the cap, if it does."""
     unseen: tuple[str, ...]
@@ -160,7 +160,7 @@ _FP32_UNDER_AUTOCAST = (
     "layer_norm", "group_norm", "softmax", "log_softmax", "cross_entropy", "nll_loss", "mse_loss", "l1_loss",
     "smooth_l1_loss", "kl_div", "binary_cross_entropy_with_logits", "softplus", "cosine_similarity",
 )  # fmt: skip
-"""Of torch.nn.functional, what autocast computes in fp32 on a card and not on the CPU (torch's documentation)."""
+"""What autocast computes in fp32 on a card but not on the CPU, of torch.nn.functional (torch's documentation)."""
 
 
 # --- the trace --------------------------------------------------------------------------------------------------------
@@ -223,7 +223,7 @@ class _StepTracer(StorageTracer):
 
 @contextlib.contextmanager
 def _card_functions() -> Iterator[None]:
-    """Inside, `torch.nn.functional` has functions that are made of the operations which a card's are made of.
+    """Inside, the functions of `torch.nn.functional` are made of the operations that a card runs for them.
 
     Dropout keeps a mask of one byte per value, not a factor of the values' type. Attention with dropout, for which the
     CPU has only the form that keeps a square matrix, is the fused kernel's; that one keeps q, k, v, its result and

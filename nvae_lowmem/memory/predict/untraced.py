@@ -311,7 +311,7 @@ def _row_problems(name: str, row: Any) -> list[str]:
 
 
 def overlaid(trace: Trace, held: Sequence[Entry]) -> Trace:
-    """The trace with those entries allocated and freed where they are, under Category.BUFFER."""
+    """The trace with the entries allocated and freed where libraries and engine do so, under Category.BUFFER."""
     writer = TraceWriter(trace)
     buffers = _Buffers(writer.trace, [entry for entry in held if entry.nbytes > 0])
     buffers.hold(Span.ALWAYS, Phase.SETUP)

@@ -46,7 +46,7 @@ class WholeRun:
 def whole_run(steps: Trace, between: Trace, held: Sequence[Entry]) -> WholeRun:
     """The run of traced `steps` (the set-up, the first and, where it differs, the second) and what is between steps.
 
-    held: entries in the allocator, allocated and freed where they are.
+    held: entries in the allocator, put in where libraries and engine hold them.
     """
     steps = overlaid(steps, held)
     between = overlaid(between, [entry for entry in held if entry.span in AROUND])
@@ -62,7 +62,7 @@ def whole_run(steps: Trace, between: Trace, held: Sequence[Entry]) -> WholeRun:
 def _step(trace: Trace, start: int, time: int, period: int) -> Iterator[tuple[int, int]]:
     """The requests from event `start` on for the n-th time, n from 0; ids grow by `period` each time.
 
-    What the step before leaves, each frees, and leaves the same again. What libraries take in their first step stays.
+    Each repetition frees what the step before left, and leaves the same again. Libraries keep what they took at first.
     """
     born = [(n, a) for n, a in enumerate(trace.allocations) if a.born >= start and a.died < 0 and a.on_card]
     stays = {n for n, a in born if a.category is Category.BUFFER}
@@ -90,7 +90,7 @@ def last_step_retries(replay: Replay) -> int:
 
 
 def _without_setup(trace: Trace, offset: int) -> Iterator[tuple[int, int]]:
-    """The requests after the set-up for what is made there, numbers from `offset` on, with all of it freed at last."""
+    """The requests for what is made after the set-up, ids from `offset` on; what still lives at the end is freed."""
     live: dict[int, None] = {}
     for op, number in trace.requests(trace.marks["setup done"]):
         if op > 0:

@@ -1,6 +1,6 @@
 """Work without gradients, traced as training is: sampling, evaluation and pictures, in a process of their own or in one
-that trains. What runs are the very functions that the commands and the trainer run, with more than one pass each, so
-that what a pass leaves behind for the next is seen.
+that trains. The functions that run are those that the commands and the trainer run, with more than one pass each, so
+that memory which one pass leaves behind shows in the next.
 
 A tensor on device "cpu" stands for the card here, as in `trace`. These functions also move images there and results
 back, which on the CPU moves nothing: `HostAndCard` makes the copies that a card would have.
@@ -48,7 +48,7 @@ Work = Literal[
     "sampling", "recalibration", "evaluation", "bound", "reconstruction", "blending", "traversal", "validation",
     "pictures", "between steps",
 ]  # fmt: skip
-"""between steps: validation, then pictures, as the trainer has them done; a checkpoint takes nothing of the card."""
+"""between steps: validation, then pictures, as the trainer does them; a checkpoint takes nothing of the card."""
 WORKS: tuple[Work, ...] = get_args(Work)[:-1]
 _CARD = torch.device("cpu")
 _HELD_OUT_IMAGES = 8
@@ -56,7 +56,7 @@ _HELD_OUT_IMAGES = 8
 
 
 def generation_peaks(profile: Profile, micro_batch: int) -> dict[str, Peak]:
-    """The peak of every kind of work without gradients, as the profile's plan with this micro-batch has it done.
+    """The peak of every kind of work without gradients, under the profile's plan at this micro-batch.
 
     validation and pictures happen in the process that trains, the others in one that only has the weights, in fp32.
     The plan's precision must be decided.
@@ -168,7 +168,7 @@ def _command(task: _Task) -> Iterator[NVAE]:
 
 @contextlib.contextmanager
 def _lent(task: _Task) -> Iterator[NVAE]:
-    """The model as the trainer lends it, without an engine: this work is the same whatever that holds."""
+    """The model as the trainer lends it, without an engine, whose memory does not change this work."""
     model = NVAE(task.profile.model).train()
     apply_plan(model, task.profile.plan)
     attach_tracer(model, task.tracer)

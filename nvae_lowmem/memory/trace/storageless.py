@@ -34,7 +34,7 @@ class OperatorInfo(NamedTuple):
 
     name: str
     touches_nothing: bool
-    """It moves no bytes: a view, or no business of tensors at all (profiler)."""
+    """It moves no bytes: a view, or a call of the profiler."""
     written: tuple[int | str, ...] | None
     """Which argument each return is, for operators that write to their arguments; None for others."""
     output_layouts: dict[Any, Any]
@@ -57,7 +57,7 @@ def make_storageless(size: Sequence[int], stride: Sequence[int], dtype: torch.dt
 
 
 class StoragelessTensors:
-    """Runs operations on tensors without memory. Output layouts are cached as long as `operator_info` is."""
+    """Runs operations on tensors without memory. Output layouts are cached in `operator_info`."""
 
     def __init__(self) -> None:
         self._fake = FakeTensorMode()

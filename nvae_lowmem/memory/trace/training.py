@@ -28,7 +28,7 @@ from nvae_lowmem.training.step import training_step
 
 
 class AbsentAdamax(torch.optim.Adamax):
-    """In place of the update that the host makes of its own weights, which takes nothing of the card."""
+    """Stands in for the host's optimiser, whose update takes no memory of the card."""
 
     def step(self, closure: Any = None) -> Any:
         """Do nothing."""
@@ -53,7 +53,7 @@ class TracedEngine(TorchEngine):
         super().backward(loss, last)
 
     def update(self) -> Any:
-        """The update; of an offloaded optimiser everything is host memory, as the weights are that it works on."""
+        """The update. All that an offloaded optimiser makes is host memory, like the weights that it updates."""
         self.tracer.phase, self.tracer.block = Phase.UPDATE, "optimizer"
         self.tracer.category = Category.HOST if self.offloaded else Category.OPTIMIZER_STATE
         try:

@@ -31,7 +31,7 @@ class GradientGate:
 
     @property
     def active(self) -> bool:
-        """Whether any norm can be too large, so that somebody has to compute it."""
+        """Whether a limit is set, so that the norm has to be computed."""
         return self._largest > 0 or self._quantile > 0
 
     def refuses(self, norm: float) -> bool:
