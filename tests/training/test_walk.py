@@ -9,7 +9,6 @@ from types import FrameType
 from typing import Any
 
 import torch
-from profiles import profile_of
 
 import nvae_lowmem
 from nvae_lowmem.data.dataset import ArrayDataset
@@ -19,6 +18,7 @@ from nvae_lowmem.training.build import build_model, build_training
 from nvae_lowmem.training.engines.torch_engine import TorchEngine
 from nvae_lowmem.training.resolve import run_without_data
 from nvae_lowmem.training.step import training_step
+from profiles import profile_of
 
 PACKAGE = Path(nvae_lowmem.__file__).parent
 COUNT = 4
