@@ -28,6 +28,9 @@ VARIANTS: dict[str, list[str]] = {
     "fine-tuned at 0.3 of the rate": ["--init-from", "RUN", "--set", f"training.learning_rate={0.3 * RATE:g}"],
     "fine-tuned at the whole rate": ["--init-from", "RUN", "--set", f"training.learning_rate={RATE:g}"],
     "fine-tuned, encoder frozen": ["--init-from", "RUN", "--freeze", *ENCODER],
+    "fine-tuned, encoder frozen, its statistics estimated": [
+        *("--init-from", "RUN", "--freeze", *ENCODER, "--set", "training.init_statistics=estimate")
+    ],
 }
 PREDICTED = ("demo-faces", "gtx-970-celeba64")
 
@@ -71,14 +74,16 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--runs-dir", type=Path, default=Path("runs/fine-tuning"))
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--only", choices=VARIANTS, nargs="+", default=[*VARIANTS], help="some of the trainings")
+    parser.add_argument("--out", type=Path, help="JSON file; trainings that it has already stay in it")
     options = parser.parse_args()
     predicted = {name: memory(name) for name in PREDICTED}
     for name, figures in predicted.items():
         print(name, {what: format_bytes(nbytes) for what, nbytes in figures.items()}, flush=True)
-    results = {}
-    for name, arguments in VARIANTS.items():
-        results[name] = trained(name, arguments, options.run, options.steps, options.images, options.runs_dir)
+    known = options.out is not None and options.out.is_file()
+    results = json.loads(options.out.read_text())["trainings"] if known else {}
+    for name in options.only:
+        results[name] = trained(name, VARIANTS[name], options.run, options.steps, options.images, options.runs_dir)
         print(f"RESULT {name}: {results[name]}", flush=True)
         if options.out is not None:
             table = {"steps": options.steps, "images": options.images, "trainings": results, "predicted": predicted}

@@ -14,8 +14,10 @@ from nvae_lowmem.config.model import ModelConfig
 from nvae_lowmem.errors import ConfigError
 from nvae_lowmem.generation import recalibrate as recalibration
 from nvae_lowmem.generation.recalibrate import load_statistics, recalibrate, recalibrate_once, recalibrated
+from nvae_lowmem.model.freeze import freeze_blocks
 from nvae_lowmem.model.hooks import BN_MOMENTUM
 from nvae_lowmem.model.latents import FromPrior, NoiseStep, SeededNoise
+from nvae_lowmem.model.layers import NormLayer
 from nvae_lowmem.model.nvae import NVAE
 
 
@@ -28,6 +30,15 @@ def test_recalibration_moves_the_decoders_statistics_and_nothing_else(config: Mo
     expected = {n for n in before if n.startswith(decoder) and n.endswith(("running_mean", "running_variance"))}
     assert expected and changed(model, before) == expected
     assert [m.training for m in model.modules()] == modes and model.settings.momentum == BN_MOMENTUM
+
+
+def test_layers_that_training_has_frozen_are_recalibrated_like_the_others() -> None:
+    model, frozen = seasoned(GREY), seasoned(GREY)
+    freeze_blocks(frozen, ["dec_*"])
+    for one in (model, frozen):
+        recalibrate(one, 0.7, 2, 2, 0)
+    assert not changed(frozen, snapshot(model))
+    assert all(layer.frozen for layer in frozen.blocks["dec_0_0"].modules() if isinstance(layer, NormLayer))
 
 
 def test_recalibrated_statistics_are_the_mean_over_passes() -> None:

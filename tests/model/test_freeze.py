@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from models import build, images, tiny_rgb
 from torch import Tensor
 
+from nvae_lowmem.config.model import Architecture, ModelConfig
 from nvae_lowmem.config.sections import KEEPS, Keep, Profile, TrainConfig
 from nvae_lowmem.data.pipeline import MicroBatch
 from nvae_lowmem.errors import ConfigError
@@ -55,9 +56,9 @@ def backward(model: NVAE, keep: Keep) -> Pass:
     return Pass(terms.loss.detach(), gradients, dict(model.named_buffers()))
 
 
-def with_still_statistics(freeze: tuple[str, ...]) -> NVAE:
+def with_still_statistics(freeze: tuple[str, ...], config: ModelConfig = CONFIG) -> NVAE:
     """The model in which everything learns, but with the BatchNorm of those blocks as if they were frozen."""
-    model = build(CONFIG)
+    model = build(config)
     for name in frozen_blocks(model.block_names(), freeze):
         for layer in model.blocks[name].modules():
             if isinstance(layer, NormLayer):
@@ -83,6 +84,18 @@ def test_losses_and_gradients_are_those_of_a_model_in_which_everything_learns(
     assert found.gradients.keys() == learning
     assert [n for n in learning if not torch.equal(found.gradients[n], expected.gradients[n])] == []
     assert [n for n, b in expected.buffers.items() if not torch.equal(found.buffers[n], b)] == []
+
+
+@pytest.mark.parametrize("architecture", ["res_elu", "res_bnswish", "mbconv_den"])
+def test_cells_of_every_kind_can_be_frozen_between_others(architecture: Architecture) -> None:
+    config, freeze = replace(CONFIG, architecture=architecture), ("pre_*", "dec_*", "post_*")
+    model = build(config)
+    freeze_blocks(model, freeze)
+    found, expected = (
+        backward(m, "cheap" if m is model else "all") for m in (model, with_still_statistics(freeze, config))
+    )
+    assert torch.equal(found.loss, expected.loss) and found.gradients.keys() < expected.gradients.keys()
+    assert all(torch.equal(g, expected.gradients[n]) for n, g in found.gradients.items())
 
 
 @settings(max_examples=8, deadline=None, derandomize=True)

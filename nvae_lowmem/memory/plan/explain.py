@@ -43,6 +43,8 @@ def _choices(found: Fit, prediction: Prediction) -> list[str]:
     else:
         asked = ", of those asked for" if planner.wishes.groups is not None else ""
         out.append(f"groups {_join(chosen.groups)} instead of {_join(own)}: the most that fit{asked}")
+    if freeze := chosen.profile.training.freeze:
+        out.append(f"frozen {', '.join(freeze)}: neither gradients nor Adamax states, and counted so")
     if plan.offload_optimizer:
         saved = format_bytes(12.0 * sum(planner.table.parameter_elements(chosen.groups)))
         out.append(f"engine {plan.engine}: gradients and Adamax states on the host take {saved} off the card")

@@ -11,6 +11,7 @@ from nvae_lowmem.config.sections import MemoryPlan, Profile, TrainConfig
 from nvae_lowmem.errors import ConfigError
 from nvae_lowmem.memory.plan.block_costs import record_blocks
 from nvae_lowmem.memory.plan.candidates import resident_bytes
+from nvae_lowmem.memory.plan.explain import reasons
 from nvae_lowmem.memory.plan.search import Assignment
 from nvae_lowmem.memory.trace.training import trace_training
 from nvae_lowmem.model.nvae import NVAE
@@ -61,6 +62,11 @@ def test_the_table_prices_frozen_blocks_as_a_trace_does(freeze: tuple[str, ...],
     trace = trace_training(replace(profile, plan=plan), images, 1, 1 if offload else 2)
     assert sum(table.parameter_elements(groups)) == sum(trace.parameter_bytes) // 4
     assert 0.98 < (always + picked.peak_bytes) / trace.peak().nbytes < 1.08
+
+
+def test_a_plan_says_what_is_frozen() -> None:
+    found = run(frozen("stem", "enc_*"), 1 << 28, traced)
+    assert any(reason.startswith("frozen stem, enc_*: neither gradients") for reason in reasons(found))
 
 
 def test_a_block_that_stands_for_one_that_learns_is_never_priced_too_low() -> None:
