@@ -6,7 +6,6 @@ reported at any time, and without a word; the rest is said, key by key, and writ
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 from nvae_lowmem.config import profile_file as profiles
 from nvae_lowmem.config.sections import Profile
 from nvae_lowmem.errors import ConfigError
+from nvae_lowmem.files import write_atomically
 from nvae_lowmem.training.resolve import ResolvedRun
 
 HISTORY = "config-history"
@@ -116,9 +116,7 @@ def keep_history(run_dir: Path, step: int) -> None:
     while target.exists():
         target = folder / f"until-step-{step:08d}-{number}.toml"
         number += 1
-    partial = target.with_name(f".{target.name}-{os.getpid()}")
-    partial.write_bytes((run_dir / CONFIG).read_bytes())
-    os.replace(partial, target)
+    write_atomically(target, (run_dir / CONFIG).read_bytes())
 
 
 def _effect(section: str, key: str) -> str:

@@ -39,6 +39,7 @@ from nvae_lowmem.errors import ConfigError
 from nvae_lowmem.hardware.budget import Budget, chosen_card, memory_fraction, parse_gpu_mem, this_os
 from nvae_lowmem.memory.allocator.allocator import CHECKPOINT, CachingAllocator
 from nvae_lowmem.memory.allocator.settings import UNLIMITED_BYTES, AllocatorSettings
+from nvae_lowmem.memory.predict.untraced import DEFAULT_CUBLAS_CONFIG, cublas_workspace_bytes
 from nvae_lowmem.memory.trace.events import Category, Peak, Phase, Trace
 from nvae_lowmem.memory.trace.storageless import StoragelessTensors
 from nvae_lowmem.memory.trace.tracer import StorageTracer, paused_gc
@@ -50,8 +51,6 @@ Build = Callable[[torch.device], Step]
 """Makes model, optimiser and batch on the device that it is given, and returns the step, which takes no arguments."""
 
 _CPU = torch.device("cpu")  # stands in for the card
-_CUBLAS_WORKSPACE_BYTES = 8_519_680
-"""Bytes of a cuBLAS workspace, one per thread and stream, in the caching allocator (torch's default below sm_90)."""
 _MATRIX_PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::linear")
 
 
@@ -326,7 +325,7 @@ def _unseen(trace: Trace) -> Iterator[str]:
             "torch.backends.cudnn.benchmark = True takes the largest"
         )
     if any(operation.startswith(_MATRIX_PRODUCTS) for operation in operations):
-        megabytes = 2 * _CUBLAS_WORKSPACE_BYTES / MIB
+        megabytes = 2 * cublas_workspace_bytes(DEFAULT_CUBLAS_CONFIG) / MIB
         yield f"cuBLAS's workspaces: {megabytes:.2f} MiB (forward and backward thread), kept; 32 MiB each on Hopper"
     if any("scaled_dot_product" in operation for operation in operations):
         yield "attention: the card's kernels save other statistics, and the mathematical one a square matrix"

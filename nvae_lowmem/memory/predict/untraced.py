@@ -66,7 +66,7 @@ AROUND = {
 """Spans of single operations, and which these are."""
 _PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::mv", "aten::addmv")
 
-_DEFAULT_CUBLAS_CONFIG, _HOPPER_CUBLAS_CONFIG = ":4096:2:16:8", ":4096:8"
+DEFAULT_CUBLAS_CONFIG, _HOPPER_CUBLAS_CONFIG = ":4096:2:16:8", ":4096:8"
 
 CUBLASLT_WORKSPACE_BYTES = 1 * MIB
 """What torch asks for at a matrix product with a bias where CUBLASLT_WORKSPACE_SIZE does not say otherwise."""
@@ -138,7 +138,7 @@ def _libraries(plan: MemoryPlan, card: Card | None, context_bytes: int | None) -
     config = os.environ.get("CUBLAS_WORKSPACE_CONFIG") or (CAPPED_CUBLAS_CONFIG if plan.cap_bytes else "")
     if not config:
         hopper = card is not None and card.compute_capability >= (9, 0)
-        config = _HOPPER_CUBLAS_CONFIG if hopper else _DEFAULT_CUBLAS_CONFIG
+        config = _HOPPER_CUBLAS_CONFIG if hopper else DEFAULT_CUBLAS_CONFIG
     workspace = cublas_workspace_bytes(config)
     context = card.context_bytes if card is not None else DEFAULT_CONTEXT_BYTES
     return [
@@ -179,7 +179,7 @@ def cublas_workspace_bytes(config: str) -> int:
     if not config.startswith(":") or len(parts) % 2 or not all(part.isdecimal() for part in parts):
         raise ConfigError(
             f"CUBLAS_WORKSPACE_CONFIG={config!r} must be pairs of KiB and count, such as {CAPPED_CUBLAS_CONFIG} or "
-            f"{_DEFAULT_CUBLAS_CONFIG}: set it so, or unset it"
+            f"{DEFAULT_CUBLAS_CONFIG}: set it so, or unset it"
         )
     numbers = [int(part) for part in parts]
     return sum(size * count for size, count in zip(numbers[::2], numbers[1::2], strict=True)) * KIB
