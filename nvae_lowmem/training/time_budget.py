@@ -25,7 +25,7 @@ NEXT_MARK = 0.2
 TOLERANCE = 0.02
 """Share of the budget by which the end may be expected to be off without another plan."""
 HOME_STRETCH, HOME_TOLERANCE = 0.05, 0.005
-"""The last share of the budget, and what may be off in it: the schedules are to end, not to be cut off."""
+"""The last share of the budget, and what may be off as it begins: the schedules are to end, not to be cut off."""
 LARGEST_SHARE = 0.05
 """Of the time that each of evaluations, pictures and saves may take, where nobody said how often they are wanted."""
 GUESSED_STEPS = 1000
@@ -56,6 +56,7 @@ class TimeBudget:
         self._first_mark = self.spent + FIRST_MARK * max(0.0, self.left)
         self._next_look = (math.inf, math.inf)  # (spent seconds, steps): whichever comes first
         self._looked_at = self.spent
+        self._home = False
         self._wants_plan = self._guessing = True
 
     @property
@@ -109,7 +110,8 @@ class TimeBudget:
         per_step = self._seconds("step") + sum(self._seconds(w) / every for w, every in self._every.items() if every)
         planned = step + max(1, round((self.left - last - between) / per_step))
         off = abs(planned - total_steps) * per_step / self.seconds
-        allowed = 0.0 if firm else HOME_TOLERANCE if self.left < HOME_STRETCH * self.seconds else TOLERANCE
+        home, self._home = self._home, self.left < HOME_STRETCH * self.seconds
+        allowed = 0.0 if firm else HOME_TOLERANCE if self._home and not home else TOLERANCE
         kept = planned if off > allowed else total_steps
         self._next_look = (self.spent + NEXT_MARK * self.left, step + NEXT_MARK * (kept - step))
         return planned if kept != total_steps else 0

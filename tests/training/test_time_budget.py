@@ -135,7 +135,7 @@ def test_it_ends_then_with_evaluations_and_saves_by_steps(
     seconds: float, factor: float, when: float, every: int
 ) -> None:
     often = training(evaluate_every=every, save_every=every, sample_every=every // 2)
-    costs = dict.fromkeys(PERIODIC, every * seconds / 50)
+    costs = dict.fromkeys(PERIODIC, min(SECONDS / 10, every * seconds / 50))
     life = live(lambda s: seconds * factor if s > when * SECONDS else seconds, costs, often)
     assert life.spent == pytest.approx(SECONDS, rel=0.05)
 
