@@ -1,8 +1,8 @@
 """Which size of model is best after so many minutes? Rungs of the ladder, each trained for the same CPU seconds.
 
-    python benchmarks/hours_study.py --data mnist5k --rungs 0 1 2 --minutes 2 6 --json mnist.json
-    python benchmarks/hours_study.py --data faces --rungs 0 1 2 --minutes 3 9 --json faces.json
-    python benchmarks/hours_study.py --picture hours-study.png --from benchmarks/results/hours-study-2026-11-25.json
+    python benchmarks/hours_study.py --data mnist5k --minutes 2 8 --json study.json
+    python benchmarks/hours_study.py --data faces --minutes 4 12 --json study.json
+    python benchmarks/hours_study.py --picture hours-study.png --from study.json
 
 A budget counts the CPU seconds of the training steps (time.process_time), so that what else a machine does matters
 little. A few steps are timed first; the budget then gives the number of steps, and the cosine ends with the last one.
@@ -23,6 +23,7 @@ import torch
 from machine import headline, machine, write_json
 
 from nvae_lowmem.budget.ladder import LADDER
+from nvae_lowmem.config import profile_file as profiles
 from nvae_lowmem.config.sections import DataConfig, Profile, TrainConfig
 from nvae_lowmem.data.pipeline import Batches, evaluation_batches, prefetched
 from nvae_lowmem.data.sources import Datasets, open_source
@@ -37,15 +38,16 @@ TIMED_STEPS = 6
 HELD_OUT = {"mnist5k": 500, "faces": 200}
 # what both sets are trained with, whatever the size of the model
 SETTINGS: dict[str, dict[str, Any]] = {
-    "mnist5k": {"size": 28, "channels": 1, "bits": 1, "padding": 2, "batch": 16, "rate": 5e-3, "test": 0.05},
-    "faces": {"size": 64, "channels": 3, "bits": 5, "padding": 0, "batch": 8, "rate": 1e-2, "test": 0.1},
+    "mnist5k": {"size": 28, "channels": 1, "bits": 1, "batch": 16, "rate": 5e-3, "test": 0.05, "demo": "demo-mnist"},
+    "faces": {"size": 64, "channels": 3, "bits": 5, "batch": 8, "rate": 1e-2, "test": 0.1, "demo": "demo-faces"},
 }
 
 
-def profile_of(data: str, rung: int, images: int) -> Profile:
-    """The profile of one case, but for its number of steps."""
-    s = SETTINGS[data]
-    model = LADDER[rung].model(s["size"], s["channels"], s["bits"], s["padding"], mixtures=3)
+def profile_of(data: str, rung: str, images: int, batch: int, rate: float) -> Profile:
+    """The profile of one case, but for its number of steps; rung "demo": the shipped demo's model."""
+    s = SETTINGS[data] | ({"batch": batch} if batch else {}) | ({"rate": rate} if rate else {})
+    ladder = rung != "demo"
+    model = LADDER[int(rung)].model(s["size"], s["channels"], s["bits"]) if ladder else profiles.load(s["demo"]).model
     training = TrainConfig(total_batch=s["batch"], learning_rate=s["rate"], warmup_epochs=0, steps=1)
     source = DataConfig(source=data, flip=s["channels"] == 3, test_fraction=s["test"], max_images=images)
     return Profile(name=f"{data}-{rung}", model=model, data=source, training=training).with_plan(precision="fp32")
@@ -89,19 +91,20 @@ def seconds_per_step(profile: Profile, data: Datasets) -> float:
     return (several - once) / TIMED_STEPS
 
 
-def case(data_name: str, rung: int, minutes: float, images: int) -> dict[str, Any]:
+def case(data_name: str, rung: str, minutes: float, images: int, batch: int, rate: float) -> dict[str, Any]:
     """Train one rung for a budget, and say how good it became."""
-    profile = profile_of(data_name, rung, images)
+    profile = profile_of(data_name, rung, images, batch, rate)
     data = open_source(profile.data, profile.model, log=print)
     per_step = seconds_per_step(profile, data)
     steps = max(20, round(60 * minutes / per_step))
     training, seconds = train(with_steps(profile, len(data.train), steps), data, steps)
-    found, batch = held_out(training, data), profile.training.total_batch
+    found, batch = held_out(training, data), profile.training.total_batch  # which is the default's where it was 0
     return {
         "data": data_name, "rung": rung, "budget_minutes": minutes, "training_images": len(data.train),
         "parameters": sum(p.numel() for p in training.engine.model.parameters()),
         "groups_per_scale": list(profile.model.scale_groups), "width": profile.model.channels_encoder,
-        "batch": batch, "steps": steps, "images_seen": steps * batch, "cpu_seconds": round(seconds, 1),
+        "batch": batch, "learning_rate": profile.training.learning_rate,
+        "steps": steps, "images_seen": steps * batch, "cpu_seconds": round(seconds, 1),
         "nats": round(found.nelbo, 3), "bits_per_dim": round(found.bits_per_dim, 4),
     }  # fmt: skip
 
@@ -119,7 +122,7 @@ def picture(cases: Sequence[dict[str, Any]], path: Path) -> None:
         unit = "nats" if name == "mnist5k" else "bits_per_dim"
         for rung in sorted({c["rung"] for c in cases if c["data"] == name}):
             own = sorted((c["cpu_seconds"] / 60, c[unit]) for c in cases if (c["data"], c["rung"]) == (name, rung))
-            axis.plot(*zip(*own, strict=True), marker="o", label=f"rung {rung}")
+            axis.plot(*zip(*own, strict=True), marker="o", label=rung if rung == "demo" else f"rung {rung}")
         axis.set(xscale="log", xlabel="CPU minutes of training", ylabel=f"held-out -ELBO, {unit}", title=name)
         axis.legend()
     figure.tight_layout()
@@ -129,9 +132,11 @@ def picture(cases: Sequence[dict[str, Any]], path: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", choices=tuple(SETTINGS))
-    parser.add_argument("--rungs", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--rungs", nargs="+", default=["demo", "0", "1", "2"], choices=("demo", *map(str, range(7))))
     parser.add_argument("--minutes", type=float, nargs="+", default=[2])
     parser.add_argument("--images", type=int, default=0, help="train on the first so many images only; 0: all")
+    parser.add_argument("--batch", type=int, default=0, help="another batch than the set's")
+    parser.add_argument("--rate", type=float, default=0.0, help="another learning rate than the set's")
     parser.add_argument("--json", type=Path, metavar="FILE", help="add the cases to FILE, one by one")
     parser.add_argument("--from", dest="source", type=Path, metavar="FILE", help="cases for --picture")
     parser.add_argument("--picture", type=Path, metavar="FILE")
@@ -144,7 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(headline(about), flush=True)
     for minutes in options.minutes:
         for rung in options.rungs:
-            found = case(options.data, rung, minutes, options.images)
+            found = case(options.data, rung, minutes, options.images, options.batch, options.rate)
             print(json.dumps(found), flush=True)
             before = json.loads(options.json.read_text())["cases"] if options.json and options.json.is_file() else []
             write_json(options.json, {**about, "settings": SETTINGS, "cases": [*before, found]})

@@ -27,16 +27,18 @@ from nvae_lowmem.units import format_seconds
 
 LEAST_STEPS = 200
 """Fewer steps train no model worth having: the KL warm-up alone takes a third of them."""
-ENOUGH_STEPS = 2000
+ENOUGH_STEPS = 3000
 """The batch is halved until so many steps remain."""
-LEAST_BATCH = 8
 MOST_PASSES = 400
 """Over the images: as often as the published recipes go over theirs at most (MNIST, CIFAR-10)."""
 LEAST_IMAGES = 20
 """Of which one at least is held out; fewer say nothing about images that were not seen."""
 FINE_BITS_RUNG = 4
 """From this rung on, and up to 64 pixels, all 8 bits are modelled, as published."""
-_SMALL_MODEL_RATE, _SMALL_MODELS = 5e-3, 3
+_SMALL_MODELS = 3
+"""Rungs below this one are trained at the demos' learning rates."""
+_FEW_REPORTS_HOURS = 1.0
+"""Below this, evaluations and pictures are rarer than ten of each, which would take a tenth of the time."""
 _SMALL_SET, _SMALL_SET_TEST_FRACTION = 10_000, 0.1
 
 
@@ -151,7 +153,7 @@ def _on(rung: Rung, look: Look, wanted: Wanted, speed: Speed) -> ChosenModel | N
         profile = wanted.change(_profile(rung, model, wanted.data, batch))
         time = speed.step_time(profile)
         steps = int(wanted.hours * 3600 / time.most_seconds) if time is not None else 0
-        if batch <= LEAST_BATCH or (time is not None and steps >= ENOUGH_STEPS):
+        if batch <= _least_batch(model) or (time is not None and steps >= ENOUGH_STEPS):
             break
         batch //= 2
     if time is None:
@@ -174,7 +176,12 @@ def _on(rung: Rung, look: Look, wanted: Wanted, speed: Speed) -> ChosenModel | N
 
 def _most_batch(model: ModelConfig) -> int:
     """The batch of the published recipe at that size, as a power of two: 128 at 32 pixels, 32 at 64, 8 at 256."""
-    return max(LEAST_BATCH, min(128, (1 << 17) // model.network_size**2))
+    return max(_least_batch(model), min(128, (1 << 17) // model.network_size**2))
+
+
+def _least_batch(model: ModelConfig) -> int:
+    """Fewer images leave most of a processor idle, and BatchNorm too few to go by."""
+    return 16 if model.network_size <= 32 else 8
 
 
 def _bits(rung: Rung, look: Look, side: int) -> int:
@@ -198,7 +205,7 @@ def _data(look: Look, asked: DataConfig) -> DataConfig:
 
 def _profile(rung: Rung, model: ModelConfig, data: DataConfig, batch: int) -> Profile:
     """The profile but for what follows from the number of steps."""
-    rate = _SMALL_MODEL_RATE
+    rate = 5e-3 if model.network_size <= 32 else 1e-2
     if rung.number >= _SMALL_MODELS:
         published = TrainConfig()
         rate, _ = suggest_learning_rate(batch, published.published_total_batch, published.published_learning_rate)
@@ -209,11 +216,14 @@ def _profile(rung: Rung, model: ModelConfig, data: DataConfig, batch: int) -> Pr
 def _scheduled(profile: Profile, images: int, steps: int, hours: float) -> Profile:
     """With a warm-up and an average that suit so many steps; hours 0: end after the steps."""
     per_epoch = images / profile.training.total_batch
+    few_reports = 0 < hours < _FEW_REPORTS_HOURS
     training = replace(
         profile.training,
         steps=steps,
         hours=hours,
         warmup_epochs=float(f"{0.05 * steps / per_epoch:.3g}"),
+        evaluate_every=max(1, steps // 5) if few_reports else 0,
+        sample_every=max(1, steps // 3) if few_reports else 0,
         ema_decay=float(f"{min(0.9999, max(0.9, 1 - 30 / steps)):.4g}"),
     )
     return replace(profile, training=training)
