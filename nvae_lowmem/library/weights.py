@@ -57,7 +57,7 @@ def find_weights(source: str, runs_dir: str = "runs") -> TrainedWeights:
     if (path / STATE).is_file():
         return _checkpoint(path, MODEL, path)
     try:
-        folder = runs.find_run(source, runs_dir).absolute()
+        folder = runs.find_run(path if path.is_dir() else source, runs_dir).absolute()
     except ConfigError:
         raise ConfigError(
             f"--init-from {source}: is no run (by folder, number or name in {runs_dir}), no checkpoint of one, no "

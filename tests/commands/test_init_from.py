@@ -80,10 +80,15 @@ def test_a_run_alone_says_model_data_and_all_but_the_learning_rate(trained: Trai
     assert next(r["kl_coeff/coeff"] for r in records if "kl_coeff/coeff" in r) == 1.0
 
 
-@pytest.mark.parametrize("form", ["run", "number", "latest", "checkpoint", "without averaging", "export", "zip"])
-def test_every_form_of_weights_is_found_and_read(trained: Trained, tmp_path: Path, form: str) -> None:
+@pytest.mark.parametrize("form", ["run", "number", "latest", "~", "checkpoint", "without averaging", "export", "zip"])
+def test_every_form_of_weights_is_found_and_read(
+    trained: Trained, tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = str(trained.folder)
-    if form in ("number", "latest"):
+    if form == "~":
+        monkeypatch.setenv("HOME", str(trained.folder.parent))
+        source = f"~/{trained.folder.name}"
+    elif form in ("number", "latest"):
         source = "0" if form == "number" else form
     elif form == "checkpoint":
         source = str(trained.checkpoint)
