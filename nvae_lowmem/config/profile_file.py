@@ -23,7 +23,7 @@ _PACKAGE = Path(__file__).resolve().parent.parent
 # an installed wheel carries the profiles inside the package, a checkout beside it
 PROFILES_DIR = _PACKAGE / "profiles" if (_PACKAGE / "profiles").is_dir() else _PACKAGE.parent / "profiles"
 _SECTIONS = ("model", "data", "training", "plan")
-_PATHS = {"data": ("source", "test_source", "cache_dir"), "training": ("init_from",)}
+PATHS = {"data": ("source", "test_source", "cache_dir"), "training": ("init_from",)}
 """Keys that hold paths, by section."""
 _NOT_IN_FOLDER_NAMES = frozenset('/\\<>:"|?*&')
 _LONGEST_NAME = 100
@@ -61,7 +61,7 @@ def find(path: str | os.PathLike[str]) -> Path:
 def dumps(profile: Profile) -> str:
     """The Profile as TOML; `loads(dumps(p)) == p`, where paths that are no UTF-8 come back absolute."""
     table = to_dict(profile)
-    for section, keys in _PATHS.items():
+    for section, keys in PATHS.items():
         table[section] |= {key: storable(table[section][key]) for key in keys}
     return to_toml(table)
 
@@ -197,7 +197,7 @@ def _section(kind: type, values: Mapping[str, Any], section: str) -> tuple[Any, 
                 good[name] = _strict(hints[name], values[name])
             except pydantic.ValidationError:
                 problems.append(f"{section}.{name} = {shown(values[name])} must be {describe_kind(hints[name])}")
-            if name in _PATHS.get(section, ()) and isinstance(good.get(name), str):
+            if name in PATHS.get(section, ()) and isinstance(good.get(name), str):
                 good[name] = from_uri(good[name])
     return (None if problems else kind(**good)), problems
 

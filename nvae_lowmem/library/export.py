@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from nvae_lowmem import __version__
-from nvae_lowmem.config.profile_file import from_dict, to_dict
+from nvae_lowmem.config.profile_file import PATHS, from_dict, to_dict
 from nvae_lowmem.config.sections import Profile
 from nvae_lowmem.errors import ConfigError
 from nvae_lowmem.files import partial_file
@@ -159,7 +159,8 @@ def pack(folder: Path) -> Path:
 
 def _about(run: OpenRun) -> dict[str, Any]:
     profile = to_dict(run.profile)
-    profile["data"]["source"] = Path(str(profile["data"]["source"])).name  # nobody's folders are told to others
+    for section, keys in PATHS.items():  # nobody's folders are told to others
+        profile[section] |= {key: Path(str(profile[section][key])).name for key in keys}
     return {
         "format": FORMAT,
         "checkpoint": run.checkpoint.name,

@@ -19,6 +19,7 @@ from PIL import Image
 from published_checkpoint import FIXTURES
 
 import nvae_lowmem as nl
+from nvae_lowmem.config import profile_file as profiles
 from nvae_lowmem.config.sections import Profile
 from nvae_lowmem.library.export import export_run, pack
 from nvae_lowmem.library.images import as_batch, as_output
@@ -92,6 +93,15 @@ def test_an_export_and_its_zip_give_the_same_images_as_the_run(tmp_path: Path, m
         assert torch.equal(loaded.elbo(images_of(2)), model.elbo(images_of(2)))
     card = (out / "README.md").read_text()
     assert "CC0" in card and "samples.png" in card and str(tmp_path) not in card
+
+
+def test_an_export_tells_nobody_where_things_are(tmp_path: Path) -> None:
+    folder, mine = write_run(tmp_path / "run", responsive(RGB)), str(tmp_path / "mine")
+    values = {"data.test_source": mine, "data.cache_dir": mine, "training.init_from": mine}
+    profiles.save(profiles.override(profiles.load(folder / "config.toml"), values=values), folder / "config.toml")
+    out = export_run(open_run(str(folder), ""), tmp_path / "out", temperatures=())
+    assert str(tmp_path) not in (out / "config.json").read_text() + (out / "README.md").read_text()
+    assert nl.load(out).profile.training.init_from == "mine"
 
 
 def test_an_export_that_was_damaged_or_is_in_the_way_is_named(tmp_path: Path) -> None:
