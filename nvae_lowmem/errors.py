@@ -84,7 +84,7 @@ def _escaped(character: str) -> str:
 
 
 def unknown_name(what: str, name: str, known: Iterable[str]) -> str:
-    """The message for a name nobody knows: the nearest one and the list."""
+    """The message for an unknown name: the nearest one and the list."""
     names = list(known)
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}? " if near else ""

@@ -34,7 +34,7 @@ def run_command(flags: type[Flags], work: Callable[[Flags], ExitCode | None], ar
     """Parse argv (None: this process's) as `flags`, do the work, and return the exit code.
 
     flags: a dataclass whose docstring is the help. work: imports torch itself, if it needs it, so that help and bad
-    input are answered at once. Raises SystemExit for --help (0) and for flags that there are not (2).
+    input are answered at once. Raises SystemExit for --help (0) and for unknown flags (2).
     """
     wait_politely()  # before torch is imported
     _say_any_name()

@@ -55,7 +55,7 @@ def usage() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: the command's own, or 2 for a command that there is not."""
+    """Run one command; returns the exit status: the command's own, or 2 for an unknown command."""
     command, *rest = [*(sys.argv[1:] if argv is None else argv)] or ["--help"]
     if command in ("-h", "--help"):
         print(usage())

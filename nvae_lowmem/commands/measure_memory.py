@@ -165,7 +165,7 @@ def _measured(command: MeasureCommand) -> tuple[dict[str, Any], list[Assessment]
 
 
 def _compared_again(command: MeasureCommand) -> tuple[dict[str, Any], list[Assessment]]:
-    """The report of the named folder with every comparison made anew."""
+    """The report of the named folder with every comparison made again."""
     file = output_file("--json", command.json)
     from nvae_lowmem.memory.measure.assess import assess_or_fail
     from nvae_lowmem.memory.measure.measured_files import load_measured

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 CellTask = tuple[Any, ...]
-"""The cell, and what else the work is told."""
+"""The cell, and the other arguments of the work."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ class ShipCommand:
     only: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME [NAME ...]")] = ()
     """Cards (gtx-970-windows, 4g, ...) and recipes; none: all."""
     check: Switch = False
-    """Predict every file anew, change nothing; exit status 1: one is wrong."""
+    """Predict every file again, change nothing; exit status 1: one is wrong."""
     refresh: Switch = False
     """Keep every plan that still fits and needs no retry, and make only its figures anew."""
     table: Switch = False

@@ -38,7 +38,7 @@ class Fingerprint:
 
 
 def record_or_compare(run_dir: Path, found: Fingerprint) -> str:
-    """Keep the fingerprint in the run's folder, or say in what it differs from the one that is there; "" for nothing.
+    """Keep the fingerprint in the run's folder; a sentence on how it differs from the one that is there, "" if equal.
 
     A file that cannot be read counts as different, and is replaced. Raises OSError where it cannot be written.
     """

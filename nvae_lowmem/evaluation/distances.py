@@ -162,7 +162,7 @@ class Comparison:
         self._others.setdefault(name, []).append(self._features(images))
 
     def distances(self, seed: int = 0) -> list[Distance]:
-        """KID, and FID on a network from a file, of each set from the real images; and what to hold them against.
+        """KID, and FID on a network from a file, of each set from the real images; and what to compare them with.
 
         These are KID of noise with the same pixel-wise mean and deviation (a model with no structure at all), and KID
         between two halves of the real images (as close as it gets). Raises ConfigError for a set of fewer than 8.

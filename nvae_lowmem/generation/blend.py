@@ -92,7 +92,7 @@ class MixedLatents:
     weights: Tensor
 
     def latent(self, group: int, prior: Normal, posterior: Normal | None, flow: FlowFunction | None) -> Latent:
-        """The mixed z, made when its group is reached: of all groups at once they would fill memory for nothing."""
+        """The mixed z, made when its group is reached: of all groups at once they would fill memory needlessly."""
         z = self.latents[group]
         assert z is not None, "the pass must keep its z"
         return Latent(torch.lerp(z[:1], z[1:], self.weights[group].to(z.device).view(-1, 1, 1, 1)))

@@ -125,7 +125,7 @@ def this_os() -> OsName:
 def chosen_card(name: str | None, gpu_mem: str | None, on: OsName) -> tuple[Card, Budget] | None:
     """The card and what is left of it for --card (a name, "auto", or a TOML file) and --gpu-mem; None without both.
 
-    Raises ConfigError for a card or a size that there is not.
+    Raises ConfigError for an unknown card or an impossible size.
     """
     size = parse_gpu_mem(gpu_mem) if gpu_mem is not None else None
     if name is None:

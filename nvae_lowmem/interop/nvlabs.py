@@ -23,7 +23,7 @@ def load_published(path: str | os.PathLike[str]) -> tuple[Profile, NVAE]:
     """The Profile of a published checkpoint and its network, in evaluation mode, fp32, on the CPU.
 
     The power iterations' vectors u and v, which published files lack, start from their random initialisation; training
-    finds them anew, nothing else reads them.
+    finds them again, nothing else reads them.
 
     Raises ConfigError for a file that is missing, truncated, of another format, or that asks for more than plain data;
     and, naming every problem, for one whose options and tensors do not describe a network of ours.

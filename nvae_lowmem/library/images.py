@@ -56,7 +56,7 @@ def as_pixels(images: Images, profile: Profile, where: str = "images") -> Tensor
 
 
 def as_output(images: Tensor, output: Output) -> Any:
-    """Images (B, C, S, S) fp32 in [0, 1] as what was asked for. Raises ConfigError for an output that there is not."""
+    """Images (B, C, S, S) fp32 in [0, 1] as what was asked for. Raises ConfigError for an unknown output."""
     if output == "tensor":
         return images
     if output not in ("array", "pil"):

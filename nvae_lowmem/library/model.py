@@ -272,7 +272,7 @@ class Model:
             set_statistics(self.network, self._posterior_statistics)
 
     def _estimate(self, temperature: Temperature, passes: int) -> None:
-        """From the file beside the weights where there is one of these settings, else anew (and then such a file)."""
+        """Read from the file beside the weights if it has these settings; else estimated, and written there."""
         if self._folder is None:
             recalibrate(self.network, temperature, passes, self.micro_batch, RECALIBRATION_SEED)
         else:

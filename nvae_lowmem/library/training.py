@@ -142,7 +142,7 @@ def predict(
 ) -> Prediction:
     """What training of a profile under its plan takes of a card's memory and of the host's; needs no GPU.
 
-    With a card or a size the steps run under its cap. Raises ConfigError for a card that there is not.
+    With a card or a size the steps run under its cap. Raises ConfigError for an unknown card.
     """
     asked = _profile(profile, settings)
     card_and_budget = chosen_card(card, gpu_mem, this_os()) or (None, None)

@@ -316,7 +316,7 @@ def _block_table(blocks: Sequence[BlockSummary], every_row: bool) -> tuple[str, 
 
 
 def runs(blocks: Sequence[BlockSummary]) -> Iterator[list[BlockSummary]]:
-    """Groups of neighbouring blocks that differ in nothing but their name."""
+    """Groups of neighbouring blocks that differ only in their names."""
     return (list(run) for _, run in groupby(blocks, key=lambda b: {**asdict(b), "name": None}))
 
 

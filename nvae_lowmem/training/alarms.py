@@ -125,7 +125,7 @@ class Alarms:
 
     @property
     def blown_up(self) -> str:
-        """What has been so for too long to be a spike, in words; "" for nothing."""
+        """What has lasted too long to be a spike, in words; "" where nothing has."""
         if self._in_a_row >= BLOWN_UP_AFTER:
             return f"the loss has been in alarm for {BLOWN_UP_AFTER} steps in a row, since step {self.episode_began}"
         if self._useless_in_a_row >= BLOWN_UP_AFTER:
@@ -151,7 +151,7 @@ class Alarms:
         return state | {USEFUL: torch.tensor([self._useful_until, self._untrained_nats], dtype=torch.float64)}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """The inverse of `state`; a figure of which nothing was saved starts anew."""
+        """The inverse of `state`; a figure without saved values starts afresh."""
         if USEFUL in state:
             self._useful_until, self._untrained_nats = int(state[USEFUL][0]), float(state[USEFUL][1])
         for name, running in self._medians.items():

@@ -228,7 +228,7 @@ def _remove(path: Path) -> None:
 def resume(run_dir: Path, model: NVAE, step: int | None = None) -> Resumed | None:
     """The newest checkpoint of a run that training can go on from, or the one of `step`; None if there is none at all.
 
-    Whatever is wrong with a newer one (cut off, a flipped bit, inf or NaN, tensors of another model) is said in
+    Whatever is wrong with a newer one (cut off, a flipped bit, inf or NaN, tensors of another model) is explained in
     `passed_over`. Raises ConfigError when there are checkpoints and none of them can be used, and when the one of
     `step` cannot.
     """
@@ -254,7 +254,7 @@ def resume(run_dir: Path, model: NVAE, step: int | None = None) -> Resumed | Non
 
 
 def load_training(checkpoint: Path) -> tuple[int, dict[str, Tensor], dict[str, Tensor]]:
-    """(finished steps, engine state, the model's state that sampling uses), on the host; held against the checksums.
+    """(finished steps, engine state, the model's state that sampling uses), on the host; checksums are checked.
 
     Raises ConfigError for a checkpoint that is not whole, and for one of weights only.
     """
@@ -267,7 +267,7 @@ def load_training(checkpoint: Path) -> tuple[int, dict[str, Tensor], dict[str, T
 def load_run(run_dir: Path, say: Callable[[str], None] = print) -> tuple[Profile, NVAE, Path]:
     """(profile, model with the averaged weights in evaluation mode, checkpoint folder) of a run's newest checkpoint.
 
-    say: is told of newer checkpoints that are damaged. Raises ConfigError when none can be used.
+    say: receives a sentence for each newer checkpoint that is damaged. Raises ConfigError when none can be used.
     """
     profile = profiles.load(run_dir / "config.toml")
     candidates = all_checkpoints(run_dir)
@@ -295,7 +295,7 @@ def export_weights(run_dir: str | os.PathLike[str], profile: Profile, state: Map
 
 
 def check_checkpoint(path: Path) -> str:
-    """Hold every file of a checkpoint against its record; what was checked, in words. Raises ConfigError."""
+    """Check every file of a checkpoint against its record; what was checked, in words. Raises ConfigError."""
     state = read_state(path, step_of(path))
     verify(path, state)
     for name in state.files:
@@ -304,7 +304,7 @@ def check_checkpoint(path: Path) -> str:
 
 
 def is_undamaged(path: Path) -> bool:
-    """Whether `check_checkpoint` has nothing to complain of."""
+    """Whether `check_checkpoint` finds no fault."""
     try:
         check_checkpoint(path)
     except ConfigError:

@@ -163,7 +163,7 @@ def read_state(folder: Path, step: int | None = None) -> CheckpointState:
 
 
 def verify(folder: Path, state: CheckpointState, names: Iterable[str] | None = None) -> None:
-    """Hold files (None: all) against their checksums. Raises ConfigError that names the damaged one."""
+    """Check files (None: all) against their checksums. Raises ConfigError that names the damaged one."""
     for name in state.files if names is None else names:
         recorded = state.files[name].sha256
         try:
@@ -174,7 +174,7 @@ def verify(folder: Path, state: CheckpointState, names: Iterable[str] | None = N
 
 
 def read_tensors(folder: Path, state: CheckpointState, name: str) -> dict[str, Tensor]:
-    """One file of a checkpoint, held against its checksum, on the host. Raises ConfigError that names it."""
+    """One file of a checkpoint, checked against its checksum, on the host. Raises ConfigError that names it."""
     verify(folder, state, [name])
     try:
         tensors = safetensors.torch.load_file(folder / name)

@@ -1,4 +1,4 @@
-"""The figures of a run (stats.jsonl), read while the training that writes them may go on."""
+"""The figures of a run (stats.jsonl), read while its training may still be writing them."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ class StopWish:
     def listening(self) -> Iterator[None]:
         """Inside, the first signal asks to stop; a second Ctrl-C raises KeyboardInterrupt. Ignored ones stay ignored.
 
-        Of several processes each also looks whether its launcher still lives, and none waits for a dead one for ever.
+        Each of several processes also checks whether its launcher lives, and none waits for a dead one without end.
         Outside the main thread nothing is done: whoever owns the signals decides.
         """
         if threading.current_thread() is not threading.main_thread():

@@ -370,7 +370,7 @@ class Trainer:
                 model.train()
 
     def _save(self, monitor: Monitor, step: int, last: bool) -> None:
-        """Save, unless it is saved. A disk that is full now may have room later: training goes on, but not for ever."""
+        """Save, unless this step is saved. After a failed save training goes on, but only MOST_FAILED_SAVES times."""
         if step == self._saved_step:
             return
         with self._pace.timing("save"):

@@ -225,7 +225,7 @@ class CachingAllocator:
         self._source.release_free((self._large, self._small))
 
     def reset_peaks(self) -> None:
-        """Start all peaks anew from the present figures: torch.cuda.reset_peak_memory_stats()."""
+        """Restart all peaks from the present figures: torch.cuda.reset_peak_memory_stats()."""
         self._peak_allocated, self._peak_requested = self._allocated, self._requested
         self._device.peak_reserved = self._device.reserved
 

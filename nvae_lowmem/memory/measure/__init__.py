@@ -1,1 +1,1 @@
-"""Real steps in a process of their own, recorded, and held against the prediction."""
+"""Real steps in a process of their own, recorded, and compared with the prediction."""

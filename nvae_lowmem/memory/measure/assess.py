@@ -186,7 +186,7 @@ def assess(outcome: Outcome, card: Card | None = None) -> Assessment:
 
 
 def assess_or_fail(outcome: Outcome, card: Card | None = None) -> Assessment:
-    """`assess`, but where that ends in any error a failed run whose detail tells it, so that others can go on."""
+    """`assess`, but any error becomes a failed run with the error as its detail, so that other runs can go on."""
     try:
         return assess(outcome, card)
     except ConfigError as error:

@@ -69,7 +69,7 @@ class CudaMonitor:
         self._look(name)
 
     def now(self) -> float:
-        """Seconds, read when the card has finished all work that it was given."""
+        """Seconds, read when the card has finished all its work."""
         self._cuda.synchronize(self._device)
         return time.perf_counter()
 

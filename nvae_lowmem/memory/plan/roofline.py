@@ -152,7 +152,7 @@ class StepSeconds:
     link: float
     optimizer: float
     retries: float = 0.0
-    """Where the allocator runs full: waiting for the card, giving back its cache and taking memory anew."""
+    """Where the allocator runs full: waiting for the card, giving back its cache and allocating again."""
 
     @property
     def total(self) -> float:

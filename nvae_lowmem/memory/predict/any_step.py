@@ -110,7 +110,7 @@ def predict_step(
     states appear in the first, and later ones meet the fragments that it leaves.
     card, gpu_mem: what the step has to fit, as `--card` and `--gpu-mem` take them; cap: so many bytes of the allocator
     ("3.2G") instead. settings: of PyTorch's allocator (PYTORCH_CUDA_ALLOC_CONF).
-    Raises ConfigError for a card, size or setting that there is not; what `build` and the step raise comes through.
+    Raises ConfigError for an unknown card, size or setting; what `build` and the step raise comes through.
     """
     if steps < 1:
         raise ConfigError(f"steps = {steps}: must be at least 1")

@@ -80,7 +80,7 @@ class Prediction:
     retries: int
     """How often the allocator gives back its cache in a later step before it gets memory, which is slow."""
     run_retries: int
-    """How often in all that was replayed: the first steps and what is between steps too."""
+    """How often in the whole replay: in the first steps and between steps, too."""
     overlay: tuple[Entry, ...]
     """What no trace sees, each with its source."""
     oom: str | None
@@ -257,7 +257,7 @@ def _timeline(trace: Trace, start: int, points: int) -> Iterator[tuple[int, dict
 
 
 def _at_setup(trace: Trace) -> int:
-    """Most bytes in the allocator while the engine is built; libraries' buffers come with the first step."""
+    """Most bytes in the allocator while the engine is built; buffers of libraries come with the first step."""
     end = trace.marks["setup done"]
     return max((live for i, live in trace.live_bytes() if i < end), default=0)
 

@@ -4,7 +4,7 @@
     trace.peak().by_category
     CachingAllocator(settings, total_bytes).replay(trace.requests())
 
-Traces are made by `tracer.StorageTracer` and written anew by `TraceWriter`.
+Traces are made by `tracer.StorageTracer` and rewritten by `TraceWriter`.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Allocation:
 
     @property
     def kind(self) -> tuple[Category, str, Phase, str]:
-        """All that is known of it but its size and its time."""
+        """What it is, without its size and its time."""
         return self.category, self.block, self.phase, self.operation
 
     @property
@@ -194,7 +194,7 @@ class Trace:
 
 
 class TraceWriter:
-    """Writes a trace anew from the events of another, which may be left out, repeated, or have others between them.
+    """Rewrites a trace: its events may be left out, repeated, or have others between them.
 
     `trace` is what is written; allocate() and free() of it add what the source does not have.
     """
@@ -294,10 +294,14 @@ def loop_carried(trace: Trace, start: int, end: int) -> list[tuple[int, int]]:
 def categorise_by_lifetime(trace: Trace) -> None:
     """Categorise allocations by lifetime, after tracing.
 
-    What the tracer could only record as temporary, block input or optimizer state is, by the phase in which it was
-    made: update: optimizer state if it outlives the trace; forward: noise or a saved activation if another phase begins
-    in its life (a block input stays one); backward: a gradient if another phase begins; evaluation: a block input if
-    another block begins; and temporary otherwise.
+    The tracer records temporaries, block inputs and optimizer states before it can know what becomes of them. Which it
+    is follows from the phase in which it was made and from what begins while it lives:
+
+        update       outlives the trace: optimizer state
+        forward      another phase begins: block input if recorded so, else noise or saved activation
+        backward     another phase begins: gradient
+        evaluation   another block begins: block input
+        otherwise    temporary
     """
     phases, blocks = _starts(trace, lambda a: a.phase), _starts(trace, lambda a: (a.phase, a.block))
     for a in trace.allocations:

@@ -66,7 +66,7 @@ def launched_card() -> int:
 
 
 def _launcher_number(name: str, least: int, most: int, default: int | None = None) -> int:
-    """A launcher's variable. Raises ConfigError where it is none from `least` to `most`: it may be left over."""
+    """The number in a launcher's variable. Raises ConfigError unless it is from `least` to `most`."""
     text = os.environ.get(name) or ("" if default is None else str(default))
     if not (text.isascii() and text.isdigit() and len(text) < 10 and least <= int(text) <= most):
         raise ConfigError(f"{name}={text!r} in the environment must be a whole number from {least} to {most}: {_UNSET}")
