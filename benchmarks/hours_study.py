@@ -129,6 +129,23 @@ def picture(cases: Sequence[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def markdown(cases: Sequence[dict[str, Any]]) -> str:
+    """A row per set and budget with every size's figure, the best one in bold."""
+    rungs = sorted({str(c["rung"]) for c in cases})
+    lines = ["| images | CPU minutes | " + " | ".join(r if r == "demo" else f"rung {r}" for r in rungs) + " |"]
+    lines.append("|" + " --- |" * (2 + len(rungs)))
+    for data, minutes in sorted({(c["data"], c["budget_minutes"]) for c in cases}, key=lambda k: (k[0] == "faces", k)):
+        own = {str(c["rung"]): c for c in cases if (c["data"], c["budget_minutes"]) == (data, minutes)}
+        best = min(own, key=lambda rung: own[rung]["nats"])
+        unit, digits = ("nats", 2) if data == "mnist5k" else ("bits_per_dim", 3)
+        cells = []
+        for rung in rungs:
+            text = f"{own[rung][unit]:.{digits}f} ({own[rung]['images_seen']:,} images)" if rung in own else ""
+            cells.append(f"**{text}**" if rung == best else text)
+        lines.append(f"| {data} | {minutes:g} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", choices=tuple(SETTINGS))
@@ -142,7 +159,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--picture", type=Path, metavar="FILE")
     options = parser.parse_args(arguments)
     if options.picture is not None:
-        picture(json.loads(options.source.read_text())["cases"], options.picture)
+        cases = json.loads(options.source.read_text())["cases"]
+        picture(cases, options.picture)
+        print(markdown(cases))
         return
     keep_freed_memory()
     about = machine(torch.get_num_threads())

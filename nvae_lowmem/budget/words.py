@@ -69,6 +69,12 @@ def chosen(choice: ChosenModel, look: Look) -> list[str]:
             f"seen, {choice.passes:.3g} passes over {choice.images:,} images; the first minutes of training measure "
             "the speed, and every schedule then ends with the time"
         )
+        most = choice.passes * choice.time.most_seconds / choice.time.least_seconds
+        if most > MOST_PASSES:
+            out.append(
+                f"as fast as its data sheet promises, the card makes {most:,.0f} passes, and after about {MOST_PASSES} "
+                "a model learns its images: watch the held-out figure; its best checkpoint is kept beside the last"
+            )
     return out
 
 

@@ -108,6 +108,13 @@ def test_a_small_set_ends_before_the_hours_and_says_so() -> None:
     assert "by heart" in c.stopped and any("more images would use the time" in line for line in words.gave_up(c))
 
 
+def test_passes_that_only_a_fast_card_makes_are_warned_of() -> None:
+    few, many = (chosen(replace(PHOTOGRAPHS, images=n), hours=0.1) for n in (600, 200_000))
+    said = [words.described(c, PHOTOGRAPHS) for c in (few, many)]
+    assert not few.limited_by_images and "watch the held-out figure" in said[0]
+    assert "watch the held-out figure" not in said[1]
+
+
 def test_a_model_that_does_not_fit_is_named_as_the_reason() -> None:
     c = chosen(replace(PHOTOGRAPHS, images=200_000), hours=5000.0, speed=PlainSpeed(seconds=1e-6, too_wide=32))
     assert c.rung.number == 3 and c.stopped == "rung 4 has no memory plan that fits a plain card"
