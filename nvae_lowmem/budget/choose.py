@@ -20,7 +20,7 @@ from nvae_lowmem.budget.speed import Speed
 from nvae_lowmem.config.model import ModelConfig
 from nvae_lowmem.config.sections import EMBEDDED_SETS, DataConfig, Profile, TrainConfig
 from nvae_lowmem.data.look import Look
-from nvae_lowmem.errors import ConfigError
+from nvae_lowmem.errors import ConfigError, NothingFits
 from nvae_lowmem.memory.plan.duration import StepTime
 from nvae_lowmem.training.learning_rate import suggest_learning_rate
 from nvae_lowmem.units import format_seconds
@@ -93,7 +93,7 @@ def choose(look: Look, wanted: Wanted, speed: Speed, below: int = len(LADDER)) -
     """The largest rung that fits the machine, sees enough images in the hours, and has enough different ones.
 
     below: only rungs of lower numbers. Raises ConfigError for a size that there is no model for, for too few images,
-    and for hours that are not enough for the smallest model.
+    for hours that are not enough for the smallest model; NothingFits.
     """
     side = wanted.size or look.native_side
     data = _data(look, wanted.data)
@@ -127,7 +127,7 @@ def choose(look: Look, wanted: Wanted, speed: Speed, below: int = len(LADDER)) -
             break
         chosen = found
     if chosen is None:
-        raise ConfigError(
+        raise NothingFits(
             f"--size {side}: not even the smallest model has a memory plan that fits {speed.where}: lower --size"
         )
     return replace(chosen, stopped=stopped)

@@ -99,8 +99,9 @@ def for_card(
     while below:
         say("pricing models of several sizes")
         choice = choose(look, wanted, speed, below)
-        # the table of the chosen model is known already; its precision is decided in the same way
-        found = fit(choice.profile, card, budget, wishes, predictor or predictor_for(card, budget), say=say)
+        table = speed.table(choice.profile)  # known already, for the precision that the card's plan has, too
+        predict = predictor or predictor_for(card, budget)
+        found = fit(choice.profile, card, budget, wishes, predict, table=table, say=say)
         if found.fits and found.chosen.groups == choice.profile.model.scale_groups:
             profile = explain.planned(_named(found, _with_words(choice, look)), on, command)
             return Planned(look=look, choice=choice, fit=found, profile=profile)

@@ -14,7 +14,7 @@ from nvae_lowmem.budget.choose import ENOUGH_STEPS, LEAST_STEPS, MOST_PASSES, Ch
 from nvae_lowmem.budget.ladder import LADDER, LARGEST_SIDE, SMALLEST_SIDE, padding_of
 from nvae_lowmem.config.sections import DataConfig, Profile
 from nvae_lowmem.data.look import Look
-from nvae_lowmem.errors import ConfigError
+from nvae_lowmem.errors import ConfigError, NothingFits
 from nvae_lowmem.memory.plan.duration import StepTime, estimated
 
 PHOTOGRAPHS = Look(
@@ -118,7 +118,7 @@ def test_passes_that_only_a_fast_card_makes_are_warned_of() -> None:
 def test_a_model_that_does_not_fit_is_named_as_the_reason() -> None:
     c = chosen(replace(PHOTOGRAPHS, images=200_000), hours=5000.0, speed=PlainSpeed(seconds=1e-6, too_wide=32))
     assert c.rung.number == 3 and c.stopped == "rung 4 has no memory plan that fits a plain card"
-    with pytest.raises(ConfigError, match="not even the smallest model has a memory plan"):
+    with pytest.raises(NothingFits, match="not even the smallest model has a memory plan"):
         chosen(speed=PlainSpeed(too_wide=1))
 
 
