@@ -1,11 +1,12 @@
-"""Can a model tell what does not belong to its data? AUROC of the score of launch/anomaly.py and of the plain ELBO.
+"""Can a model tell what does not belong to its data? AUROC of the score of launch/anomaly.py, of its parts, and of the
+plain ELBO.
 
     python benchmarks/anomalies.py --digits runs/mnist --faces runs/faces --left-out runs/no-fours:4
 
 --digits RUN: a run of mnist5k; its held-out digits against cartoon faces in grey.
 --faces RUN: a run of faces; its held-out faces against digits.
---left-out RUN:CLASS: a run on what --make-left-out FOLDER:CLASS writes, mnist5k without one class; digits of the other
-classes that it has not seen against those of that class.
+--left-out RUN:CLASS (may be repeated): a run on what --make-left-out FOLDER:CLASS writes, mnist5k without one class;
+digits of the other classes that it has not seen against those of that class.
 """
 
 from __future__ import annotations
@@ -22,29 +23,44 @@ from torch import Tensor
 from nvae_lowmem.data.cache import cache_folder
 from nvae_lowmem.data.digits import mnist5k, read_digits
 from nvae_lowmem.data.faces import faces
-from nvae_lowmem.evaluation.anomaly import anomaly_scores, auroc
+from nvae_lowmem.evaluation.anomaly import anomaly_figures, auroc, usual_of
 from nvae_lowmem.library.images import as_batch
-from nvae_lowmem.training.open_run import OpenRun, held_out_batches, open_run
+from nvae_lowmem.training.open_run import OpenRun, open_run, plain_batches
 
 
-def measure(run: OpenRun, normal: Tensor, anomalous: Tensor, what: str, draws: int) -> list[dict[str, object]]:
-    """AUROC for each number of later groups, and of minus the ELBO."""
-    rows: list[dict[str, object]] = []
-    for groups in range(1, run.model.config.total_groups):
-        a, b = (anomaly_scores(run.model, x, groups, draws, micro_batch=50) for x in (normal, anomalous))
-        row = {
-            "what": what,
-            "run": run.profile.name,
-            "checkpoint": run.checkpoint.name,
-            "normal": len(normal),
-            "anomalous": len(anomalous),
-            "later_groups": groups,
-            "auroc_score": round(auroc(a.score, b.score), 4),
-            "auroc_elbo": round(auroc(-a.elbo, -b.elbo), 4),
-        }
-        print(row, flush=True)
-        rows.append(row)
-    return rows
+def measure(run: OpenRun, normal: Tensor, anomalous: Tensor, what: str, draws: int) -> dict[str, object]:
+    """AUROC of the score, of what it consists of, and of minus the ELBO; for half of the groups, of the later ones."""
+    groups = run.model.config.total_groups // 2
+    usual, _ = usual_of(run, groups, draws)
+    a, b = (anomaly_figures(run.model, x, groups, draws, micro_batch=50) for x in (normal, anomalous))
+    row = {
+        "what": what,
+        "run": run.profile.name,
+        "checkpoint": run.checkpoint.name,
+        "references": len(usual.references),
+        "normal": len(normal),
+        "anomalous": len(anomalous),
+        "auroc_score": auroc(usual.score(a), usual.score(b)),
+        "auroc_elbo": auroc(-a.elbo, -b.elbo),
+        "auroc_typicality": auroc((a.elbo - usual.elbo_mean).abs(), (b.elbo - usual.elbo_mean).abs()),
+        "auroc_distance": auroc(usual.distance(a), usual.distance(b)),
+        "auroc_later_groups": auroc(a.later_groups, b.later_groups),
+    }
+    row = {key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()}
+    print(row, flush=True)
+    return row
+
+
+def held_out(run: OpenRun, count: int, usual: int = 200) -> Tensor:
+    """Images that were not trained on, as files are taken, without those that say what is usual."""
+    images = torch.cat(list(plain_batches(run, "test", 0)[0])).numpy()
+    taken = set(np.linspace(0, len(images) - 1, min(usual, len(images))).round().astype(int).tolist())
+    return torch.from_numpy(spread(images[[i for i in range(len(images)) if i not in taken]], count))
+
+
+def spread(images: np.ndarray, count: int) -> np.ndarray:
+    """At most so many of the images, evenly spread: sets come class by class."""
+    return images[np.linspace(0, len(images) - 1, min(count, len(images))).round().astype(int)]
 
 
 def grey_faces(size: int, count: int) -> Tensor:
@@ -58,7 +74,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--digits")
     parser.add_argument("--faces")
-    parser.add_argument("--left-out")
+    parser.add_argument("--left-out", action="append", default=[])
     parser.add_argument("--make-left-out", metavar="FOLDER:CLASS")
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--draws", type=int, default=4)
@@ -70,23 +86,23 @@ def main() -> None:
         write_without(Path(folder), int(left_out))
     if given.digits:
         run = open_run(given.digits, "runs", "cpu")
-        normal = torch.cat(list(held_out_batches(run, given.count)))
+        normal = held_out(run, given.count)
         drawn = as_batch(grey_faces(run.profile.model.image_size, given.count), run.profile)
-        rows += measure(run, normal, drawn, "digits against grey faces", given.draws)
+        rows.append(measure(run, normal, drawn, "digits against grey faces", given.draws))
     if given.faces:
         run = open_run(given.faces, "runs", "cpu")
-        normal = torch.cat(list(held_out_batches(run, given.count)))
-        digits = [Image.fromarray(d[0]) for d in mnist5k()[1][: given.count]]
-        rows += measure(run, normal, as_batch(digits, run.profile), "faces against digits", given.draws)
-    if given.left_out:
-        folder, _, left_out = given.left_out.rpartition(":")
+        normal = held_out(run, given.count)
+        digits = [Image.fromarray(d[0]) for d in spread(mnist5k()[1], given.count)]
+        rows.append(measure(run, normal, as_batch(digits, run.profile), "faces against digits", given.draws))
+    for one in given.left_out:
+        folder, _, left_out = one.rpartition(":")
         run = open_run(folder, "runs", "cpu")
         pixels, labels = read_digits()
         test = np.arange(len(pixels)) % 10 == 9
         of_class = labels == int(left_out)
-        parts = (torch.from_numpy(pixels[which][: given.count]) for which in (test & ~of_class, of_class))
+        parts = (torch.from_numpy(spread(pixels[which], given.count)) for which in (test & ~of_class, of_class))
         normal, anomalous = (as_batch(part, run.profile) for part in parts)
-        rows += measure(run, normal, anomalous, f"digits without {left_out} against {left_out}", given.draws)
+        rows.append(measure(run, normal, anomalous, f"digits without {left_out} against {left_out}", given.draws))
     if given.out is not None:
         given.out.write_text(json.dumps({"draws": given.draws, "rows": rows}, indent=1) + "\n")
 

@@ -11,14 +11,16 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from nvae_lowmem.config.choices import DeviceChoice
 from nvae_lowmem.config.profile_file import override
 from nvae_lowmem.config.sections import Profile
-from nvae_lowmem.data.pipeline import evaluation_batches
+from nvae_lowmem.data.pipeline import evaluation_batches, to_network
 from nvae_lowmem.data.sources import open_source
 from nvae_lowmem.errors import ConfigError, command_line
 from nvae_lowmem.hardware import cuda_memory
@@ -132,3 +134,22 @@ def held_out_batches(run: OpenRun, count: int, progress: OnProgress | None = Non
                 progress(done, wanted)
 
     return batches()
+
+
+def plain_batches(run: OpenRun, part: Literal["train", "test"], count: int) -> tuple[Iterator[Tensor], int]:
+    """`count` images of a part of the run's data, evenly spread, (b, C, S', S') each, on the host, and how many.
+
+    They are as image files would be: one bit is a threshold, not a draw. Fewer where there are fewer; 0: all of them.
+    Raises ConfigError when the data cannot be opened.
+    """
+    profile = run.profile
+    datasets = open_source(profile.data, profile.model)
+    dataset = datasets.train if part == "train" else datasets.test
+    wanted = min(count, len(dataset)) if count else len(dataset)
+    numbers = np.linspace(0, len(dataset) - 1, wanted).round().astype(np.int64)
+
+    def batches() -> Iterator[Tensor]:
+        for first in range(0, wanted, run.micro_batch):
+            yield to_network(dataset.images(numbers[first : first + run.micro_batch]), profile.model, None)
+
+    return batches(), wanted
