@@ -29,9 +29,10 @@ from nvae_lowmem.training.open_run import OpenRun, open_run, plain_batches
 
 
 def measure(run: OpenRun, normal: Tensor, anomalous: Tensor, what: str, draws: int) -> dict[str, object]:
-    """AUROC of the score, of what it consists of, and of minus the ELBO; for half of the groups, of the later ones."""
+    """AUROC of the score and its parts, of minus the ELBO, of what half of the groups say, of the nearest image."""
     groups = run.model.config.total_groups // 2
     usual, _ = usual_of(run, groups, draws)
+    pixels = torch.cat(list(plain_batches(run, "train", len(usual.references))[0])).flatten(1)
     a, b = (anomaly_figures(run.model, x, groups, draws, micro_batch=50) for x in (normal, anomalous))
     row = {
         "what": what,
@@ -45,6 +46,7 @@ def measure(run: OpenRun, normal: Tensor, anomalous: Tensor, what: str, draws: i
         "auroc_typicality": auroc((a.elbo - usual.elbo_mean).abs(), (b.elbo - usual.elbo_mean).abs()),
         "auroc_distance": auroc(usual.distance(a), usual.distance(b)),
         "auroc_later_groups": auroc(a.later_groups, b.later_groups),
+        "auroc_pixel_distance": auroc(*(torch.cdist(x.flatten(1), pixels).amin(1) for x in (normal, anomalous))),
     }
     row = {key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()}
     print(row, flush=True)

@@ -1,17 +1,21 @@
 """Restoring images with a trained model: missing pixels, noise, low resolution. No gradients, no training for the task.
 
 What is known of an image x is y = A x + noise. Two steps alternate (plug-and-play; the prior is a hierarchical VAE,
-arXiv 2303.11217; for missing pixels this is the imputation of arXiv 1401.4082, appendix F):
+arXiv 2303.11217):
 
     r   = E[x | z],  z ~ q(z | x)                    the model says what images look like: one pass, as reconstruction's
     x   = argmin |A x - y|^2 / sigma^2 + |x - r|^2 / s^2      the data say what is known, closed form below
 
+Where pixels are missing, x takes a draw from p(x | z) there instead of r: then the two steps are the imputation of
+arXiv 1401.4082, appendix F, whose x settle at draws from p(missing pixels | known ones).
+
 One guess is the mean of the last half of all r, with what is known put in. Where pixels are missing, the mean is also
 moved by what it is off at the known pixels around them: a small model gets the shapes right before the shades.
 
-Where much is missing, a guess is one of several images that could have been. The nearest to all of these in squared
-error is their mean, E[x | y], which the mean of `guesses` with different noise estimates: closer to the original in
-PSNR, and less sharp.
+Where much is missing, several images could have been. The nearest to all of these in squared error is their mean,
+E[x | y], which the mean of `guesses` estimates: each later one begins with another sample from the prior in the missing
+pixels, since passes are too few to get from one of those images to another.
+
 A step takes what a reconstruction takes, which is less than training (docs/performance.md).
 Legend: B images, C image channels, S pixels per side, S' = S + 2 padding pixels per side inside the network.
 """
@@ -20,7 +24,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -28,8 +32,8 @@ from torch.nn import functional
 
 from nvae_lowmem.errors import ConfigError
 from nvae_lowmem.generation.reconstruct import RowNoise
-from nvae_lowmem.generation.sample import decoded_mean
-from nvae_lowmem.model.latents import FromPosterior, NoiseStep
+from nvae_lowmem.generation.sample import decoded_mean, drawn_pixels
+from nvae_lowmem.model.latents import FromPosterior, FromPrior, NoiseStep
 from nvae_lowmem.model.nvae import NVAE
 from nvae_lowmem.progress import OnProgress
 
@@ -42,6 +46,9 @@ _MOST_PASSES = 1 << 16
 
 class Observation(Protocol):
     """What is known of images: y = A x + noise."""
+
+    imputes: ClassVar[bool]
+    """Whether a draw from p(x | z) takes the place of what is not known, instead of its mean."""
 
     def first_guess(self) -> Tensor:
         """Images (B, C, S, S) to begin with, in [0, 1]."""
@@ -66,6 +73,7 @@ class KnownPixels:
 
     images: Tensor
     known: Tensor
+    imputes: ClassVar[bool] = True
 
     def first_guess(self) -> Tensor:
         """Each unknown pixel from the known ones around it."""
@@ -104,6 +112,7 @@ class NoisyPixels:
     sigma: float
     model_sigma: float = 0.1
     """s: how far the model's reconstructions of clean images are off, per pixel."""
+    imputes: ClassVar[bool] = False
 
     def first_guess(self) -> Tensor:
         """The noisy images, as far as they are colours."""
@@ -129,6 +138,7 @@ class LowResolution:
 
     images: Tensor
     factor: int
+    imputes: ClassVar[bool] = False
 
     def first_guess(self) -> Tensor:
         """Bilinear interpolation."""
@@ -172,32 +182,48 @@ def restore(
         raise ConfigError(f"--iterations {iterations}: must be from 2 to {_MOST_PASSES}")
     if not 1 <= guesses <= _MOST_PASSES // iterations:
         raise ConfigError(f"--guesses {guesses}: must be from 1 to {_MOST_PASSES // iterations}")
-    start = measured.first_guess()
-    total = torch.zeros_like(start)
+    total = torch.zeros_like(measured.first_guess())
     for guess in range(guesses):
-        x = start
+        x = measured.first_guess()
+        if guess and measured.imputes:
+            x = measured.put_in(_samples(model, len(x), seed, guess, micro_batch))
         for iteration in range(iterations):
             done = guess * iterations + iteration
-            r = _reconstructed(model, x, seed, done, micro_batch)
-            x = measured.put_in(r)
+            mean, drawn = _reconstructed(model, x, seed, done, micro_batch, measured.imputes)
+            x = measured.put_in(drawn)
             if iteration >= iterations // 2:
-                total += r
+                total += mean
             if progress is not None:
                 progress(done + 1, guesses * iterations)
     return measured.result(total / (guesses * (iterations - iterations // 2)))
 
 
-def _reconstructed(model: NVAE, images: Tensor, seed: int, number: int, micro_batch: int) -> Tensor:
-    """The mean of p(x|z), z ~ q(z|images): (B, C, S, S) to (B, C, S, S), on the host; number: of the pass."""
+def _reconstructed(
+    model: NVAE, images: Tensor, seed: int, number: int, micro_batch: int, draw: bool
+) -> tuple[Tensor, Tensor]:
+    """The mean of p(x|z), z ~ q(z|images), and a draw from it, or the mean again: (B, C, S, S) each, on the host.
+
+    number: of the pass.
+    """
     device, p = next(model.parameters()).device, model.config.padding
-    out = []
+    means, draws = [], []
     for first in range(0, len(images), micro_batch):
-        chunk = images[first : first + micro_batch]
-        x = functional.pad(chunk, (p,) * 4).to(device)
-        slots = tuple(image * _MOST_PASSES + number for image in range(first, first + len(chunk)))
-        noise = RowNoise(seed, slots, NoiseStep.RESTORATION)
-        out.append(decoded_mean(model, FromPosterior(noise), model.encode(x)))
-        del x
+        x = functional.pad(images[first : first + micro_batch], (p,) * 4).to(device)
+        slots = tuple(image * _MOST_PASSES + number for image in range(first, first + len(x)))
+        parameters, _ = model.decode(FromPosterior(RowNoise(seed, slots, NoiseStep.RESTORATION)), model.encode(x))
+        means.append(model.likelihood.mean(parameters).cpu())
+        draws.append(drawn_pixels(model, parameters, seed, slots) if draw else means[-1])
+        del x, parameters  # before the next ones are made
+    return torch.cat(means), torch.cat(draws)
+
+
+def _samples(model: NVAE, count: int, seed: int, guess: int, micro_batch: int) -> Tensor:
+    """Images from the prior for a guess to begin with, (count, C, S, S) on the host."""
+    out = []
+    for first in range(0, count, micro_batch):
+        slots = tuple(image * _MOST_PASSES + guess for image in range(first, min(first + micro_batch, count)))
+        source = FromPrior(RowNoise(seed, slots, NoiseStep.RESTORATION_STARTS))
+        out.append(decoded_mean(model, source, None, len(slots)))
     return torch.cat(out)
 
 

@@ -134,12 +134,14 @@ def decoded_mean(model: NVAE, source: Source, maps: list[Tensor] | None, batch: 
 def _decoded_draw(model: NVAE, source: Source, batch: int, seed: int, first_slot: int) -> Tensor:
     """A draw from p(x|z) for each image, (B, C, S, S) on the host."""
     parameters, _ = model.decode(source, batch=batch)
+    return drawn_pixels(model, parameters, seed, range(first_slot, first_slot + batch))
+
+
+def drawn_pixels(model: NVAE, parameters: Tensor, seed: int, slots: Sequence[int]) -> Tensor:
+    """A draw from p(x|z) given its parameters, (B, C, S, S) on the host; row i is a function of (seed, slots[i])."""
     # one image at a time, each with a generator of its own: so its draws do not depend on the chunk it is in
-    drawn = [
-        model.likelihood.sample(row[None], _pixel_generator(seed, first_slot + i)).cpu()
-        for i, row in enumerate(parameters)
-    ]
-    return torch.cat(drawn)
+    rows = zip(parameters, slots, strict=True)
+    return torch.cat([model.likelihood.sample(row[None], _pixel_generator(seed, slot)).cpu() for row, slot in rows])
 
 
 def _pixel_generator(seed: int, slot: int) -> torch.Generator:

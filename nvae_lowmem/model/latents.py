@@ -89,6 +89,8 @@ class NoiseStep(enum.IntEnum):
     ANOMALY = -10
     ANOMALY_OF_LATER_GROUPS = -11
     """Anomaly scores: the groups that are drawn from the prior."""
+    RESTORATION_STARTS = -12
+    """Restoration: the samples from the prior that later guesses begin with."""
 
 
 @dataclass(frozen=True)
