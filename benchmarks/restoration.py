@@ -71,7 +71,7 @@ def mask(kind: str, share: float, images: Tensor) -> Tensor:
     return known
 
 
-def rows_of(run_folder: str, count: int, iterations: int) -> list[dict[str, object]]:
+def rows_of(run_folder: str, count: int, iterations: int, guesses: int) -> list[dict[str, object]]:
     """One row per share of missing pixels."""
     run = open_run(run_folder, "runs", "cpu")
     images = without_padding(torch.cat(list(held_out_batches(run, count))), run.profile.model)
@@ -80,7 +80,7 @@ def rows_of(run_folder: str, count: int, iterations: int) -> list[dict[str, obje
         known = mask(kind, share, images)
         measured = KnownPixels(images, known)
         blurs = {sigma: psnr_of_missing(blurred(measured, sigma), images, known) for sigma in SIGMAS}
-        restored = restore(run.model, measured, iterations, micro_batch=run.micro_batch)
+        one, mean = (restore(run.model, measured, iterations, micro_batch=count, guesses=n) for n in (1, guesses))
         row = {
             "run": run.profile.name,
             "checkpoint": run.checkpoint.name,
@@ -89,7 +89,8 @@ def rows_of(run_folder: str, count: int, iterations: int) -> list[dict[str, obje
             "share": share,
             "mean_fill_db": round(psnr_of_missing(mean_fill(measured), images, known), 2),
             "blur_db": round(max(blurs.values()), 2),
-            "restore_db": round(psnr_of_missing(restored, images, known), 2),
+            "one_guess_db": round(psnr_of_missing(one, images, known), 2),
+            "mean_of_guesses_db": round(psnr_of_missing(mean, images, known), 2),
         }
         print(row, flush=True)
         rows.append(row)
@@ -101,11 +102,14 @@ def main() -> None:
     parser.add_argument("--run", action="append", required=True, help="a trained run; may be repeated")
     parser.add_argument("--count", type=int, default=100, help="held-out images")
     parser.add_argument("--iterations", type=int, default=32)
+    parser.add_argument("--guesses", type=int, default=4, help="whose mean is measured beside one guess")
     parser.add_argument("--out", type=Path, help="write the rows as JSON")
     given = parser.parse_args()
-    rows = [row for run in given.run for row in rows_of(run, given.count, given.iterations)]
+    rows = [row for run in given.run for row in rows_of(run, given.count, given.iterations, given.guesses)]
     if given.out is not None:
-        given.out.write_text(json.dumps({"iterations": given.iterations, "rows": rows}, indent=1) + "\n")
+        given.out.write_text(
+            json.dumps({"iterations": given.iterations, "guesses": given.guesses, "rows": rows}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":
