@@ -72,6 +72,8 @@ def _blend(command: BlendCommand) -> None:
     matrix = blend.matrix_weights(config, mode, command.split, command.matrix) if command.matrix else None
     frames = blend.animation_weights(config, mode, command.weights, command.frames, command.animation)
     pair, files = image_inputs.given_or_held_out(run, command.images, command.box, 2)
+    if len(pair) < 2:
+        raise ConfigError(f"the run's data {run.profile.data.source} hold out one image alone: name two files to blend")
     names = [Path(name).stem.replace(" ", "-") for name in files]
     out = image_inputs.output_folder(command.out, run)
 

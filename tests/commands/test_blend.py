@@ -136,6 +136,13 @@ def test_two_images_are_needed(capsys: pytest.CaptureFixture[str]) -> None:
     assert "two images are blended, not 1: name two, or none" in capsys.readouterr().err
 
 
+def test_data_that_hold_out_one_image_are_told_from_a_mistake_in_the_code(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--run", str(demo_run(tmp_path, test_fraction=0.01))]) == 2
+    assert "hold out one image alone: name two files to blend" in capsys.readouterr().err
+
+
 def test_a_split_without_use_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["a.png", "b.png", "--split", "scale:1"]) == 2
     assert "--split scale:1 belongs to --mode scales and to --matrix" in capsys.readouterr().err
