@@ -83,11 +83,7 @@ class Usual:
     @staticmethod
     def of(references: Tensor, held_out: AnomalyFigures) -> Usual:
         """From training images (N, D) and held-out ones. Raises ConfigError for fewer than ten of the latter."""
-        if len(held_out.elbo) < FEWEST_HELD_OUT:
-            raise ConfigError(
-                f"--compare: {len(held_out.elbo)} held-out images do not tell what is usual: give at least "
-                f"{FEWEST_HELD_OUT}; where the run has fewer, --data names a folder with more"
-            )
+        _require_enough(len(held_out.elbo))
         distance = _nearest(held_out.coarse, references)
         values = [one for x in (held_out.elbo, distance) for one in (float(x.mean()), max(float(x.std()), 1e-9))]
         return Usual(references, *values)
@@ -116,13 +112,22 @@ def usual_of(
     The images are taken as files are, not with the pixels that training draws anew for one bit. progress: makes a bar
     of a name. Raises ConfigError where the run's data cannot be opened, or too few are held out.
     """
-    training, count = plain_batches(run, "train", references)
-    bar = progress("training images") if progress else None
-    coarse = coarse_latents(run.model, training, progress=bar, count=count)
-    images = torch.cat(list(plain_batches(run, "test", held_out)[0]))
+    batches, count = plain_batches(run, "test", held_out)
+    _require_enough(count)
     bar = progress("held-out images") if progress else None
+    images = torch.cat(list(batches))
     figures = anomaly_figures(run.model, images, groups_from_prior, draws, seed, run.micro_batch, progress=bar)
-    return Usual.of(coarse, figures), figures
+    batches, count = plain_batches(run, "train", references)
+    bar = progress("training images") if progress else None
+    return Usual.of(coarse_latents(run.model, batches, progress=bar, count=count), figures), figures
+
+
+def _require_enough(held_out: int) -> None:
+    if held_out < FEWEST_HELD_OUT:
+        raise ConfigError(
+            f"--compare: {held_out} held-out images do not tell what is usual: give at least {FEWEST_HELD_OUT}; where "
+            "the run has fewer, --data names a folder with more"
+        )
 
 
 def _nearest(coarse: Tensor, references: Tensor) -> Tensor:

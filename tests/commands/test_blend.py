@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from data_files import write_folder
 from generation_runs import DEEP, GREY, RGB, demo_run, picture_file, responsive, write_run
 from PIL import Image
 
@@ -139,7 +140,8 @@ def test_two_images_are_needed(capsys: pytest.CaptureFixture[str]) -> None:
 def test_data_that_hold_out_one_image_are_told_from_a_mistake_in_the_code(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["--run", str(demo_run(tmp_path, test_fraction=0.01))]) == 2
+    write_folder(tmp_path / "pictures", 2)
+    assert main(["--run", str(demo_run(tmp_path, with_data=False))]) == 2
     assert "hold out one image alone: name two files to blend" in capsys.readouterr().err
 
 
