@@ -55,8 +55,7 @@ class RestoreCommand(ImageFlags):
     iterations: int = 32
     """Times that the model and the data take turns."""
     guesses: int = 1
-    """Guesses whose mean is the result: 1 is sharp; 4 are closer in PSNR where much is missing, softer, and take 4 times
-    as long."""
+    """Guesses whose mean is the result: 1 is sharp; 4 are softer, closer where much is missing, and take longer."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
