@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -106,3 +108,9 @@ def test_allocations_are_categorised_by_the_phases_they_outlive() -> None:
         "temporary", "weight",
     ]  # fmt: skip
     assert trace.allocations[state].died == -1
+
+
+def test_names_of_phases_and_categories_are_texts_wherever_they_are_written() -> None:
+    assert f"{Phase.FORWARD:<8}|{Category.SAVED_ACTIVATION}" == "forward |saved activation"
+    assert json.dumps({Category.WEIGHT: Phase.SETUP}) == '{"weight": "setup"}'
+    assert dict.fromkeys(Category, 0)["weight"] == 0  # type: ignore[index]
