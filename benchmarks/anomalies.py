@@ -94,7 +94,7 @@ def main() -> None:
     if given.faces:
         run = open_run(given.faces, "runs", "cpu")
         normal = held_out(run, given.count)
-        digits = [Image.fromarray(d[0]) for d in spread(mnist5k()[1], given.count)]
+        digits = [Image.fromarray(d[0]) for d in spread(mnist5k()[1].pixels, given.count)]
         rows.append(measure(run, normal, as_batch(digits, run.profile), "faces against digits", given.draws))
     for one in given.left_out:
         folder, _, left_out = one.rpartition(":")

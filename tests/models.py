@@ -57,9 +57,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no_residual_posterior": {"residual_posterior": False},
     "no_squeeze_excitation": {"squeeze_excitation": False},
     "no_flows": {"flows": 0},
+    "classes": {"classes": 5},
     "three_scales": {"scales": 3, "groups_per_scale": (2, 1, 3)},
     "other_widths": {"channels_encoder": 8, "channels_decoder": 16},
     "vanilla": {"scales": 1, "groups": 1, "preprocess_blocks": 2, "postprocess_blocks": 2},
+    "vanilla_classes": {"scales": 1, "groups": 1, "preprocess_blocks": 2, "postprocess_blocks": 2, "classes": 5},
     "vanilla_no_resampling": {
         "scales": 1,
         "groups": 1,

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from nvae_lowmem.config.model import ModelConfig
 from nvae_lowmem.config.sections import MemoryPlan, Profile, TrainConfig
+from nvae_lowmem.data.labels import label_rows
 from nvae_lowmem.data.pipeline import MicroBatch
 from nvae_lowmem.model.freeze import freeze_blocks
 from nvae_lowmem.model.nvae import NVAE
@@ -37,7 +38,7 @@ from nvae_lowmem.training.step import StepResult, Training, training_step
 MODEL = ModelConfig(
     image_size=16, bits=1, channels_encoder=4, channels_decoder=4, scales=2, groups=2, adaptive=True, latents=2,
     cells_encoder=1, cells_decoder=1, preprocess_blocks=1, preprocess_cells=1, postprocess_blocks=1,
-    postprocess_cells=1, flows=1,
+    postprocess_cells=1, flows=1, classes=3,
 )  # fmt: skip
 TOTAL, TOTAL_STEPS, LEARNING_RATE = 4, 40, 3e-3
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -90,7 +91,8 @@ def train(
 
 def micro_batches(split: BatchSplit, rank: int, step: int) -> Iterator[MicroBatch]:
     for slots in split.slots(rank):
-        yield MicroBatch(slots.start, images(step, slots.start, split.micro))
+        labels = label_rows([0, 1, 2, -1], MODEL.classes)[slots]
+        yield MicroBatch(slots.start, images(step, slots.start, split.micro), labels)
 
 
 def losses(results: list[StepResult]) -> Tensor:

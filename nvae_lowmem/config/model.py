@@ -24,6 +24,8 @@ WIDEST = 1 << 14
 """Channels of any layer, at the lowest resolution too."""
 MOST_GROUPS = 1000
 """Latent groups of a whole hierarchy."""
+MOST_CLASSES = 1 << 15
+"""Class labels of one model; ImageNet's larger set has 21,841."""
 LikelihoodName = Literal["auto", "bernoulli", "logistic_mixture", "normal", "squared_error"]
 
 
@@ -82,6 +84,8 @@ class ModelConfig:
     """q(z|x) is parameterised relative to the prior p(z)."""
     data_init: bool = False
     """res_elu only: initialise weight normalisation from the first batch."""
+    classes: Annotated[int, Range(0, MOST_CLASSES)] = 0
+    """Classes whose labels the model is given, so that each can be asked for when sampling; 0: no labels."""
 
     @property
     def network_size(self) -> int:

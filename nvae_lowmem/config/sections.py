@@ -57,10 +57,15 @@ class DataConfig:
     """Embedded set faces: who draws them; mixed: ToonHead and Avataaars in turn."""
     cache_dir: str = ""
     """Where embedded sets are kept; empty: the user's cache folder."""
+    class_names: tuple[str, ...] = ()
+    """With model.classes: what the classes are called, by their numbers; empty: as the data say (names of sub-folders
+    in their order). A run keeps them."""
 
     def problems(self) -> list[str]:
         """Every reason why this data section cannot be used."""
         out = []
+        if len(set(self.class_names)) < len(self.class_names):
+            out.append("data.class_names has a name twice: every class needs a name of its own")
         if not self.source:
             out.append("data.source is empty: name a folder, a ZIP, or an embedded set (mnist5k, faces)")
         return out + range_problems(self, "data")
@@ -107,6 +112,9 @@ class TrainConfig:
     """Epsilon of Adamax."""
     clip_norm: Annotated[float, Range(0, 10**12)] = 0.0
     """Clip the true (unscaled) gradient to this norm; 0: off."""
+    label_dropout: Annotated[float, Range(0, 1, below_most=True)] = 0.1
+    """With model.classes: share of images that are trained without their label, so that the model also knows the data
+    as a whole, which guidance needs when sampling."""
     skip_gradient_norm: Annotated[float, Range(0, 10**12)] = 0.0
     """Skip the update of a step whose true gradient norm is larger; 0: off."""
     skip_gradient_quantile: Annotated[float, Range(0, 1, below_most=True)] = 0.0
@@ -233,6 +241,9 @@ class Profile:
         """Every problem of every section."""
         sections = (self.model, self.data, self.training, self.plan)
         out = [problem for section in sections for problem in section.problems()]
+        names, classes = len(self.data.class_names), self.model.classes
+        if names and names != classes:
+            out.append(f"data.class_names has {names} names, but model.classes = {classes}: they must be as many")
         batch, micro = self.training.total_batch, self.plan.micro_batch
         if micro > 0 and batch > 0 and batch % micro:
             out.append(f"training.total_batch = {batch} is not a multiple of plan.micro_batch = {micro}")

@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 
+from nvae_lowmem.data.labels import Labels, no_labels, numbered_labels
 from nvae_lowmem.data.pickles import BadPickle, check_tuples
 from nvae_lowmem.data.stores import ArrayStore
 from nvae_lowmem.errors import ConfigError
 
 _TRAIN = tuple(f"data_batch_{n}" for n in range(1, 6))
-_TEST = "test_batch"
-_PIXELS = 3 * 32 * 32
+_TEST, _META = "test_batch", "batches.meta"
+_VALUES = 3 * 32 * 32
 _LARGEST_BYTES = 64 << 20  # a batch has 30 MiB
 _MOST_ARRAYS = 16  # a batch has one
 
@@ -31,18 +32,38 @@ def find_batches(folder: Path) -> Path | None:
 
 def read_batches(folder: Path) -> tuple[ArrayStore | None, ArrayStore | None]:
     """(training images, test images) of the batches that are there. Raises ConfigError for what cannot be read."""
-    trains = [_read(folder / name) for name in _TRAIN if (folder / name).is_file()]
-    test = _read(folder / _TEST) if (folder / _TEST).is_file() else None
+    trains = [folder / name for name in _TRAIN if (folder / name).is_file()]
+    tests = [folder / _TEST] if (folder / _TEST).is_file() else []
     where = f"CIFAR-10 batches in {str(folder)!r}"
     count = f" ({len(trains)} of 5 files)" if len(trains) < len(_TRAIN) else ""
-    return (
-        ArrayStore(np.concatenate(trains), f"the training part of {where}{count}") if trains else None,
-        ArrayStore(test, f"the test part of {where}") if test is not None else None,
-    )
+    return _store(trains, f"the training part of {where}{count}"), _store(tests, f"the test part of {where}")
 
 
-def _read(path: Path) -> np.ndarray:
-    """(N, 3, 32, 32) uint8 of one batch."""
+def _store(paths: list[Path], description: str) -> ArrayStore | None:
+    if not paths:
+        return None
+    contents = [(path, _content(path)) for path in paths]
+    pixels = np.concatenate([_pixels(content, path) for path, content in contents])
+    labels = [content.get(b"labels", content.get("labels")) for _, content in contents]
+    return ArrayStore(pixels, description, lambda: _labels(labels, paths, len(pixels), description))
+
+
+def _labels(batches: list[Any], paths: list[Path], count: int, description: str) -> Labels:
+    """The labels of all batches, with the names in batches.meta where that is there."""
+    if not all(isinstance(labels, list) and all(type(n) is int and 0 <= n < 256 for n in labels) for labels in batches):
+        raise no_labels(description)
+    numbers = [number for labels in batches for number in labels]
+    if len(numbers) != count:
+        raise ConfigError(f"{description}: {len(numbers):,} labels for {count:,} images; download it again")
+    meta = paths[0].with_name(_META)
+    names = _content(meta).get(b"label_names", []) if meta.is_file() else []
+    if not (isinstance(names, list) and len(names) <= 256 and all(isinstance(name, bytes) for name in names)):
+        names = []
+    return numbered_labels(numbers, description, [name.decode("utf-8", "replace") for name in names])
+
+
+def _content(path: Path) -> dict[Any, Any]:
+    """The dictionary in one file."""
     try:
         if path.stat().st_size > _LARGEST_BYTES:
             raise ConfigError(f"CIFAR-10 batch {str(path)!r} is larger than {_LARGEST_BYTES >> 20} MiB: it is none")
@@ -60,16 +81,21 @@ def _read(path: Path) -> np.ndarray:
         ) from None
     except Exception as error:  # a damaged pickle raises nearly anything
         raise ConfigError(f"CIFAR-10 batch {str(path)!r} cannot be read: {error!r}; download it again") from error
-    pixels = content.get(b"data", content.get("data")) if isinstance(content, dict) else None
+    return content if isinstance(content, dict) else {}
+
+
+def _pixels(content: dict[Any, Any], path: Path) -> np.ndarray:
+    """(N, 3, 32, 32) uint8 of one batch."""
+    pixels = content.get(b"data", content.get("data"))
     if not (
         isinstance(pixels, np.ndarray)
         and pixels.dtype == np.uint8
         and pixels.ndim == 2
-        and pixels.shape[1] == _PIXELS
+        and pixels.shape[1] == _VALUES
         and len(pixels)
     ):
         raise ConfigError(
-            f"CIFAR-10 batch {str(path)!r} has no uint8 array 'data' of (images, {_PIXELS}) in it: "
+            f"CIFAR-10 batch {str(path)!r} has no uint8 array 'data' of (images, {_VALUES}) in it: "
             "download CIFAR-10 (python version) again"
         )
     return pixels.reshape(-1, 3, 32, 32)

@@ -34,12 +34,16 @@ class Dataset(Protocol):
     def images(self, indices: Sequence[int] | np.ndarray) -> Tensor:
         """(B, C, S, S) uint8 of the given indices, 0 <= index < len."""
 
+    @property
+    def labels(self) -> np.ndarray | None:
+        """(N,) int64: the number of each image's class; None where no labels are asked for."""
+
 
 class ArrayDataset:
-    """Images in host memory; `pixels` is (N, C, S, S) uint8."""
+    """Images in host memory; `pixels` is (N, C, S, S) uint8, labels (N,) int64 if there are any."""
 
-    def __init__(self, pixels: np.ndarray) -> None:
-        self._pixels = pixels
+    def __init__(self, pixels: np.ndarray, labels: np.ndarray | None = None) -> None:
+        self._pixels, self.labels = pixels, labels
 
     def __len__(self) -> int:
         return len(self._pixels)
@@ -51,12 +55,16 @@ class ArrayDataset:
 class LazyDataset:
     """The images `numbers` of a store, decoded in parallel whenever they are asked for.
 
-    An image that cannot be read then is replaced by the next one that can, always the same one; the first time, a
-    line says so.
+    An image that cannot be read then is replaced by the next one (of its class) that can, always the same one; the
+    first time, a line says so.
     """
 
-    def __init__(self, store: Store, numbers: np.ndarray, prepare: Preparation, log: Log) -> None:
+    def __init__(
+        self, store: Store, numbers: np.ndarray, prepare: Preparation, log: Log, labels: np.ndarray | None = None
+    ) -> None:
+        """labels: of these images, (len(numbers),) int64."""
         self._store, self._numbers, self._prepare, self._log = store, numbers, prepare, log
+        self.labels = labels
         self._threads = ThreadPoolExecutor(_thread_count(), thread_name_prefix="decode")
         self._warned = False
 
@@ -69,7 +77,10 @@ class LazyDataset:
 
     def _image(self, index: int) -> np.ndarray:
         for step in range(len(self._numbers)):
-            number = int(self._numbers[(index + step) % len(self._numbers)])
+            place = (index + step) % len(self._numbers)
+            if self.labels is not None and self.labels[place] != self.labels[index]:
+                continue
+            number = int(self._numbers[place])
             try:
                 return self._prepare(self._store.image(number), self._store.name(number))
             except (UnreadableImage, ConfigError) as error:
@@ -105,21 +116,24 @@ def check_colours(store: Store, channels: int, key: str) -> None:
     )
 
 
-def load(store: Store, numbers: np.ndarray, prepare: Preparation, log: Log) -> tuple[Dataset, list[str]]:
-    """(dataset of the images `numbers` of a store, what was skipped as unreadable).
+def load(
+    store: Store, numbers: np.ndarray, prepare: Preparation, log: Log, store_labels: np.ndarray | None = None
+) -> tuple[Dataset, list[str]]:
+    """(dataset of the images `numbers` of a store, what was skipped as unreadable); store_labels: of the whole store.
 
     In memory up to IN_MEMORY_BYTES. Larger sets are read when needed; those of fewer than VERIFY_BELOW images are
     decoded once here all the same, to find what cannot be read. The dataset may come out empty. Raises ConfigError for
     images that the settings do not fit.
     """
     shape = (prepare.channels, prepare.size, prepare.size)
+    labels = store_labels[numbers] if store_labels is not None else None
     if isinstance(store, ArrayStore) and store.pixels.shape[1:] == shape and not prepare.crop_pixels:
-        return ArrayDataset(store.pixels[numbers]), []
+        return ArrayDataset(store.pixels[numbers], labels), []
     in_memory = len(numbers) * int(np.prod(shape)) <= IN_MEMORY_BYTES
     if not in_memory and (len(numbers) >= VERIFY_BELOW or isinstance(store, ArrayStore)):  # nothing to find in arrays
         for _ in _decode_all(store, numbers[:_LOOK_AT], prepare, None):
             pass  # settings that do not fit the images are to fail now, not in the first step
-        return LazyDataset(store, numbers, prepare, log), []
+        return LazyDataset(store, numbers, prepare, log, labels), []
     kept = np.empty((len(numbers), *shape), dtype=np.uint8) if in_memory else None
     progress = Progress("reading images" if in_memory else "checking images", len(numbers), log)
     good, skipped = np.ones(len(numbers), dtype=bool), []
@@ -128,9 +142,10 @@ def load(store: Store, numbers: np.ndarray, prepare: Preparation, log: Log) -> t
             good[place] = False
             skipped.append(problem)
         progress.advance(min(_CHUNK, len(numbers) - start))
+    labels = labels[good] if labels is not None else None
     if kept is not None:
-        return ArrayDataset(kept if good.all() else kept[good]), skipped
-    return LazyDataset(store, numbers[good], prepare, log), skipped
+        return ArrayDataset(kept if good.all() else kept[good], labels), skipped
+    return LazyDataset(store, numbers[good], prepare, log, labels), skipped
 
 
 def _decode_all(

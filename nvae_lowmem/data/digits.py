@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
 from nvae_lowmem.errors import ConfigError
@@ -10,8 +12,15 @@ _TEST_EVERY = 10
 """Of every class, each tenth digit is held out."""
 
 
-def mnist5k() -> tuple[np.ndarray, np.ndarray]:
-    """(training digits (4500, 1, 28, 28), test digits (500, 1, 28, 28)), uint8.
+class Digits(NamedTuple):
+    """Pixels (N, 1, 28, 28) uint8 and labels (N,) int64."""
+
+    pixels: np.ndarray
+    labels: np.ndarray
+
+
+def mnist5k() -> tuple[Digits, Digits]:
+    """(4,500 training digits, 500 test digits).
 
     The classes take turns in both parts, so that the first n digits are of all classes.
     """
@@ -22,9 +31,9 @@ def mnist5k() -> tuple[np.ndarray, np.ndarray]:
     counts = np.bincount(labels, minlength=10)
     rank[by_class] = np.concatenate([np.arange(count) for count in counts])
     order = np.lexsort((labels, rank))
-    pixels, rank = pixels[order], rank[order]
+    pixels, labels, rank = pixels[order], labels[order], rank[order]
     held_out = rank % _TEST_EVERY == _TEST_EVERY - 1
-    return pixels[~held_out], pixels[held_out]
+    return Digits(pixels[~held_out], labels[~held_out]), Digits(pixels[held_out], labels[held_out])
 
 
 def read_digits() -> tuple[np.ndarray, np.ndarray]:

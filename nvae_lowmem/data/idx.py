@@ -7,10 +7,12 @@ import io
 import math
 import struct
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
+from nvae_lowmem.data.labels import Labels, no_labels, numbered_labels
 from nvae_lowmem.data.stores import ArrayStore
 from nvae_lowmem.errors import ConfigError
 
@@ -39,11 +41,44 @@ def find_parts(folder: Path) -> tuple[Path | None, Path | None]:
 
 def read_images(path: Path) -> ArrayStore:
     """The images of one IDX file. Raises ConfigError saying what is wrong with it."""
+    pixels = _read(path, _pixels)
+    return ArrayStore(pixels, f"IDX file {str(path)!r}", lambda: _labels_beside(path, len(pixels)))
+
+
+def _read(path: Path, parse: Callable[[io.BufferedIOBase, Path], np.ndarray]) -> np.ndarray:
     try:
         with gzip.open(path, "rb") if _is_gzip(path) else path.open("rb") as file:
-            return ArrayStore(_pixels(file, path), f"IDX file {str(path)!r}")
+            return parse(file, path)
     except (OSError, EOFError, zlib.error) as error:
         raise ConfigError(f"IDX file {str(path)!r} cannot be read: {error}; download or copy it again") from error
+
+
+def _labels_beside(images: Path, count: int) -> Labels:
+    """Of train-images-idx3-ubyte those in train-labels-idx1-ubyte, gzipped or not. Raises ConfigError without them."""
+    name = images.name.removesuffix(".gz").replace("images", "labels").replace("idx3", "idx1")
+    found = [path for path in (images.with_name(name), images.with_name(f"{name}.gz")) if path.is_file()]
+    if not found or found[0] == images:
+        raise no_labels(f"IDX file {str(images)!r}: there is no file {name} beside it, so it")
+    labels = _read(found[0], _label_bytes)
+    if len(labels) != count:
+        raise ConfigError(
+            f"IDX file {str(found[0])!r} has {len(labels):,} labels for {count:,} images in {images.name}"
+        )
+    return numbered_labels(labels, f"IDX file {str(found[0])!r}")
+
+
+def _label_bytes(file: io.BufferedIOBase, path: Path) -> np.ndarray:
+    """(N,) uint8."""
+    header = file.read(8)
+    if len(header) < 8 or struct.unpack(">I", header[:4])[0] != _LABELS_MAGIC:
+        raise ConfigError(f"{str(path)!r} is not an IDX file of labels: it does not begin with 00 00 08 01")
+    (count,) = struct.unpack(">I", header[4:])
+    data = file.read(min(count, _LARGEST_BYTES) + 1)
+    if len(data) != count:
+        raise ConfigError(
+            f"IDX file {str(path)!r} says that it holds {count:,} labels, and does not: download it again"
+        )
+    return np.frombuffer(data, dtype=np.uint8)
 
 
 def _is_gzip(path: Path) -> bool:

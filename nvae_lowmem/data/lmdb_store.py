@@ -18,6 +18,7 @@ import lmdb
 from PIL import Image
 
 from nvae_lowmem.data.decode import MAX_FILE_BYTES, UnreadableImage, decode
+from nvae_lowmem.data.labels import Labels, no_labels
 from nvae_lowmem.errors import ConfigError
 
 _MAGIC, _MAGIC_OFFSET = (0xBEEFC0DE).to_bytes(4, "little"), 16
@@ -65,6 +66,9 @@ class LmdbStore:
         self._holds_files = self._looks_like_files([value for value in values if value])
         kind = "image files" if self._holds_files else "images"
         self.description = f"LMDB {str(path)!r} with {self._count:,} {kind}"
+
+    def labels(self) -> Labels:
+        raise no_labels(self.description)
 
     def _looks_like_files(self, values: list[bytes]) -> bool:
         """Whether the values are image files, not raw bytes. Raises ConfigError where they are neither."""

@@ -22,6 +22,7 @@ from torch.nn import functional
 from nvae_lowmem.config.model import ModelConfig
 from nvae_lowmem.config.sections import DataConfig
 from nvae_lowmem.data.dataset import Dataset
+from nvae_lowmem.data.labels import label_rows
 from nvae_lowmem.data.randomness import Stream, bernoulli, keys, permutation
 
 
@@ -32,6 +33,17 @@ class MicroBatch(NamedTuple):
     """The first image's sample slot within the total batch."""
     x: Tensor
     """(b, C, T, T) float32 in [0, 1]."""
+    labels: Tensor | None = None
+    """(b, classes + 1) float32, see `label_rows`; None where the model has no classes."""
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """The same on the device; from page-locked memory without waiting."""
+        x = self.x.to(device, non_blocking=True)
+        return MicroBatch(self.slot, x, None if self.labels is None else self.labels.to(device, non_blocking=True))
+
+    def pin_memory(self) -> MicroBatch:
+        """The same in page-locked memory."""
+        return MicroBatch(self.slot, self.x.pin_memory(), None if self.labels is None else self.labels.pin_memory())
 
 
 def steps_per_epoch(images: int, total_batch: int) -> int:
@@ -42,11 +54,20 @@ def steps_per_epoch(images: int, total_batch: int) -> int:
 class Batches:
     """The training batches of one run: `batch(step, slots)` gives any part of any step's batch, at any time."""
 
-    def __init__(self, dataset: Dataset, model: ModelConfig, config: DataConfig, total_batch: int, seed: int) -> None:
+    def __init__(
+        self,
+        dataset: Dataset,
+        model: ModelConfig,
+        config: DataConfig,
+        total_batch: int,
+        seed: int,
+        label_dropout: float = 0.0,
+    ) -> None:
+        """label_dropout: share of images that come without their label."""
         if len(dataset) < 1 or total_batch < 1:
             raise ValueError(f"no batches: {len(dataset)} images, {total_batch=}")
         self._dataset, self._model, self._config = dataset, model, config
-        self._total_batch, self._seed = total_batch, seed
+        self._total_batch, self._seed, self._label_dropout = total_batch, seed, label_dropout
         self._orders: dict[int, np.ndarray] = {}
 
     def batch(self, step: int, sample_slice: slice) -> Tensor:
@@ -60,6 +81,24 @@ class Batches:
             images = _flipped(images, keys(self._seed, Stream.FLIP, step, slots))
         key = keys(self._seed, Stream.BINARISE, step, slots)
         return to_network(images, self._model, key if self._config.dynamic_binarisation else None)
+
+    def labels(self, step: int, sample_slice: slice) -> Tensor | None:
+        """(b, classes + 1) float32: the labels of those slots; None where the model has no classes.
+
+        A share label_dropout of them, drawn anew in every step, stands for "no class".
+        """
+        if not self._model.classes:
+            return None
+        slots = np.arange(*self._bounds(step, sample_slice))
+        assert self._dataset.labels is not None, "a model with classes needs labels"
+        numbers = self._dataset.labels[self._indices(step * self._total_batch + slots)]
+        key = keys(self._seed, Stream.LABEL_DROPOUT, step, slots)
+        dropped = (key >> np.uint64(11)) * 2.0**-53 < self._label_dropout
+        return label_rows(np.where(dropped, -1, numbers), self._model.classes)
+
+    def micro_batch(self, step: int, sample_slice: slice) -> MicroBatch:
+        """Images and labels of those slots."""
+        return MicroBatch(sample_slice.start or 0, self.batch(step, sample_slice), self.labels(step, sample_slice))
 
     def _bounds(self, step: int, sample_slice: slice) -> tuple[int, int]:
         start, stop = sample_slice.start or 0, self._total_batch if sample_slice.stop is None else sample_slice.stop
@@ -178,9 +217,8 @@ def prefetched(
                 for sample_slice in slices:
                     if stop.is_set():
                         return
-                    x = batches.batch(s, sample_slice)
-                    slot = sample_slice.start or 0
-                    put(MicroBatch(slot, x if device is None else x.pin_memory()))
+                    made = batches.micro_batch(s, sample_slice)
+                    put(made if device is None else made.pin_memory())
             put(None)
         except BaseException as error:
             put(_Failed(error))

@@ -21,6 +21,7 @@ class Stream(enum.IntEnum):
     BINARISE = 3
     BINARISE_TEST = 4
     SPLIT = 5
+    LABEL_DROPOUT = 6
 
 
 def keys(seed: int, stream: Stream, *counters: int | np.ndarray) -> np.ndarray:

@@ -17,9 +17,10 @@ from nvae_lowmem.config.sections import EMBEDDED_SETS, DataConfig
 from nvae_lowmem.data import cifar, idx, lmdb_store
 from nvae_lowmem.data.cache import cache_folder
 from nvae_lowmem.data.dataset import Dataset, check_colours, load
-from nvae_lowmem.data.digits import mnist5k
+from nvae_lowmem.data.digits import Digits, mnist5k
 from nvae_lowmem.data.faces import faces
 from nvae_lowmem.data.fingerprint import Fingerprint
+from nvae_lowmem.data.labels import checked_names, numbered_labels, renumbered
 from nvae_lowmem.data.lmdb_store import LmdbStore
 from nvae_lowmem.data.preparation import Preparation
 from nvae_lowmem.data.split import by_identity, by_number
@@ -32,12 +33,16 @@ _MOST_FACE_BYTES = 4 << 30
 
 
 class Datasets(NamedTuple):
-    """Training images, held-out images, what was found, in words, and what tells these data from others."""
+    """Training images, held-out images, what was found, in words, and what tells these data from others.
+
+    classes: the names of the classes, by their numbers, where the model is given labels.
+    """
 
     train: Dataset
     test: Dataset
     description: str
     fingerprint: Fingerprint
+    classes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,14 @@ class _Found:
     test: Store | None = None
     test_is: str = ""
     """The held-out part in words, where its description does not say it."""
+
+
+class _Classes(NamedTuple):
+    """The names of all classes and the labels of both stores; nothing where the model is given no labels."""
+
+    names: tuple[str, ...] = ()
+    whole: np.ndarray | None = None
+    test: np.ndarray | None = None
 
 
 def open_source(config: DataConfig, model: ModelConfig, *, log: Log = print) -> Datasets:
@@ -64,7 +77,7 @@ def open_source(config: DataConfig, model: ModelConfig, *, log: Log = print) -> 
         if config.test_source:
             other = _find(config.test_source, "data.test_source", config, model, log)
             found = _Found(found.whole, other.test or other.whole)
-        return _prepared(found, config, prepare, log)
+        return _prepared(found, config, prepare, _classes(found, config, model), log)
 
 
 def open_store(source: str, config: DataConfig, model: ModelConfig, *, log: Log = print) -> Store:
@@ -87,31 +100,52 @@ def open_parts(config: DataConfig, model: ModelConfig, *, log: Log = print) -> t
     return found.whole, found.test
 
 
-def _prepared(found: _Found, config: DataConfig, prepare: Preparation, log: Log) -> Datasets:
+def class_names(config: DataConfig, model: ModelConfig, *, log: Log = print) -> tuple[str, ...]:
+    """What the classes of `config.source` are called, by their numbers. Raises ConfigError where it has no labels."""
+    return open_parts(config, model, log=log)[0].labels().names
+
+
+def _classes(found: _Found, config: DataConfig, model: ModelConfig) -> _Classes:
+    if not model.classes:
+        return _Classes()
+    labels = found.whole.labels()
+    names = config.class_names or checked_names(labels, model.classes, found.whole.description)
+    whole = renumbered(labels, names, found.whole.description)
+    if found.test is None:
+        return _Classes(names, whole)
+    return _Classes(names, whole, renumbered(found.test.labels(), names, found.test.description))
+
+
+def _prepared(found: _Found, config: DataConfig, prepare: Preparation, classes: _Classes, log: Log) -> Datasets:
     check_colours(found.whole, prepare.channels, "data.source")
     if found.test is None:
         test_store = found.whole
-        test, skipped, test_numbers, train_numbers = _held_out(found.whole, config.test_fraction, prepare, log)
+        test, skipped, test_numbers, train_numbers = _held_out(
+            found.whole, config.test_fraction, prepare, log, classes.whole
+        )
         share = f"a fixed share of {config.test_fraction:.3g}"
     else:
         test_store, test_numbers = found.test, np.arange(len(found.test))
         check_colours(found.test, prepare.channels, "data.test_source" if config.test_source else "data.source")
-        test, skipped = load(found.test, test_numbers, prepare, log)
+        test, skipped = load(found.test, test_numbers, prepare, log, classes.test)
         train_numbers, share = np.arange(len(found.whole)), found.test_is or found.test.description
     train_numbers = train_numbers[: config.max_images or None]
-    train, train_skipped = load(found.whole, train_numbers, prepare, log)
+    train, train_skipped = load(found.whole, train_numbers, prepare, log, classes.whole)
     skipped = train_skipped + skipped
     _report_skipped(skipped, log)
     _check_not_empty(train, test, found, skipped)
     text = f"{found.whole.description}: {len(train):,} for training; held out: {len(test):,} ({share})"
     if skipped:
         text += f"; {len(skipped):,} unreadable images skipped"
+    if classes.names:
+        shown = ", ".join(classes.names[:10]) + (", ..." if len(classes.names) > 10 else "")
+        text += f"; labels of {len(classes.names):,} classes: {shown}"
     parts = ((found.whole, train_numbers, len(train)), (test_store, test_numbers, len(test)))
-    return Datasets(train, test, text, Fingerprint.of(*parts))
+    return Datasets(train, test, text, Fingerprint.of(*parts), classes.names)
 
 
 def _held_out(
-    store: Store, fraction: float, prepare: Preparation, log: Log
+    store: Store, fraction: float, prepare: Preparation, log: Log, labels: np.ndarray | None
 ) -> tuple[Dataset, list[str], np.ndarray, np.ndarray]:
     """(held-out images, what was skipped, their numbers, the numbers of the training images), in order.
 
@@ -120,10 +154,10 @@ def _held_out(
     ranked, count = by_identity(store, fraction)
     most = len(ranked) - 1
     count = min(max(1, count), most)
-    test, skipped = load(store, np.sort(ranked[:count]), prepare, log)
+    test, skipped = load(store, np.sort(ranked[:count]), prepare, log, labels)
     while not len(test) and count < most:
         tried, count = count, min(2 * count, most)
-        test, more = load(store, np.sort(ranked[tried:count]), prepare, log)
+        test, more = load(store, np.sort(ranked[tried:count]), prepare, log, labels)
         skipped += more
     return test, skipped, np.sort(ranked[:count]), np.sort(ranked[count:])
 
@@ -148,7 +182,7 @@ def _find(name: str, key: str, config: DataConfig, model: ModelConfig, log: Log)
     """What a name or path stands for. Raises ConfigError naming `key` where it is nothing known."""
     if name == "mnist5k":
         train, test = mnist5k()
-        return _Found(ArrayStore(train, "5,000 MNIST digits (mnist5k)"), ArrayStore(test, "its own test part"))
+        return _Found(_digits(train, "5,000 MNIST digits (mnist5k)"), _digits(test, "its own test part"))
     if name == "faces":
         return _find_faces(config, model, log)
     path = Path(name).expanduser()
@@ -162,6 +196,10 @@ def _find(name: str, key: str, config: DataConfig, model: ModelConfig, log: Log)
             raise
         raise ConfigError(f"{key} {name!r} cannot be opened: {getattr(error, 'strerror', None) or error}") from error
     raise ConfigError(_nothing_there(name, key))
+
+
+def _digits(part: Digits, description: str) -> ArrayStore:
+    return ArrayStore(part.pixels, description, lambda: numbered_labels(part.labels, description))
 
 
 def _find_faces(config: DataConfig, model: ModelConfig, log: Log) -> _Found:

@@ -8,7 +8,7 @@ import stat
 import unicodedata
 import zipfile
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from nvae_lowmem.data.decode import MAX_FILE_BYTES, UnreadableImage, decode, image_extensions
+from nvae_lowmem.data.labels import LARGEST_TABLE_BYTES, TABLE_NAME, Labels, folder_labels, no_labels, table_labels
 from nvae_lowmem.errors import ConfigError, printable
 
 
@@ -39,13 +40,17 @@ class Store(Protocol):
     def image(self, index: int) -> Image.Image:
         """The image in mode L or RGB. Raises UnreadableImage, or ConfigError for what must not be skipped."""
 
+    def labels(self) -> Labels:
+        """The classes of all images. Raises ConfigError where there are none, or not of every image."""
+
 
 class ArrayStore:
     """Images that are in memory already: `pixels` is (N, C, H, W) uint8 with 1 or 3 channels."""
 
-    def __init__(self, pixels: np.ndarray, description: str) -> None:
+    def __init__(self, pixels: np.ndarray, description: str, read_labels: Callable[[], Labels] | None = None) -> None:
+        """read_labels: where the set has labels, reads them; called when they are asked for."""
         assert pixels.ndim == 4 and pixels.shape[1] in (1, 3) and pixels.dtype == np.uint8, (pixels.shape, pixels.dtype)
-        self.pixels, self.description = pixels, description
+        self.pixels, self.description, self._read_labels = pixels, description, read_labels
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -59,6 +64,11 @@ class ArrayStore:
     def image(self, index: int) -> Image.Image:
         values = self.pixels[index]
         return Image.fromarray(values[0] if len(values) == 1 else np.ascontiguousarray(values.transpose(1, 2, 0)))
+
+    def labels(self) -> Labels:
+        if self._read_labels is None:
+            raise no_labels(self.description)
+        return self._read_labels()
 
 
 class FolderStore:
@@ -96,6 +106,17 @@ class FolderStore:
         except OSError as error:
             raise UnreadableImage(f"{name}: {error.strerror or error}") from error
         return decode(data, name, self._white)
+
+    def labels(self) -> Labels:
+        where, table = f"folder {str(self._folder)!r}", self._folder / TABLE_NAME
+        paths = [name.replace(os.sep, "/") for name in self._names]
+        if not table.is_file():
+            return folder_labels(paths, where)
+        try:
+            with table.open("rb") as file:
+                return table_labels(file.read(LARGEST_TABLE_BYTES + 1), paths, where)
+        except OSError as error:
+            raise ConfigError(f"{table} cannot be read: {error.strerror or error}") from None
 
 
 class ZipStore:
@@ -135,6 +156,18 @@ class ZipStore:
         except Exception as error:  # damaged members raise BadZipFile, zlib.error, EOFError, RuntimeError, ...
             raise UnreadableImage(f"{name}: {printable(error)}") from error
         return decode(data, name, self._white)
+
+    def labels(self) -> Labels:
+        where, paths = f"ZIP file {str(self._path)!r}", [m.filename for m in self._members]
+        if TABLE_NAME not in self._zip.namelist():
+            return folder_labels(paths, where)
+        try:
+            with self._zip.open(TABLE_NAME) as file:  # no more than is accepted, whatever size it claims
+                return table_labels(file.read(LARGEST_TABLE_BYTES + 1), paths, where)
+        except ConfigError:
+            raise
+        except Exception as error:  # damaged members raise BadZipFile, zlib.error, EOFError, RuntimeError, ...
+            raise ConfigError(f"{TABLE_NAME} in {where} cannot be read: {printable(error)}; pack it anew") from None
 
 
 def is_image_name(name: str) -> bool:

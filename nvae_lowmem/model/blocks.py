@@ -6,6 +6,7 @@ Legend: B images, C channels of a scale, L latents per group, H x W pixels.
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 import torch.nn.functional as F
@@ -72,11 +73,32 @@ class LearnedStart(nn.Module):
         return self.h.to(dtype).expand(batch, -1, -1, -1)
 
 
+class ClassTable(nn.Module):
+    """A learned row for each class and a last one for "no class"; zero at first, so that labels begin without effect.
+
+    labels (B, classes + 1) -> (B, *shape) fp32; None: "no class" for all images, (1, *shape). A product, not a look-up:
+    its gradient needs no atomic additions, and each sum has one term that is not zero, so it is exact.
+    """
+
+    def __init__(self, classes: int, *shape: int) -> None:
+        super().__init__()
+        self.shape = shape
+        self.rows = nn.Parameter(torch.zeros(classes + 1, math.prod(shape)))
+
+    def forward(self, labels: Tensor | None) -> Tensor:
+        rows = self.rows[-1:] if labels is None else labels @ self.rows
+        return rows.unflatten(1, self.shape)
+
+
 class DecoderGroup(nn.Module):
     """One latent group: cells, prior, encoder combiner, posterior, z (with flows), combiner.
 
-    (state (B, C, H, W), encoder map (B, C_enc, H, W) or None) -> (state with z merged in, Latent without z).
-    The first group has no cells, a standard normal prior, and reads the top encoder map as it is.
+    (state (B, C, H, W), encoder map (B, C_enc, H, W) or None, labels (B, classes + 1) or None) -> (state with z merged
+    in, Latent without z). The first group has no cells, a standard normal prior, and reads the top encoder map as is.
+
+    Of a model with classes each group first adds its class's bias to the state, so that cells, prior and, by way of the
+    encoder combiner, posterior see it: p(z_l | z_<l, y), q(z_l | z_<l, x, y). The first group's prior is learned then:
+    mu and log sigma of each class, p(z_1 | y).
     """
 
     def __init__(
@@ -97,21 +119,30 @@ class DecoderGroup(nn.Module):
         self.encoder_combiner = None if first else ConvUnit(channels, encoder_channels, 1)
         self.posterior = ConvUnit(encoder_channels, 2 * config.latents, 3)
         self.flow = Flow(config.flows, config.latents) if config.flows else None
+        self.class_bias = ClassTable(config.classes, channels) if config.classes and not config.vanilla else None
+        first_shape = (2 * config.latents, *[config.scale_sizes[-1]] * 2)
+        self.class_prior = ClassTable(config.classes, *first_shape) if config.classes and first else None
         self.recompute_latent = False  # a hook: keep what `latent` is given, and run it again in backward
         # a plain VAE has no state before its only group: its decoder starts with a 1x1 convolution of z alone
         self.combiner = ConvUnit(config.latents + (0 if config.vanilla else channels), channels, 1)
 
-    def forward(self, state: Tensor, encoder_map: Tensor | None, source: Source) -> tuple[Tensor, Latent]:
+    def forward(
+        self, state: Tensor, encoder_map: Tensor | None, source: Source, labels: Tensor | None = None
+    ) -> tuple[Tensor, Latent]:
+        if self.class_bias is not None:
+            state = state + self.class_bias(labels).to(state.dtype)[:, :, None, None]
         for cell in self.cells:
             state = cell(state)
-        latent = self.choose(state, encoder_map, source)
+        latent = self.choose(state, encoder_map, source, labels)
         z = latent.z
         assert z is not None
         return self.combiner(torch.cat([state, z.to(state.dtype)], dim=1)), latent
 
-    def choose(self, state: Tensor, encoder_map: Tensor | None, source: Source) -> Latent:
-        """z_l given z_<l (in the state) and the image (in the encoder map)."""
+    def choose(self, state: Tensor, encoder_map: Tensor | None, source: Source, labels: Tensor | None = None) -> Latent:
+        """z_l given z_<l (in the state), the image (in the encoder map) and the label."""
         prior = None if self.prior is None else self.prior(state)  # (B, 2L, H, W): mu, log sigma
+        if self.class_prior is not None:
+            prior = self.class_prior(labels).expand(len(state), -1, -1, -1)
         posterior = None
         if encoder_map is not None:
             seen = encoder_map

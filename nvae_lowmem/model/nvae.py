@@ -7,6 +7,8 @@
 Every direct child of `NVAE.blocks` is a block: the unit that a memory policy applies to, named as `block_names` says.
 Legend: B images, C channels of a scale, L latents per group, H x W pixels. Scale 0 has the highest resolution; groups
 of a pass are counted from the top (lowest resolution) down.
+labels, where a model has classes: (B, classes + 1) fp32, a 1 in the column of each image's class, the last one for "no
+class"; None: no class for all of them.
 """
 
 from __future__ import annotations
@@ -119,13 +121,13 @@ class NVAE(nn.Module):
 
     # -- passes --
 
-    def forward(self, x: Tensor, noise: Noise) -> ElboTerms:
+    def forward(self, x: Tensor, noise: Noise, labels: Tensor | None = None) -> ElboTerms:
         """The terms of the ELBO of images x (B, channels, S, S) in [0,1], S = network_size."""
-        return self.elbo_terms(x, FromPosterior(noise))
+        return self.elbo_terms(x, FromPosterior(noise), labels)
 
-    def elbo_terms(self, x: Tensor, source: Source) -> ElboTerms:
-        """The terms of the ELBO with latents from any source that has densities."""
-        features, latents = self.top_down(source, self.encode(x))
+    def elbo_terms(self, x: Tensor, source: Source, labels: Tensor | None = None) -> ElboTerms:
+        """The terms of the ELBO, of log p(x|y) with labels, with latents from any source that has densities."""
+        features, latents = self.top_down(source, self.encode(x), labels=labels)
         with _no_autocast(x.device):
             nll = self._block("head", features, x)
         pick = [[getattr(latent, name) for latent in latents] for name in ("kl", "log_q", "log_p")]
@@ -149,7 +151,12 @@ class NVAE(nn.Module):
         return maps[::-1]
 
     def top_down(
-        self, source: Source, maps: list[Tensor] | None = None, batch: int = 1, return_z: bool = False
+        self,
+        source: Source,
+        maps: list[Tensor] | None = None,
+        batch: int = 1,
+        return_z: bool = False,
+        labels: Tensor | None = None,
     ) -> tuple[Tensor, list[Latent]]:
         """THE pass: from the learned start through all groups. Returns (what the head reads, one Latent per group).
 
@@ -165,7 +172,7 @@ class NVAE(nn.Module):
             state = self._start(batch, dtype, parameter.device)
             for name in self._decoder_order:
                 if isinstance(self.blocks[name], DecoderGroup):
-                    state, latent = self._block(name, state, maps.pop(0) if maps is not None else None, source)
+                    state, latent = self._block(name, state, maps.pop(0) if maps is not None else None, source, labels)
                     latents.append(latent if return_z else latent._replace(z=None))
                 else:
                     state = self._block(name, state)
@@ -181,10 +188,15 @@ class NVAE(nn.Module):
         return torch.empty(batch, 0, size, size, dtype=dtype, device=device)
 
     def decode(
-        self, source: Source, maps: list[Tensor] | None = None, batch: int = 1, return_z: bool = False
+        self,
+        source: Source,
+        maps: list[Tensor] | None = None,
+        batch: int = 1,
+        return_z: bool = False,
+        labels: Tensor | None = None,
     ) -> tuple[Tensor, list[Latent]]:
         """The likelihood's parameters (B, P, S - 2 padding, S - 2 padding) in fp32, and one Latent per group."""
-        features, latents = self.top_down(source, maps, batch, return_z)
+        features, latents = self.top_down(source, maps, batch, return_z, labels)
         with _no_autocast(features.device):
             parameters = full_precision(self._block("head", features))
         p = self.config.padding

@@ -93,7 +93,7 @@ class Objective(nn.Module):
         self.autocast_dtype = AUTOCAST_DTYPES[precision]
         self.register_buffer("alphas", group_alphas(model.config), persistent=False)
 
-    def forward(self, x: Tensor, noise: Noise, beta: float) -> LossTerms:
+    def forward(self, x: Tensor, noise: Noise, beta: float, labels: Tensor | None = None) -> LossTerms:
         """Images (b, C, S, S) in [0, 1] -> LossTerms (equation 1, negative). KL is balanced while beta rises.
 
         Balancing looks at this micro-batch's KL.
@@ -102,7 +102,7 @@ class Objective(nn.Module):
         with torch.autocast(
             x.device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None, cache_enabled=False
         ):
-            terms = self.model(x, noise)
+            terms = self.model(x, noise, labels)
         per_group = torch.stack([kl.sum(1).mean() for kl in terms.kl])  # (groups,)
         channels = torch.stack([kl.detach().mean(0) for kl in terms.kl])  # (groups, L)
         coefficients = balance(per_group, self.alphas) if beta < self.balance_below else torch.ones_like(per_group)

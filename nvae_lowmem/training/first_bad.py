@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nvae_lowmem.data.pipeline import MicroBatch
 from nvae_lowmem.model.latents import SeededNoise
 from nvae_lowmem.model.nvae import NVAE
 from nvae_lowmem.model.objective import Objective
@@ -15,8 +16,8 @@ from nvae_lowmem.training.resolve import ResolvedRun
 
 
 @torch.no_grad()
-def first_bad(model: NVAE, micro_batches: Iterable[tuple[int, Tensor]], run: ResolvedRun, step: int) -> str:
-    """A sentence on where optimiser step `step` (from 0) of these (first slot, images) first meets inf or NaN.
+def first_bad(model: NVAE, micro_batches: Iterable[MicroBatch], run: ResolvedRun, step: int) -> str:
+    """A sentence on where optimiser step `step` (from 0) of these micro-batches first meets inf or NaN.
 
     Runs the micro-batches forward once more, so BatchNorm's statistics move. With whole weights, see Engine.gathered.
     """
@@ -36,10 +37,10 @@ def first_bad(model: NVAE, micro_batches: Iterable[tuple[int, Tensor]], run: Res
 
     model.run_block = looking
     try:
-        for slot, x in micro_batches:
+        for slot, x, labels in micro_batches:
             if not bool(x.isfinite().all()):
                 return "The images themselves hold inf or NaN."
-            objective(x, SeededNoise(config.seed, step, slot), beta)
+            objective(x, SeededNoise(config.seed, step, slot), beta, labels)
             if found:
                 return f"The first bad number is in the output of block {found[0]}, in the forward pass."
     finally:

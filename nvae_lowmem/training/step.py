@@ -60,13 +60,13 @@ def training_step(training: Training, micro_batches: Iterator[MicroBatch], step:
     sums: list[Tensor] | None = None
     engine.begin(rate)
     for index in range(accumulation):
-        slot, x = next(micro_batches)
+        slot, x, labels = next(micro_batches)
         begin_micro_batch(engine.model, index, accumulation, coefficient, step)
-        terms = engine.forward(x, SeededNoise(config.seed, step, slot), beta)
+        terms = engine.forward(x, SeededNoise(config.seed, step, slot), beta, labels)
         check_loss_is_finite(terms, step + 1)  # before the backward pass, in which an engine may begin to update
         engine.backward(terms.loss, last=index == accumulation - 1)
         shown = [terms.loss.detach(), *terms[1:]]
-        del terms, x
+        del terms, x, labels
         sums = shown if sums is None else [a.add_(b) for a, b in zip(sums, shown, strict=True)]
         del shown
     update = engine.update()

@@ -82,6 +82,7 @@ class Trainer:
             self.profile.data,
             self.profile.training.total_batch,
             self.profile.training.seed,
+            self.profile.training.label_dropout,
         )
         self._guard = DivergenceGuard(self.profile.plan.precision)
         image = self.profile.model
@@ -233,8 +234,8 @@ class Trainer:
         """Where in the network the first inf or NaN of step `step` (from 0) arose; all processes take part."""
         with self.engine.gathered():
             slots = self.run.split.slots(self.engine.rank)
-            images = ((s.start, self._batches.batch(step, s).to(self.engine.device)) for s in slots)
-            return first_bad(self.engine.model, images, self.training.run, step)
+            batches = (self._batches.micro_batch(step, s).to(self.engine.device) for s in slots)
+            return first_bad(self.engine.model, batches, self.training.run, step)
 
     # -- pieces of a step --
 
@@ -244,8 +245,8 @@ class Trainer:
         slots, device = self.run.split.slots(self.engine.rank), self.engine.device
         on_card = device.type == "cuda"
         with contextlib.closing(prefetched(self._batches, step, total, slots, pin_memory=on_card)) as ready:
-            for slot, x in ready:
-                yield MicroBatch(slot, x.to(device, non_blocking=True))
+            for micro_batch in ready:
+                yield micro_batch.to(device)
 
     def _report(self, monitor: Monitor, r: StepResult, step: int, seconds: float) -> None:
         config = self.profile.training
@@ -343,6 +344,7 @@ class Trainer:
                 self._held_out(training.evaluate_images, self.run.split.micro),
                 self._evaluation_seed,
                 self.profile.plan.precision,
+                self.data.test.labels,
             )
         self.last_validation, self._evaluated_step = v, step
         monitor.say(

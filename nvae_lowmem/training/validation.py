@@ -7,9 +7,11 @@ import math
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from nvae_lowmem.data.labels import label_rows
 from nvae_lowmem.model.blocks import Head
 from nvae_lowmem.model.latents import NoiseStep, SeededNoise
 from nvae_lowmem.model.likelihoods import negative_log_likelihood
@@ -32,12 +34,18 @@ class Validation(NamedTuple):
 
 
 @torch.no_grad()
-def validate(model: NVAE, batches: Iterable[Tensor], seed: int, precision: str = "fp32") -> Validation:
-    """-ELBO of the images in `batches` ((b, C, S, S) each), one posterior sample per image, in evaluation mode."""
+def validate(
+    model: NVAE, batches: Iterable[Tensor], seed: int, precision: str = "fp32", labels: np.ndarray | None = None
+) -> Validation:
+    """-ELBO of the images in `batches` ((b, C, S, S) each), one posterior sample per image, in evaluation mode.
+
+    labels: the images' classes in their order, (N,) int64; with them the ELBO is of log p(x|y).
+    """
     images, nll, kl = 0, 0.0, torch.zeros(())
     with evaluating(model, next(model.parameters()).device, precision):
         for x in batches:
-            batch_nll, batch_kl = _sums(model, x, SeededNoise(seed, step=NoiseStep.VALIDATION, first_slot=images))
+            noise, rows = SeededNoise(seed, NoiseStep.VALIDATION, images), labels_of(model, labels, images, len(x))
+            batch_nll, batch_kl = _sums(model, x, noise, rows)
             nll, kl, images = nll + batch_nll, kl + batch_kl, images + len(x)
     if not images:
         raise ValueError("there are no held-out images to evaluate on")
@@ -53,12 +61,22 @@ def validate(model: NVAE, batches: Iterable[Tensor], seed: int, precision: str =
     )
 
 
-def _sums(model: NVAE, x: Tensor, noise: SeededNoise) -> tuple[float, Tensor]:
+def labels_of(model: NVAE, numbers: np.ndarray | None, first: int, count: int) -> Tensor | None:
+    """What the model is given of the labels of images first, ..., first + count - 1, on its device.
+
+    numbers: of all images, (N,) int64; None, or a model without classes: None.
+    """
+    if numbers is None or not model.config.classes:
+        return None
+    return label_rows(numbers[first : first + count], model.config.classes).to(next(model.parameters()).device)
+
+
+def _sums(model: NVAE, x: Tensor, noise: SeededNoise, labels: Tensor | None) -> tuple[float, Tensor]:
     """Sums over the images x: -log p(x|z), and the KL of every group and channel (groups, L), float64 on the host.
 
     A function of its own, so that nothing of a batch is on the device when the next one comes.
     """
-    terms = model(x, noise)
+    terms = model(x, noise, labels)
     return float(terms.nll.double().sum()), torch.stack([k.sum(0) for k in terms.kl]).double().cpu()
 
 

@@ -33,7 +33,7 @@ def silent(_: str) -> None:
 
 def test_mnist5k_holds_out_every_tenth_digit_of_each_class() -> None:
     pixels, labels = mnist_data()
-    train, test = mnist5k()
+    train, test = (part.pixels for part in mnist5k())
     assert train.shape == (4500, 1, 28, 28) and test.shape == (500, 1, 28, 28) and train.dtype == np.uint8
     by_class = pixels.reshape(10, 500, 784)  # the file is sorted by class
     assert (labels.reshape(10, 500) == np.arange(10)[:, None]).all()

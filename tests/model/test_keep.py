@@ -22,6 +22,7 @@ from models import (
 from torch import Tensor, nn
 
 from nvae_lowmem.config.sections import KEEPS, Keep, MemoryPlan, Profile, TrainConfig
+from nvae_lowmem.data.labels import label_rows
 from nvae_lowmem.data.pipeline import MicroBatch
 from nvae_lowmem.errors import ConfigError
 from nvae_lowmem.memory.trace.training import trace_training
@@ -38,8 +39,8 @@ from nvae_lowmem.training.engines.torch_engine import TorchEngine
 from nvae_lowmem.training.resolve import run_without_data
 from nvae_lowmem.training.step import Training, training_step
 
-# RGB, flows, a scale of two groups and one of one: every kind of block, as small as it gets
-CONFIG = tiny_rgb(preprocess_cells=1, postprocess_cells=1, adaptive=True)
+# RGB, flows, classes, a scale of two groups and one of one: every kind of block, as small as it gets
+CONFIG = tiny_rgb(preprocess_cells=1, postprocess_cells=1, adaptive=True, classes=3)
 TOTAL_BATCH, STEPS = 6, 2
 FITTING_SCALE = 2.0**6  # a loss scale in fp16 that no gradient of this model overflows
 # beta and with it the balancing coefficients move, and every step regularises and decays
@@ -89,7 +90,8 @@ def train(plan: MemoryPlan, accumulation: int = 1, precision: str = "fp32", step
 
     def micro_batches(step: int) -> Iterator[MicroBatch]:
         x = images(CONFIG, TOTAL_BATCH, seed=step)
-        return (MicroBatch(slots.start, x[slots]) for slots in run.split.slots(rank=0))
+        labels = label_rows([0, 1, 2, -1, 1, 1], CONFIG.classes)
+        return (MicroBatch(slots.start, x[slots], labels[slots]) for slots in run.split.slots(rank=0))
 
     results = [training_step(training, micro_batches(step), step) for step in range(steps)]
     assert isinstance(engine.optimizer, RecordingAdamax) and not any(r.update.overflow for r in results)

@@ -19,6 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+import numpy as np
 import psutil
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ from torch import Tensor
 from nvae_lowmem.config import profile_file as profiles
 from nvae_lowmem.config.model import ModelConfig
 from nvae_lowmem.config.sections import EngineName, Profile
+from nvae_lowmem.data.labels import label_rows
 from nvae_lowmem.data.pipeline import MicroBatch, to_network
 from nvae_lowmem.errors import ConfigError
 from nvae_lowmem.hardware import cuda_memory
@@ -253,8 +255,12 @@ def _synthetic(
     for slots in run.split.slots(rank=0):
         if monitor is not None:
             monitor.phase("forward")
-        # without a name here, which would keep the images alive
-        yield MicroBatch(slots.start, synthetic_images(run.profile.model, step, slots.start, run.split.micro, device))
+        # without names here, which would keep images and labels alive
+        yield MicroBatch(
+            slots.start,
+            synthetic_images(run.profile.model, step, slots.start, run.split.micro, device),
+            synthetic_labels(run.profile.model, slots.start, run.split.micro, device),
+        )
 
 
 def synthetic_images(model: ModelConfig, step: int, slot: int, count: int, device: torch.device) -> Tensor:
@@ -263,6 +269,13 @@ def synthetic_images(model: ModelConfig, step: int, slot: int, count: int, devic
     size = model.image_size
     pixels = torch.randint(0, 256, (count, model.image_channels, size, size), dtype=torch.uint8, generator=generator)
     return to_network(pixels, model, None).to(device, non_blocking=True)
+
+
+def synthetic_labels(model: ModelConfig, slot: int, count: int, device: torch.device) -> Tensor | None:
+    """Labels that take turns, as training's are made and sent; None where the model has no classes."""
+    if not model.classes:
+        return None
+    return label_rows(np.arange(slot, slot + count) % model.classes, model.classes).to(device, non_blocking=True)
 
 
 def _recorded_on_cpu(name: str, run: ResolvedRun, steps: int, settings: str) -> tuple[Recording, MemoryFigures]:

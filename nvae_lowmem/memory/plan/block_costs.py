@@ -306,7 +306,8 @@ def _record(model: NVAE, profile: Profile, keep: Keep, batch: int) -> dict[str, 
         recorder.category = None
         recorder.phase, recorder.block = Phase.FORWARD, "stem"
         x = torch.rand(batch, profile.model.image_channels, *[profile.model.network_size] * 2)
-        terms = objective(x, SeededNoise(1, 1, 0), 0.5)
+        labels = torch.rand(batch, profile.model.classes + 1) if profile.model.classes else None
+        terms = objective(x, SeededNoise(1, 1, 0), 0.5, labels)
         recorder.phase = Phase.BACKWARD
         terms.loss.backward()
     for hook in hooks:

@@ -128,8 +128,15 @@ def _traced_images(profile: Profile, micro_batch: int, tracer: StorageTracer) ->
         tracer.set_category(x, Category.DATA)
         return x
 
+    def labels() -> Tensor | None:
+        if not profile.model.classes:
+            return None
+        rows = torch.rand(micro_batch, profile.model.classes + 1)
+        tracer.set_category(rows, Category.DATA)
+        return rows
+
     while True:
-        yield MicroBatch(0, images())  # without a name here, which would keep the images alive
+        yield MicroBatch(0, images(), labels())  # without names here, which would keep them alive
 
 
 def complete_trace(trace: Trace, model: NVAE, micro_batch: int) -> Trace:

@@ -120,9 +120,9 @@ class ZeroEngine:
         if self.scale.dynamic:
             self._engine.optimizer.override_loss_scale(self.scale.value)
 
-    def forward(self, x: Tensor, noise: Noise, beta: float) -> LossTerms:
+    def forward(self, x: Tensor, noise: Noise, beta: float, labels: Tensor | None = None) -> LossTerms:
         """One micro-batch through the objective."""
-        return self._engine(x, noise, beta)
+        return self._engine(x, noise, beta, labels)
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """Adds the gradients of loss x loss scale / accumulation; the last micro-batch's are exchanged."""

@@ -42,8 +42,8 @@ class Engine(Protocol):
         """A step begins; an engine may update a parameter as soon as its gradient is complete."""
         ...
 
-    def forward(self, x: Tensor, noise: Noise, beta: float) -> LossTerms:
-        """One micro-batch through the objective."""
+    def forward(self, x: Tensor, noise: Noise, beta: float, labels: Tensor | None = None) -> LossTerms:
+        """One micro-batch through the objective; labels as `NVAE` takes them."""
         ...
 
     def backward(self, loss: Tensor, last: bool) -> None:

@@ -83,9 +83,9 @@ class TorchEngine:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
 
-    def forward(self, x: Tensor, noise: Noise, beta: float) -> LossTerms:
+    def forward(self, x: Tensor, noise: Noise, beta: float, labels: Tensor | None = None) -> LossTerms:
         """One micro-batch through the objective."""
-        return self.objective(x, noise, beta)
+        return self.objective(x, noise, beta, labels)
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """Adds the gradients of loss x loss scale / accumulation."""

@@ -18,6 +18,7 @@ from nvae_lowmem.memory.trace.training import trace_training
 from nvae_lowmem.training.engines.torch_engine import TorchEngine
 from profiles import NANO, SMALL_RGB, profile_of
 
+LABELLED = replace(NANO, classes=5)
 MIXED = {"enc_*": "host", "dec_1*": "all", "head": "cheap"}
 
 
@@ -29,6 +30,8 @@ MIXED = {"enc_*": "host", "dec_1*": "all", "head": "cheap"}
         (NANO, 1, {"keep": "cheap", "precision": "bf16"}),
         (NANO, 1, {"keep": "input", "offload_optimizer": True, "precision": "fp16"}),
         (NANO, 3, {"keep": "host"}),
+        (LABELLED, 3, {"keep": "all", "precision": "fp16"}),
+        (LABELLED, 1, {"keep": "host", "keep_blocks": {"dec_0_1": "cheap"}, "offload_optimizer": True}),
         (SMALL_RGB, 3, {"keep": "input", "keep_blocks": MIXED, "offload_optimizer": True}),
     ],
 )
