@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from nvae_lowmem.commands.command_line import run_command
-from nvae_lowmem.commands.flags import Overrides, at_least, overridden
+from nvae_lowmem.commands.flags import Overrides, Switch, at_least, overridden
 from nvae_lowmem.config import profile_file as profiles
 from nvae_lowmem.config.choices import DeviceChoice
-from nvae_lowmem.config.sections import EngineName, Precision, Profile
+from nvae_lowmem.config.sections import DataConfig, EngineName, Precision, Profile
 from nvae_lowmem.errors import ConfigError, ExitCode
 from nvae_lowmem.hardware.budget import parse_gpu_mem
 
@@ -39,6 +39,7 @@ class TrainCommand:
       nvae-lowmem train --profile demo-faces --data ~/pictures
       nvae-lowmem train --profile demo-mnist --minutes 8
       nvae-lowmem train --profile gtx-970-celeba64 --data celeba.zip --steps 5
+      nvae-lowmem train --profile demo-mnist --labels
       nvae-lowmem train --init-from runs/00003-demo-faces --data ~/pictures --steps 2000
       nvae-lowmem train --run-dir runs/00003-demo-mnist
       nvae-lowmem train --run-dir runs/00003-demo-mnist --set training.learning_rate=1e-3
@@ -59,6 +60,8 @@ class TrainCommand:
     --profile everything else is as they were trained, but for a lower learning rate."""
     freeze: tuple[str, ...] = ()
     """Blocks that are not trained, by name or prefix*: --freeze stem 'pre_*' 'enc_*' top is the encoder."""
+    labels: Switch = False
+    """Train with the images' class labels, so that a class can be asked for when sampling: sets model.classes."""
     runs_dir: str = "runs"
     """Where the numbered run folder is made."""
     name: str = ""
@@ -174,6 +177,8 @@ def _train(command: TrainCommand) -> ExitCode:
         parse_gpu_mem(command.gpu_mem)
     if command.resume_from is not None and not command.run_dir:
         raise ConfigError(f"--resume-from {command.resume_from} needs --run-dir: name the run that has this checkpoint")
+    if command.labels:
+        command = _with_classes(command)
     profile, sheet = _chosen(command) if command.chooses() else (_given(command), None)
     from nvae_lowmem.commands.training_run import RunFolder, train
 
@@ -194,6 +199,15 @@ def _train(command: TrainCommand) -> ExitCode:
         began=began,
         sheet=sheet,
     )
+
+
+def _with_classes(command: TrainCommand) -> TrainCommand:
+    """The command with model.classes as the images' labels have it. Raises ConfigError where they have none."""
+    from nvae_lowmem.data.sources import class_names
+
+    profile = Profile(data=DataConfig(source=command.data or "")) if command.chooses() else command.asked()
+    names = class_names(profile.data, profile.model, log=lambda _: None)
+    return replace(command, set=(*command.set, (f"model.classes={len(names)}",)))
 
 
 def _given(command: TrainCommand) -> Profile:

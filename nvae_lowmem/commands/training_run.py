@@ -126,6 +126,7 @@ def _train(
         keep_freed_memory()
     split_batch(profile, distributed.launched_processes())
     data = open_source(profile.data, profile.model, log=print if distributed.launched_rank() == 0 else _silent)
+    profile = data.named_in(profile)
     engine_name, why_engine = distributed.choose_engine(profile.plan, distributed.launched(), where)
     rank, world_size = 0, 1
     if engine_name == "deepspeed" and not dry_run:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ from PIL import Image
 
 from nvae_lowmem.config.model import ModelConfig
 from nvae_lowmem.config.recipes import WHERE_FROM
-from nvae_lowmem.config.sections import EMBEDDED_SETS, DataConfig
+from nvae_lowmem.config.sections import EMBEDDED_SETS, DataConfig, Profile
 from nvae_lowmem.data import cifar, idx, lmdb_store
 from nvae_lowmem.data.cache import cache_folder
 from nvae_lowmem.data.dataset import Dataset, check_colours, load
@@ -43,6 +43,10 @@ class Datasets(NamedTuple):
     description: str
     fingerprint: Fingerprint
     classes: tuple[str, ...] = ()
+
+    def named_in(self, profile: Profile) -> Profile:
+        """The profile, which keeps what the classes are called."""
+        return replace(profile, data=replace(profile.data, class_names=self.classes)) if self.classes else profile
 
 
 @dataclass(frozen=True)

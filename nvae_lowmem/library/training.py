@@ -71,6 +71,7 @@ def train(
     engine, _ = choose_engine(resolved.plan, launched(), where)
     if engine == "deepspeed":
         raise ConfigError("plan.engine = 'deepspeed' is started by the command train; set plan.engine = 'torch' here")
+    resolved = data.named_in(resolved)
     run = resolve_run(resolved, len(data.train), where, 1)
     cuda_memory.apply_memory_cap(resolved.plan, where)
     begun = run_dir is not None and bool(checkpoint.all_checkpoints(Path(run_dir)))

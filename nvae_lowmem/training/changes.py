@@ -48,6 +48,8 @@ _EFFECTS = {
     "freeze": "other blocks learn from the next step on; the optimiser's states of newly frozen ones are gone",
     "seed": "another order of the images and other noise; the weights stay",
 }
+_CLASSES = ("data", "class_names")
+"""The weights know the classes by their numbers, so that the names belong to them."""
 _SCHEDULES = ("learning_rate", "cosine", "warmup_epochs", "published_", "kl_")
 _DATA = (
     "other training data from the next step on; figures on held-out images can no longer be compared with earlier ones"
@@ -76,7 +78,11 @@ def changes(before: Profile, now: Profile) -> list[Change]:
         for key in sorted(old[section])
         if old[section][key] != new[section][key] and not (section == "training" and key in _UNSAID)
     ]
-    fixed = [f"model.{k} ({old['model'][k]!r} -> {new['model'][k]!r})" for s, k in differing if s == "model"]
+    fixed = [
+        f"{s}.{k} ({old[s][k]!r} -> {new[s][k]!r})"
+        for s, k in differing
+        if s == "model" or ((s, k) == _CLASSES and old[s][k])
+    ]
     if fixed:
         raise ConfigError(
             f"these differ and cannot change, because the run's weights belong to its model: {', '.join(fixed)}. "
@@ -91,7 +97,7 @@ def changes(before: Profile, now: Profile) -> list[Change]:
     return [
         Change(key=f"{section}.{key}", before=old[section][key], now=new[section][key], effect=_effect(section, key))
         for section, key in differing
-        if section != "plan" or key == "precision"
+        if (section != "plan" or key == "precision") and (section, key) != _CLASSES
     ]
 
 
