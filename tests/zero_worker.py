@@ -38,7 +38,7 @@ from nvae_lowmem.training.step import StepResult, Training, training_step
 MODEL = ModelConfig(
     image_size=16, bits=1, channels_encoder=4, channels_decoder=4, scales=2, groups=2, adaptive=True, latents=2,
     cells_encoder=1, cells_decoder=1, preprocess_blocks=1, preprocess_cells=1, postprocess_blocks=1,
-    postprocess_cells=1, flows=1, classes=3,
+    postprocess_cells=1, flows=1,
 )  # fmt: skip
 TOTAL, TOTAL_STEPS, LEARNING_RATE = 4, 40, 3e-3
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -69,7 +69,7 @@ def make(
 ) -> Any:
     """An engine around a model with the same initial weights every time; evaluating: BatchNorm's running statistics."""
     torch.manual_seed(0)
-    objective = Objective(NVAE(MODEL), run.training, precision)
+    objective = Objective(NVAE(run.model), run.training, precision)
     freeze_blocks(objective.model, run.training.freeze)
     return kind(objective.eval() if evaluating else objective.train(), run, CPU, accumulation)
 
@@ -86,12 +86,12 @@ def train(
     split = BatchSplit(TOTAL, TOTAL // accumulation // engine.world_size, accumulation, engine.world_size)
     resolved = ResolvedRun(profile=run, split=split, schedule=Schedule(TOTAL_STEPS, TOTAL_STEPS, 0, LEARNING_RATE))
     training = Training(run=resolved, engine=engine, ema=ema)
-    return [training_step(training, micro_batches(split, engine.rank, step), step) for step in steps]
+    return [training_step(training, micro_batches(split, engine.rank, step, run.model.classes), step) for step in steps]
 
 
-def micro_batches(split: BatchSplit, rank: int, step: int) -> Iterator[MicroBatch]:
+def micro_batches(split: BatchSplit, rank: int, step: int, classes: int = 0) -> Iterator[MicroBatch]:
     for slots in split.slots(rank):
-        labels = label_rows([0, 1, 2, -1], MODEL.classes)[slots]
+        labels = label_rows([0, 1, -1, 1], classes)[slots] if classes else None
         yield MicroBatch(slots.start, images(step, slots.start, split.micro), labels)
 
 

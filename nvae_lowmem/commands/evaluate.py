@@ -99,12 +99,14 @@ def _evaluate(command: EvaluateCommand) -> None:
     held_out = open_source(profile.data, profile.model, log=tell).test
     images = min(command.images or len(held_out), len(held_out))
     _require_enough(images, comparison)
+    if profile.model.classes:
+        notes.append("The model was given the class of every held-out image: likelihoods are of log p(x|y).")
     per_pass = f"up to {micro_batch} images or draws per pass"
     tell(f"{run.checkpoint}: {images} held-out images, {precision} on {device}, {per_pass}")
     batches = evaluation_batches(held_out, profile.model, profile.data, micro_batch, profile.training.seed, images)
     likelihood, shown = measure_likelihood(
         model, (x.to(device) for x in batches), command.iw_samples, micro_batch, precision, command.seed,
-        Progress("likelihood", images * command.iw_samples, tell), comparison,
+        Progress("likelihood", images * command.iw_samples, tell), comparison, held_out.labels,
     )  # fmt: skip
 
     # Samples, last of all: they need other BatchNorm statistics than the posterior.

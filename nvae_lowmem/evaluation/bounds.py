@@ -43,14 +43,22 @@ class ElboOfImages(NamedTuple):
 
 
 @torch.no_grad()
-def elbo_of_images(model: NVAE, x: Tensor, seed: int, precision: str = "fp32", first_image: int = 0) -> ElboOfImages:
+def elbo_of_images(
+    model: NVAE,
+    x: Tensor,
+    seed: int,
+    precision: str = "fp32",
+    first_image: int = 0,
+    labels: Tensor | None = None,
+) -> ElboOfImages:
     """The ELBO of images x (B, C, padded, padded) in [0, 1] with one posterior sample each, in evaluation mode.
 
-    first_image: number of the first of them among all held-out images, which its noise depends on.
+    first_image: number of the first of them among all held-out images, which its noise depends on. labels: as `NVAE`
+    takes them; with them all is of log p(x|y).
     """
     noise = SeededNoise(seed, step=NoiseStep.VALIDATION, first_slot=first_image)
     with evaluating(model, x.device, precision):
-        parameters, latents = model.decode(FromPosterior(noise), model.encode(x))
+        parameters, latents = model.decode(FromPosterior(noise), model.encode(x), labels=labels)
         nll = nll_of_decoded(model, parameters, without_padding(x, model.config))
         reconstructions = model.likelihood.mean(parameters)
     kl = torch.stack([_kl(latent.kl) for latent in latents], dim=1).double()  # (B, G, L)
@@ -108,24 +116,28 @@ def importance_weighted_bound(
     precision: str = "fp32",
     first_image: int = 0,
     advance: Advance | None = None,
+    labels: Tensor | None = None,
 ) -> Tensor:
     """log 1/k sum_j p(x|z_j) p(z_j) / q(z_j|x) of images x (B, C, padded, padded), k = samples: (B,) float64, nats.
 
     No pass holds more than micro_batch draws. Latents and densities are fp32 whatever `precision` says, their sums
     over groups and the sum of weights float64. first_image: number of the first image among all held-out images.
+    labels: as `NVAE` takes them; with them it is a bound of log p(x|y).
 
     Raises:
         ConfigError: samples or micro_batch below 1.
     """
     with evaluating(model, x.device, precision):
-        return log_mean_weight(_ModelDensities(model, x, seed, first_image), len(x), samples, micro_batch, advance)
+        return log_mean_weight(
+            _ModelDensities(model, x, seed, first_image, labels), len(x), samples, micro_batch, advance
+        )
 
 
 class _ModelDensities:
     """The densities of an NVAE's draws. Encodes images once for all their draws, and keeps only the last ones' maps."""
 
-    def __init__(self, model: NVAE, x: Tensor, seed: int, first_image: int) -> None:
-        self.model, self.x, self.seed, self.first_image = model, x, seed, first_image
+    def __init__(self, model: NVAE, x: Tensor, seed: int, first_image: int, labels: Tensor | None) -> None:
+        self.model, self.x, self.seed, self.first_image, self.labels = model, x, seed, first_image, labels
         self._encoded: tuple[range, list[Tensor]] = (range(0), [])
 
     def __call__(self, images: range, draws: range) -> tuple[Tensor, Tensor]:
@@ -136,7 +148,8 @@ class _ModelDensities:
         # draws of an image follow each other: (images, draws) flattened
         maps = [_repeated(m, len(draws)) for m in self._encoded[1]]
         noise = _DrawNoise(self.seed, [self.first_image + i for i in images], draws)
-        parameters, latents = self.model.decode(FromPosterior(noise, densities=True), maps)
+        labels = None if self.labels is None else _repeated(self.labels[images.start : images.stop], len(draws))
+        parameters, latents = self.model.decode(FromPosterior(noise, densities=True), maps, labels=labels)
         nll = nll_of_decoded(self.model, parameters, _repeated(without_padding(x, self.model.config), len(draws)))
         log_p, log_q = torch.zeros_like(nll, dtype=torch.float64), torch.zeros_like(nll, dtype=torch.float64)
         for latent in latents:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,7 +15,7 @@ from nvae_lowmem.evaluation.distances import Comparison
 from nvae_lowmem.evaluation.report import LikelihoodFigures, Mean
 from nvae_lowmem.model.nvae import NVAE
 from nvae_lowmem.progress import Progress
-from nvae_lowmem.training.validation import ACTIVE_NATS
+from nvae_lowmem.training.validation import ACTIVE_NATS, labels_of
 
 SHOWN_IMAGES = 24
 
@@ -28,10 +29,12 @@ def measure_likelihood(
     seed: int = 0,
     progress: Progress | None = None,
     comparison: Comparison | None = None,
+    labels: np.ndarray | None = None,
 ) -> tuple[LikelihoodFigures, dict[str, Tensor]]:
     """Both bounds, KL of groups and errors over `batches` of (b, C, padded, padded), and the first images as pictures.
 
-    The images also go to the comparison, as its real ones. Raises ConfigError for draws or micro_batch below 1, no
+    The images also go to the comparison, as its real ones. labels: numbers of the images' classes in their order, (N,);
+    with them the figures are of log p(x|y). Raises ConfigError for draws or micro_batch below 1, no
     images, and weights that give no finite ELBO.
     """
     parts: list[ElboOfImages] = []
@@ -39,9 +42,10 @@ def measure_likelihood(
     originals: list[Tensor] = []
     seen = 0
     for x in batches:
-        part = elbo_of_images(model, x, seed, precision, first_image=seen)
+        rows = labels_of(model, labels, seen, len(x))
+        part = elbo_of_images(model, x, seed, precision, seen, rows)
         advance = progress.advance if progress is not None else None
-        bounds.append(importance_weighted_bound(model, x, draws, seed, micro_batch, precision, seen, advance))
+        bounds.append(importance_weighted_bound(model, x, draws, seed, micro_batch, precision, seen, advance, rows))
         images, shown = without_padding(x, model.config), max(0, SHOWN_IMAGES - seen)
         if comparison is not None:
             comparison.add_real(images)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from nvae_lowmem.errors import ConfigError
 from nvae_lowmem.files import write_atomically
+from nvae_lowmem.generation.classes import labels_in_turn
 from nvae_lowmem.generation.sample import (
     Temperature,
     group_temperatures,
@@ -54,7 +55,8 @@ def recalibrate(
 ) -> None:
     """Set the decoder's running statistics to their mean over `passes` batches of prior samples.
 
-    Nothing else of the model changes; the encoder's statistics come from images and stay. Raises ConfigError for fewer
+    Of a model with labels all classes take turns, whichever are asked for later. Nothing else of the model changes; the
+    encoder's statistics come from images and stay. Raises ConfigError for fewer
     than one pass and for temperatures that do not fit the model.
     """
     if passes < 1:
@@ -69,7 +71,8 @@ def recalibrate(
         for i in range(passes):
             # statistics += (batch's - statistics) / (i + 1): the mean over passes; i = 0 forgets the old ones
             settings.momentum = 1 / (i + 1)
-            model.top_down(FromPrior(noise.at(i * images), temperatures), batch=images)
+            labels = labels_in_turn(model, i * images, images)
+            model.top_down(FromPrior(noise.at(i * images), temperatures), batch=images, labels=labels)
             if progress is not None:
                 progress(i + 1, passes)
     finally:

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from nvae_lowmem.config.model import ModelConfig
+from nvae_lowmem.data.labels import label_rows
 from nvae_lowmem.errors import ConfigError
-from nvae_lowmem.model.latents import FromPosterior, FromPrior, NoiseStep, SeededNoise, Source
+from nvae_lowmem.generation.classes import NO_CLASS, check_guidance, labels_in_turn
+from nvae_lowmem.model.latents import FromPosterior, FromPrior, Guided, NoiseStep, SeededNoise, Source
 from nvae_lowmem.model.nvae import NVAE
 from nvae_lowmem.progress import OnProgress
 
@@ -71,13 +73,17 @@ def sample_images(
     micro_batch: int,
     likelihood_sample: bool = False,
     progress: OnProgress | None = None,
+    classes: Sequence[int] = (),
+    guidance: float = 1.0,
 ) -> Tensor:
     """`count` images from the prior, (count, C, S, S) fp32 in [0, 1] on the host.
 
     likelihood_sample: draw the pixels from p(x|z), on the data's grid of bits; otherwise its mean.
-    Raises ConfigError for a count below 1 and for temperatures that do not fit the model.
+    classes: of a model with labels, those that the images take in turn; none: all. guidance: how far to go towards
+    the class, see `Guided`; 1: as learned.
+    Raises ConfigError for a count below 1, for temperatures that do not fit the model, and for a wrong guidance.
     """
-    chunks = sample_chunks(model, count, temperature, seed, micro_batch, likelihood_sample, progress)
+    chunks = sample_chunks(model, count, temperature, seed, micro_batch, likelihood_sample, progress, classes, guidance)
     return torch.cat(list(chunks))
 
 
@@ -90,20 +96,24 @@ def sample_chunks(
     micro_batch: int,
     likelihood_sample: bool = False,
     progress: OnProgress | None = None,
+    classes: Sequence[int] = (),
+    guidance: float = 1.0,
 ) -> Iterator[Tensor]:
-    """The images of `sample_images`, up to micro_batch of them at a time: for more images than memory holds."""
+    """The images of `sample_images`, up to micro_batch of them at a time: for more images than memory holds.
+
+    With guidance each image takes two rows of a pass, so half as many at a time.
+    """
     assert not model.training, "images must not lean on each other: put the model into evaluation mode"
     if count < 1:
         raise ConfigError(f"--count {count}: must be at least 1")
     temperatures = group_temperatures(temperature, model.config)
+    check_guidance(guidance, model.config)
     noise = SeededNoise(seed, step=NoiseStep.SAMPLING)
-    for first in range(0, count, micro_batch):
-        batch = min(micro_batch, count - first)
-        source = FromPrior(noise.at(first), temperatures)
-        if likelihood_sample:
-            yield _decoded_draw(model, source, batch, seed, first)
-        else:
-            yield decoded_mean(model, source, None, batch)
+    together = micro_batch if guidance == 1 else max(1, micro_batch // 2)
+    for first in range(0, count, together):
+        batch = min(together, count - first)
+        source, labels = FromPrior(noise.at(first), temperatures), labels_in_turn(model, first, batch, classes)
+        yield _sampled(model, source, batch, labels, guidance, (seed, first) if likelihood_sample else None)
         if progress is not None:
             progress(first + batch, count)
 
@@ -131,9 +141,20 @@ def decoded_mean(model: NVAE, source: Source, maps: list[Tensor] | None, batch: 
     return model.likelihood.mean(parameters).cpu()
 
 
-def _decoded_draw(model: NVAE, source: Source, batch: int, seed: int, first_slot: int) -> Tensor:
-    """A draw from p(x|z) for each image, (B, C, S, S) on the host."""
-    parameters, _ = model.decode(source, batch=batch)
+def _sampled(
+    model: NVAE, source: Source, batch: int, labels: Tensor | None, guidance: float, draw: tuple[int, int] | None
+) -> Tensor:
+    """Images of a pass, (B, C, S, S) on the host: means of p(x|z), or with draw = (seed, first slot) draws from it."""
+    if guidance == 1:
+        parameters, _ = model.decode(source, batch=batch, labels=labels)
+    else:
+        assert labels is not None
+        none = label_rows([NO_CLASS] * batch, model.config.classes).to(labels.device)
+        both, _ = model.decode(Guided(source, guidance), batch=2 * batch, labels=torch.cat([labels, none]))
+        parameters = both[:batch]
+    if draw is None:
+        return model.likelihood.mean(parameters).cpu()
+    seed, first_slot = draw
     return drawn_pixels(model, parameters, seed, range(first_slot, first_slot + batch))
 
 

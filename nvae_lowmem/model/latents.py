@@ -186,6 +186,33 @@ class FromPrior:
 
 
 @dataclass(frozen=True)
+class Guided:
+    """One z for two rows of a batch: its first half has labels, its second half the same images without.
+
+    z comes from `source` and a prior further from that without a label than the label's own, s = guidance:
+
+        mu = mu_none + s (mu_label - mu_none),   log sigma = log sigma_none + s (log sigma_label - log sigma_none)
+
+    with sigma at most the larger of the two: beyond s = 1 the extrapolation would widen exactly those priors that the
+    label widens, and guidance is to make images surer. s = 1 is the label's prior, s = 0 the one without.
+    """
+
+    source: Source
+    guidance: float
+
+    def latent(self, group: int, prior: Normal, posterior: Normal | None, flow: FlowFunction | None) -> Latent:
+        assert posterior is None, "guidance is for samples"
+        (mu, mu_none), (sigma, sigma_none) = (values.chunk(2) for values in prior)
+        log_sigma = torch.lerp(sigma_none.log(), sigma.log(), self.guidance)
+        guided = Normal(
+            torch.lerp(mu_none, mu, self.guidance), torch.minimum(log_sigma.exp(), torch.maximum(sigma, sigma_none))
+        )
+        latent = self.source.latent(group, guided, None, None)
+        assert latent.z is not None
+        return latent._replace(z=torch.cat([latent.z, latent.z]))
+
+
+@dataclass(frozen=True)
 class Given:
     """z as given, one tensor per group, top first."""
 

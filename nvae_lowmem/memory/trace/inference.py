@@ -198,6 +198,9 @@ def _sampling(task: _Task, model: NVAE) -> None:
     for drawn in (False, True):
         for _ in sample_chunks(model, 2 * task.images, 0.7, 0, task.images, likelihood_sample=drawn):
             pass
+    if model.config.classes:
+        for _ in sample_chunks(model, 2 * task.images, 0.7, 0, task.images, guidance=2.0):
+            pass
 
 
 def _recalibration(task: _Task, model: NVAE) -> None:

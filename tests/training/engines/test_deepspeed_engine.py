@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -76,6 +77,26 @@ def test_losses_and_state_are_those_of_the_torch_engine(name: str) -> None:
     expected, state = torch_run()
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=0.0)
     assert_same_state(engine.state(), state, 1e-5)
+    engine.close()
+
+
+@pytest.mark.parametrize("keep", ["all", "input"])
+@pytest.mark.parametrize("name", SHARED)
+def test_labels_train_as_with_the_torch_engine(name: str, keep: str) -> None:
+    plain, run = (replace(p, model=replace(MODEL, classes=3)) for p in (profile(), profile(PLANS[name])))
+    expected, engine = make(TorchEngine, plain), make(ZeroEngine, run)
+    apply_plan(engine.model, replace(run.plan, keep=keep))
+    torch.testing.assert_close(
+        losses(train(engine, run, range(6))), losses(train(expected, plain, range(6))), rtol=1e-6, atol=0.0
+    )
+    state = engine.state()
+    assert_same_state(state, expected.state(), 1e-5)
+    rows = [
+        value.abs().sum(1) > 0
+        for key, value in state.items()
+        if key.startswith("weight.") and key.endswith("class_bias.rows")
+    ]
+    assert rows and all(seen.tolist() == [True, True, False, True] for seen in rows)  # no image is of class 2
     engine.close()
 
 
