@@ -18,7 +18,9 @@ from nvae_lowmem.units import format_seconds
 
 if TYPE_CHECKING:
     import numpy as np
+    from torch import Tensor
 
+    from nvae_lowmem.config.sections import Profile
     from nvae_lowmem.generation.sample import Temperature
     from nvae_lowmem.training.open_run import OpenRun
 
@@ -36,16 +38,23 @@ class SampleCommand(RunFlags):
       nvae-lowmem sample
       nvae-lowmem sample --run 3 --temperatures 0.6 0.7 --seed 5
       nvae-lowmem sample --run celeba64-4g --temperature 0.7,0.8,1.0
+      nvae-lowmem sample --run mnist-labels --class 3 5 --guidance 1.5
+      nvae-lowmem sample --run mnist-labels --class all --count 80
       nvae-lowmem sample --run runs/00003-mnist --temperature 1.0 --count 10000 --format zip --likelihood sample
     """
 
     count: int = 64
-    """Images per temperature."""
+    """Images per temperature; with several classes as many of each, and so many at least."""
     temperatures: Annotated[
         tuple[tuple[str, ...], ...], tyro.conf.UseAppendAction, tyro.conf.arg(aliases=("--temperature",), metavar="T")
     ] = ()
     """What the prior's sigma is multiplied by, one or several numbers; lower: cleaner and more alike. 0.7,0.8,1.0 (with
     commas) is one temperature per scale, HIGHEST RESOLUTION FIRST. None given: 0.7 0.8 0.9 1.0."""
+    classes: Annotated[tuple[str, ...], tyro.conf.arg(name="class", metavar="NAME")] = ()
+    """Of a model trained with labels: classes to draw, by name or number; all: each of them; none: no class. None
+    given: the classes take turns. With several, a grid has rows for each."""
+    guidance: float = 1.0
+    """How far to go towards the class: 1 as learned, 1.5 to 3 clearer and more alike, 0 not at all."""
     seed: int = 0
     """The same seed gives the same images, however they are split into chunks."""
     recalibrate: bool = True
@@ -78,6 +87,7 @@ def _sample(command: SampleCommand) -> None:
 
     from nvae_lowmem.commands import image_inputs
     from nvae_lowmem.generation import grids, series
+    from nvae_lowmem.generation.classes import check_guidance, parse_classes
     from nvae_lowmem.generation.sample import group_temperatures, parse_temperature, sample_chunks, temperature_text
     from nvae_lowmem.training.open_run import open_run
 
@@ -87,6 +97,9 @@ def _sample(command: SampleCommand) -> None:
     model = run.model
     for temperature in temperatures:
         group_temperatures(temperature, model.config)
+    classes = parse_classes(command.classes, run.profile)
+    check_guidance(command.guidance, model.config)
+    count = -(-command.count // len(classes)) * len(classes) if classes else command.count
     out = image_inputs.output_folder(command.out, run)
     print(run.describe(), flush=True)
     # before the statistics are fitted to samples: the posterior wants those of training
@@ -96,22 +109,46 @@ def _sample(command: SampleCommand) -> None:
             _recalibrate(command, run, temperature)
         text = temperature_text(temperature)
         chunks = sample_chunks(
-            model, command.count, temperature, command.seed, run.micro_batch, command.likelihood == "sample",
-            progress_bar(f"sampling at {text}"),
+            model, count, temperature, command.seed, run.micro_batch, command.likelihood == "sample",
+            progress_bar(f"sampling at {text}"), classes, command.guidance,
         )  # fmt: skip
-        name = f"generated-t{text.replace(',', '-')}"
+        name = f"generated-t{text.replace(',', '-')}{_asked_in_name(command, classes)}"
         if command.format == "grid":
             images, columns = torch.cat(list(chunks)), grids.default_columns(model.config.image_size, command.scale)
-            print(grids.save_png(grids.grid(images, columns, scale=command.scale), out / f"{name}.png"), flush=True)
+            picture = _by_class(images, classes, run.profile, columns, command.scale)
+            print(grids.save_png(picture, out / f"{name}.png"), flush=True)
             shown = grids.grid(images[: OVERVIEW_ROWS * columns], columns, scale=command.scale)
-            sections.append((f"samples at temperature {text}", shown))
+            sections.append((f"samples at temperature {text}", picture if len(classes) > 1 else shown))
         elif command.format == "zip":
-            print(f"{series.write_zip(chunks, out / f'{name}.zip')}: {command.count} images", flush=True)
+            print(f"{series.write_zip(chunks, out / f'{name}.zip')}: {count} images", flush=True)
         else:
-            print(f"{series.write_pngs(chunks, out / name)}: {command.count} images", flush=True)
+            print(f"{series.write_pngs(chunks, out / name)}: {count} images", flush=True)
     if sections:
         overview = grids.stack([grids.labelled(picture, caption) for caption, picture in sections])
         print(grids.save_png(overview, out / "overview.png"))
+
+
+def _asked_in_name(command: SampleCommand, classes: Sequence[int]) -> str:
+    """What tells the files of these classes and this guidance from those of others: "-class-3-5-g1.5"."""
+    shown = "-".join("none" if number < 0 else str(number) for number in classes)
+    shown = "all" if command.classes == ("all",) else shown
+    return (f"-class-{shown[:60]}" if classes else "") + (f"-g{command.guidance:g}" if command.guidance != 1 else "")
+
+
+def _by_class(images: Tensor, classes: Sequence[int], profile: Profile, columns: int, scale: int) -> np.ndarray:
+    """A grid; of several classes, which the images take in turn, one below the other, each with its name."""
+    from nvae_lowmem.generation import grids
+    from nvae_lowmem.generation.classes import class_name
+
+    if len(classes) <= 1:
+        return grids.grid(images, columns, scale=scale)
+    columns = min(columns, len(images) // len(classes))
+    return grids.stack(
+        [
+            grids.labelled(grids.grid(images[i :: len(classes)], columns, scale=scale), class_name(number, profile))
+            for i, number in enumerate(classes)
+        ]
+    )
 
 
 def _recalibrate(command: SampleCommand, run: OpenRun, temperature: Temperature) -> None:

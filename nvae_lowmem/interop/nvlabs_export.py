@@ -84,6 +84,8 @@ def _unholdable(config: ModelConfig) -> Iterator[str]:
     The published code knows images by its data sets alone: padded binary digits, or colours without padding.
     """
     likelihood = _likelihood(config)
+    if config.classes:
+        yield f"model.classes = {config.classes}: the published models know no class labels"
     if config.groups_per_scale is not None and _groups(config) is None:
         yield (
             f"model.groups_per_scale = {list(config.groups_per_scale)}: it knows one number of groups for "

@@ -31,6 +31,7 @@ from nvae_lowmem.errors import ConfigError
 from nvae_lowmem.evaluation.bounds import elbo_of_images, importance_weighted_bound
 from nvae_lowmem.files import write_atomically
 from nvae_lowmem.generation.blend import blend_images, parse_weights
+from nvae_lowmem.generation.classes import class_names, parse_classes
 from nvae_lowmem.generation.recalibrate import (
     RECALIBRATION_SEED,
     default_passes,
@@ -135,6 +136,11 @@ class Model:
         """The network's configuration."""
         return self.profile.model
 
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """What the classes are called, by their numbers; none for a model without labels."""
+        return class_names(self.profile)
+
     def __repr__(self) -> str:
         c = self.config
         size = f"{c.image_channels} x {c.image_size} x {c.image_size}"
@@ -148,6 +154,8 @@ class Model:
         temperature: Temperature = 0.8,
         seed: int = 0,
         *,
+        classes: int | str | Sequence[int | str] = (),
+        guidance: float = 1.0,
         draw_pixels: bool = False,
         passes: int = 0,
         output: Output = "tensor",
@@ -155,12 +163,18 @@ class Model:
         """`count` images from the prior.
 
         temperature: what the prior's sigma is multiplied by, one number or one per scale, highest resolution first.
+        classes: of a model with labels, one class or several that the images take in turn, by number or name ("all",
+        "none" for no class); nothing: all of them. guidance: how far to go towards the class, 1 as learned.
         draw_pixels: pixels drawn from p(x|z) instead of its mean. passes: batches of prior samples that BatchNorm's
         statistics are estimated from, once per temperature; 0: enough. output: see `nvae_lowmem.library.images.Output`.
-        Raises ConfigError for a count below 1, and for temperatures that do not fit the model.
+        Raises ConfigError for a count below 1, for temperatures and classes that do not fit the model, and for classes
+        or guidance of a model without labels.
         """
+        asked = parse_classes([classes] if isinstance(classes, (int, str)) else classes, self.profile)
         with self._statistics_for(temperature, passes or default_passes(self.device, self.micro_batch)):
-            images = sample_images(self.network, count, temperature, seed, self.micro_batch, draw_pixels)
+            images = sample_images(
+                self.network, count, temperature, seed, self.micro_batch, draw_pixels, None, asked, guidance
+            )
         return as_output(images, output)
 
     # -- through the posterior --

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Mapping
 from dataclasses import replace
@@ -17,6 +18,7 @@ from nvae_lowmem.config.recipes import RECIPES, recipe
 from nvae_lowmem.config.sections import Profile
 from nvae_lowmem.data.dataset import ArrayDataset
 from nvae_lowmem.data.fingerprint import Fingerprint
+from nvae_lowmem.data.labels import numbered_labels, renumbered
 from nvae_lowmem.data.sources import Datasets, open_source
 from nvae_lowmem.data.split import by_identity
 from nvae_lowmem.data.stores import ArrayStore
@@ -55,10 +57,11 @@ def train(
     """Train a model in this process, and return it as `load` would.
 
     dataset: images, or (image, anything) tuples, as tensors, arrays or PIL images, prepared as `as_batch` does; a share
-    of data.test_fraction of them is held out by content. None: the profile's own data.source. All of it is read once
-    into host memory. settings: other values by key, {"training.steps": 1000}. run_dir: this very folder, whose run goes
-    on where it stopped; None: a new numbered one in runs_dir. init_from: trained weights to start from, as
-    the command's --init-from takes them; the profile says the model, and what fits of the weights is taken. Ctrl-C
+    of data.test_fraction of them is held out by content; with model.classes they are (image, label). None: the
+    profile's own data.source. All of it is read once into host memory. settings: other values by key,
+    {"training.steps": 1000}. run_dir: this very folder, whose run goes on where it stopped; None: a new numbered one in
+    runs_dir. init_from: trained weights to start from, as the command's --init-from takes them; the profile says the
+    model, and what fits of the weights is taken. Ctrl-C
     saves, and ends as it does in the command.
     Raises ConfigError, Diverged and OutOfMemory as the command train says them.
     """
@@ -105,12 +108,29 @@ def datasets_of(dataset: TorchDataset[Any], profile: Profile) -> Datasets:
     test, training = np.sort(ranked[:held_out]), np.sort(ranked[held_out:])
     fingerprint = Fingerprint.of((store, training, len(training)), (store, test, len(test)))
     text = f"{store.description}: {len(training):,} for training, {len(test):,} held out"
-    return Datasets(ArrayDataset(pixels[training]), ArrayDataset(pixels[test]), text, fingerprint)
+    if not profile.model.classes:
+        return Datasets(ArrayDataset(pixels[training]), ArrayDataset(pixels[test]), text, fingerprint)
+    labels = numbered_labels([_label_of(dataset[i], i) for i in range(count)], "dataset", profile.data.class_names)
+    names = profile.data.class_names or tuple(map(str, range(profile.model.classes)))
+    numbers = renumbered(labels, names, "dataset")
+    train, held = (ArrayDataset(pixels[part], numbers[part]) for part in (training, test))
+    return Datasets(train, held, text, fingerprint, names)
 
 
 def _image_of(item: Any) -> Any:
     """The image of a dataset's item, which may be (image, label, ...)."""
     return item[0] if isinstance(item, tuple) else item
+
+
+def _label_of(item: Any, index: int) -> int:
+    """The label of a dataset's item, (image, label, ...)."""
+    label = item[1] if isinstance(item, tuple) and len(item) > 1 else None
+    try:
+        return operator.index(label)  # type: ignore[arg-type]  # what is no whole number raises
+    except TypeError:
+        raise ConfigError(
+            f"dataset[{index}]: model.classes is set, so items must be (image, whole number), not {label!r:.40}"
+        ) from None
 
 
 def plan(

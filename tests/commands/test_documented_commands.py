@@ -110,5 +110,6 @@ def test_every_flag_in_prose_is_a_flag_of_something(page: str) -> None:
     for text in (path.read_text(encoding="utf-8") for path in scripts_of_ours if path.is_file()):
         known |= set(re.findall(r"(?<=[\"| ])(--[a-z][a-z0-9-]*)(?=[\"|)])", text))  # argparse, and cases of a shell
         known |= {f"--{name.replace('_', '-')}" for name in re.findall(r"^    (\w+): ", text, re.MULTILINE)}
+        known |= {f"--{name}" for name in re.findall(r"tyro\.conf\.arg\(name=\"([\w-]+)\"", text)}
     said = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9_-]*", (REPOSITORY / page).read_text(encoding="utf-8")))
     assert sorted(said - known) == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -124,3 +125,28 @@ def test_help_says_in_which_order_scales_are_given(capsys: pytest.CaptureFixture
     with pytest.raises(SystemExit, match="0"):
         main(["--help"])
     assert "HIGHEST RESOLUTION" in capsys.readouterr().out
+
+
+def test_classes_are_drawn_by_name_with_rows_for_each(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = write_run(tmp_path / "run", seasoned(replace(GREY, classes=3)), source=str(tmp_path / "gone"))
+    arguments = ["--run", str(run), "--out", str(tmp_path / "out"), "--no-recalibrate", "--temperature", "0.7"]
+    assert main([*arguments, "--class", "all", "--count", "7", "--guidance", "1.5"]) == 0
+    assert main([*arguments, "--class", "1", "--count", "3"]) == 0
+    assert main([*arguments, "--class", "2", "none", "--count", "3", "--format", "zip"]) == 0
+    rows, one = (Image.open(tmp_path / "out" / f"generated-t0.7-class-{n}.png") for n in ("all-g1.5", "1"))
+    caption = grids.CAPTION_PIXELS + 2 * grids.CAPTION_MARGIN_PIXELS
+    assert rows.height == 3 * (caption + one.height)  # 7 images of 3 classes: 3 of each
+    with zipfile.ZipFile(tmp_path / "out" / "generated-t0.7-class-2-none.zip") as archive:
+        assert len(archive.namelist()) == 4
+    capsys.readouterr()
+    for wrong in (["--class", "seven"], ["--guidance", "-1"]):
+        assert main([*arguments, *wrong]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_classes_of_a_model_without_labels_are_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = write_run(tmp_path / "run", seasoned(GREY), source=str(tmp_path / "gone"))
+    for wrong in (["--class", "1"], ["--guidance", "1.5"]):
+        assert main(["--run", str(run), *wrong]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and "trained without class labels" in error
