@@ -45,7 +45,7 @@ SHORT = {
     "traverse": "--count 8",
     "export": "--passes 2",
     "restore": "--iterations 2",
-    "anomaly": "--draws 1 --compare 8",
+    "anomaly": "--draws 1 --compare 20 --references 20",
 }
 """Flags at the end of a line; the last one of a kind holds."""
 

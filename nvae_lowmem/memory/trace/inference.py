@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 import torch
@@ -21,12 +21,14 @@ from torch.overrides import TorchFunctionMode
 from nvae_lowmem.config.choices import BlendMode
 from nvae_lowmem.config.sections import Profile
 from nvae_lowmem.data.pipeline import MicroBatch, without_padding
+from nvae_lowmem.evaluation.anomaly import anomaly_figures, coarse_latents
 from nvae_lowmem.evaluation.bounds import elbo_of_images, importance_weighted_bound
 from nvae_lowmem.evaluation.distances import Comparison, RandomConvFeatures
 from nvae_lowmem.generation.blend import blend_images, path_weights
 from nvae_lowmem.generation.grids import preview
 from nvae_lowmem.generation.recalibrate import recalibrate
 from nvae_lowmem.generation.reconstruct import parse_first_groups, reconstruct
+from nvae_lowmem.generation.restore import restore
 from nvae_lowmem.generation.sample import reconstruct_images, sample_chunks
 from nvae_lowmem.generation.traverse import Move, channel_kl, traverse
 from nvae_lowmem.memory.trace.events import Category, Peak, Phase, Trace
@@ -45,8 +47,8 @@ from nvae_lowmem.training.step import training_step
 from nvae_lowmem.training.validation import validate
 
 Work = Literal[
-    "sampling", "recalibration", "evaluation", "bound", "reconstruction", "blending", "traversal", "validation",
-    "pictures", "between steps",
+    "sampling", "recalibration", "evaluation", "bound", "reconstruction", "blending", "traversal", "restoration",
+    "anomalies", "validation", "pictures", "between steps",
 ]  # fmt: skip
 """between steps: validation, then pictures, as the trainer does them; a checkpoint takes nothing of the card."""
 WORKS: tuple[Work, ...] = get_args(Work)[:-1]
@@ -237,6 +239,37 @@ def _traversal(task: _Task, model: NVAE) -> None:
     traverse(model, task.on_host(1), moves, micro_batch=task.images)
 
 
+@dataclass(frozen=True)
+class _NothingKnown:
+    """Pixels that are all missing, (B, C, S, S): what is known of an image lies on the host and changes nothing."""
+
+    images: Tensor
+    imputes: ClassVar[bool] = True
+
+    def first_guess(self) -> Tensor:
+        return self.images
+
+    def shown(self) -> Tensor:
+        return self.images
+
+    def put_in(self, images: Tensor) -> Tensor:
+        return images
+
+    def result(self, mean: Tensor) -> Tensor:
+        return mean
+
+
+def _restoration(task: _Task, model: NVAE) -> None:
+    known = _NothingKnown(without_padding(task.on_host(2 * task.images), model.config))
+    restore(model, known, iterations=2, micro_batch=task.images, guesses=2)
+
+
+def _anomalies(task: _Task, model: NVAE) -> None:
+    coarse_latents(model, (task.on_host(task.images) for _ in range(2)))
+    later = max(1, model.config.total_groups // 2)
+    anomaly_figures(model, task.on_host(2 * task.images), later, draws=2, micro_batch=task.images)
+
+
 def _validation(task: _Task, model: NVAE) -> None:
     plan = task.profile.plan
     validate(model, task.batches(plan.micro_batch), 0, plan.precision)
@@ -267,6 +300,8 @@ _WORKS: dict[Work, tuple[Callable[[_Task, NVAE], None], Callable[[_Task], contex
     "reconstruction": (_reconstruction, _command),
     "blending": (_blending, _command),
     "traversal": (_traversal, _command),
+    "restoration": (_restoration, _command),
+    "anomalies": (_anomalies, _command),
     "between steps": (_between_steps, _lent),
     "validation": (_validation, _trainer),
     "pictures": (_pictures, _trainer),
