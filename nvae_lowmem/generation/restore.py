@@ -182,9 +182,10 @@ def restore(
         raise ConfigError(f"--iterations {iterations}: must be from 2 to {_MOST_PASSES}")
     if not 1 <= guesses <= _MOST_PASSES // iterations:
         raise ConfigError(f"--guesses {guesses}: must be from 1 to {_MOST_PASSES // iterations}")
-    total = torch.zeros_like(measured.first_guess())
+    start = measured.first_guess()
+    total = torch.zeros_like(start)
     for guess in range(guesses):
-        x = measured.first_guess()
+        x = start
         if guess and measured.imputes:
             x = measured.put_in(_samples(model, len(x), seed, guess, micro_batch))
         for iteration in range(iterations):

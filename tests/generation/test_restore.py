@@ -54,7 +54,7 @@ def test_denoising_trusts_the_data_less_the_more_noise_there_is() -> None:
 )
 def test_the_result_does_not_depend_on_how_images_share_passes(measured: Observation) -> None:
     model = responsive(RGB)
-    together, apart = (restore(model, measured, iterations=3, micro_batch=size) for size in (3, 1))
+    together, apart = (restore(model, measured, iterations=3, micro_batch=size, guesses=2) for size in (3, 1))
     torch.testing.assert_close(together, apart)
 
 
@@ -71,6 +71,23 @@ def test_the_mean_of_guesses_lies_between_them_and_is_nearer_to_all_of_them() ->
     assert torch.equal(first, again) and not torch.equal(first, more)
     distance = [torch.stack([psnr(x, other) for other in others]).mean() for x in (first, more)]
     assert distance[1] > distance[0]
+
+
+def test_a_later_guess_begins_with_other_images_where_pixels_are_missing_and_with_those_that_are_known_elsewhere() -> (
+    None
+):
+    begun: list[torch.Tensor] = []
+
+    class Watched(KnownPixels):
+        def put_in(self, images: torch.Tensor) -> torch.Tensor:
+            begun.append(super().put_in(images))
+            return begun[-1]
+
+    restore(responsive(RGB), Watched(images_of(), random_mask()), iterations=2, guesses=3)
+    known = random_mask().expand(3, 3, 16, 16)
+    starts = [begun[i] for i in (-1 - 2 * 3, -1 - 3)]  # of the guesses after the first: put in, then two iterations
+    assert all(torch.equal(x[known], images_of()[known]) for x in begun)
+    assert (starts[0] - starts[1])[~known].abs().mean() > 0.01
 
 
 def test_no_more_guesses_than_there_is_noise_for() -> None:
