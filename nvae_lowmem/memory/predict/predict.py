@@ -120,6 +120,8 @@ def predict(
     raise_problems(problems, "prediction")
     parsed = AllocatorSettings.from_string(settings or profile.plan.allocator_settings)
     profile = resolve_plan(profile, card, budget)
+
+    # The step as traced, and what no trace sees.
     trace = _traced(profile, micro_batch, accumulation)
     context = budget.context_bytes if budget is not None else None
     overlay = tuple(entries(profile, trace, accumulation, card, context, calibration))
@@ -128,6 +130,8 @@ def predict(
         trace = without_weights(trace, 4 * (plan.bucket_elements // 500))  # smaller ones stay: see deepspeed_config
     elif runs_deepspeed(plan) and plan.zero_stage in (1, 2):
         trace = flattened_weights(trace)
+
+    # The whole run through the allocator, without and with what is only bounded.
     held = [entry for entry in overlay if entry.is_replayed]
     between = _traced_between(profile, micro_batch)
     known = overlaid(trace, [entry for entry in held if not entry.is_bound])
@@ -135,6 +139,8 @@ def predict(
     replay = run.replay(parsed)
     stats = replay.checkpoints[-1]
     margin = _margin_bytes(stats, worst.replay(parsed).checkpoints[-1])
+
+    # Close to the cap: whether the allocator gets through under it.
     oom = None
     if budget is not None and stats.peak_reserved_bytes + margin > budget.cap_bytes:
         capped = run.replay(parsed, budget, margin)
@@ -144,6 +150,8 @@ def predict(
             oom = oom and f"with the unknown at its most: {oom}"
         if oom is None:
             replay, stats = capped, capped.checkpoints[-1]
+
+    # Beside the allocator.
     locked = sum(entry.nbytes for entry in overlay if entry.place is Place.PINNED) + _parked_bytes(trace)
     return Prediction(
         micro_batch=micro_batch,
