@@ -235,6 +235,15 @@ def test_no_room_holds_more_than_its_share() -> None:
     assert max(lines.values()) / sum(lines.values()) <= LARGEST_SHARE, lines
 
 
+def test_every_public_function_and_class_says_what_it_is() -> None:
+    silent = []
+    for path, name in zip(FILES, IDS, strict=True):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and not node.name.startswith("_"):
+                silent += [] if ast.get_docstring(node) else [f"{name}: {node.name}"]
+    assert silent == []
+
+
 def test_every_class_has_a_name_of_its_own() -> None:
     homes: dict[str, list[str]] = {}
     for path, name in zip(FILES, IDS, strict=True):

@@ -188,6 +188,7 @@ def recalibrated_statistics(model: NVAE) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def set_statistics(model: NVAE, values: Mapping[str, Tensor]) -> None:
+    """Give the decoder these running statistics, named as `recalibrated_statistics` names them."""
     for name, own in recalibrated_statistics(model).items():
         own.copy_(values[name])
 

@@ -46,6 +46,7 @@ class Layer(NamedTuple):
 
     @property
     def kind(self) -> Kind:
+        """What the layer is, told by the tensors that it holds."""
         weight = self.tensors.get("weight")
         if "running_mean" in self.tensors:
             return "normalisation"
