@@ -233,6 +233,7 @@ class Environment:
 
 
 def tail(text: str, lines: int = 15) -> str:
+    """The last lines of a text, indented."""
     return "\n".join("    " + line for line in text.rstrip().splitlines()[-lines:])
 
 
@@ -282,6 +283,7 @@ def install(environment: Environment, torch: Torch, extras: Sequence[str]) -> li
 
 
 def package(extras: Sequence[str]) -> str:
+    """This package for pip, with extras: ".[deepspeed,test]"."""
     return f".[{','.join(extras)}]" if extras else "."
 
 
@@ -310,6 +312,7 @@ def set_up(environment: Environment, torch: Torch, extras: Sequence[str]) -> Non
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Make the environment; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--venv", type=Path, default=REPOSITORY / ".venv", help="the environment's folder")
     parser.add_argument("--extras", default="deepspeed", help="comma-separated: deepspeed, faces, metrics, demo, test")
