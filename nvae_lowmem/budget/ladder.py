@@ -82,8 +82,9 @@ def padding_of(image_size: int) -> int:
 
 
 # The last two columns. Rung 6 is what was published: with 12 to 24 million images seen of 27,000 and more (CelebA-HQ),
-# and a third of the least of these is taken as enough. Rung 1: the study (benchmarks/hours_study.py). Between them both
-# columns grow by one factor from rung to rung.
+# and a third of the least of these is taken as enough. From there down they shrink by about one factor per rung. So far
+# benchmarks/hours_study.py has shown only that below 2,000 images seen smaller is better: where rungs 1 and 2 overtake
+# is for a longer study to say (docs/hours.md).
 # fmt: off
 LADDER: tuple[Rung, ...] = tuple(
     Rung(number=number, width=width, groups=groups, latents=latents, cells=cells, finest=finest, coarsest=coarsest,
