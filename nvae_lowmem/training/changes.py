@@ -39,6 +39,7 @@ _EFFECTS = {
     "weight_decay": "acts from the next step on; the optimiser's states stay",
     "adamax_eps": "acts from the next step on; the optimiser's states stay",
     "clip_norm": "acts from the next step on",
+    "label_dropout": "acts from the next step on",
     "skip_gradient_norm": "acts from the next step on",
     "skip_gradient_quantile": "acts from the next step on",
     "kl_balance": "another objective from the next step on",
