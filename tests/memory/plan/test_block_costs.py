@@ -52,7 +52,16 @@ def frozen(*freeze: str) -> Profile:
 @pytest.mark.parametrize("offload", [True, False], ids=["offloaded", "on the card"])
 @pytest.mark.parametrize("freeze", [("stem", "pre_*", "enc_*", "top"), ("dec_*", "start"), ("enc_0_*", "post_*")])
 def test_the_table_prices_frozen_blocks_as_a_trace_does(freeze: tuple[str, ...], offload: bool) -> None:
-    images, profile = 64, frozen(*freeze)
+    assert_priced(frozen(*freeze), offload)
+
+
+def test_the_table_prices_class_labels_as_a_trace_does() -> None:
+    assert_priced(replace(TWO_SCALES, model=replace(TWO_SCALES.model, classes=100)), offload=True)
+
+
+def assert_priced(profile: Profile, offload: bool) -> None:
+    """The table's peak of mixed policies is that of a trace of the whole model."""
+    images = 64
     groups, table = profile.model.scale_groups, record_blocks(profile)
     named = table.choices(groups, images, RATES, gradients_stay=not offload)
     always = resident_bytes(table, groups, MemoryPlan(offload_optimizer=offload), 1)
