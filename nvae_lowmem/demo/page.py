@@ -23,6 +23,7 @@ from nvae_lowmem.demo import training_tab
 from nvae_lowmem.demo.state import PICTURE_PIXELS, DemoState, Report, group_names, scale_names
 from nvae_lowmem.demo.story import RunStory
 from nvae_lowmem.errors import ConfigError, printable
+from nvae_lowmem.generation.classes import class_names
 from nvae_lowmem.progress import OnProgress
 from nvae_lowmem.training.checkpoint import step_of
 from nvae_lowmem.training.open_run import OpenRun
@@ -154,17 +155,33 @@ def _sample_tab(state: DemoState, page: Any) -> None:
                 seed = gr.Number(0, precision=0, label="seed")
                 another = gr.Button("Another seed")
             count = gr.Slider(1, MOST_SAMPLES, value=32, step=1, label="images")
+            asked = _class_and_guidance(state)
             button = gr.Button("Sample", variant="primary")
         with gr.Column(scale=3):
             shown = _output()
 
-    def draw(seed: int | None, count: int, *temperatures: float, progress: Any = gr.Progress()) -> Any:  # noqa: B008
-        return _answered(lambda: state.sample(temperatures, seed or 0, count, _report(progress)))
+    def draw(seed: int | None, count: int, *rest: float, progress: Any = gr.Progress()) -> Any:  # noqa: B008
+        temperatures, (chosen, guidance) = rest[: len(sliders)], rest[len(sliders) :] or (-1, 1.0)
+        classes = (int(chosen),) if chosen >= 0 else ()
+        return _answered(lambda: state.sample(temperatures, seed or 0, count, _report(progress), classes, guidance))
 
     # a seed that is set in this way is drawn at once; one that is typed is drawn on Enter
     drawn = another.click(lambda: random.randrange(MOST_SEED), outputs=[seed], api_visibility="private")
-    triggers = [button.click, seed.submit, *(slider.release for slider in [*sliders, count])]
-    _listen(draw, [seed, count, *sliders], [shown], first=page.load, triggers=triggers, after=(drawn,))
+    triggers = [button.click, seed.submit, *(slider.release for slider in [*sliders, count, *asked[1:]])]
+    triggers += [choice.change for choice in asked[:1]]
+    _listen(draw, [seed, count, *sliders, *asked], [shown], first=page.load, triggers=triggers, after=(drawn,))
+
+
+def _class_and_guidance(state: DemoState) -> list[Any]:
+    """Of a model with labels a choice of class and a slider of its guidance; else nothing."""
+    import gradio as gr
+
+    names = class_names(state.run.profile)
+    if not names:
+        return []
+    choices = [("each in turn", -1), *((name, number) for number, name in enumerate(names))]
+    chosen = gr.Dropdown(choices, value=-1, label="class")
+    return [chosen, gr.Slider(0, 4, value=1, step=0.25, label="guidance: more is clearer and more alike")]
 
 
 def _blend_tab(state: DemoState) -> None:

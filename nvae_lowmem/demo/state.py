@@ -111,10 +111,19 @@ class DemoState:
 
     # --- pictures out -------------------------------------------------------------------------------------------------
 
-    def sample(self, temperatures: Sequence[float], seed: int, count: int, report: Report) -> np.ndarray:
+    def sample(
+        self,
+        temperatures: Sequence[float],
+        seed: int,
+        count: int,
+        report: Report,
+        classes: Sequence[int] = (),
+        guidance: float = 1.0,
+    ) -> np.ndarray:
         """A grid of images from the prior, with BatchNorm statistics of these temperatures, one per scale.
 
-        Statistics are estimated once for each choice of temperatures. Raises ConfigError for what does not fit.
+        Statistics are estimated once for each choice of temperatures. classes, guidance: as `sample_images` takes them.
+        Raises ConfigError for what does not fit.
         """
         model, size = self.run.model, self.run.micro_batch
         temperature = _same_or_each([round(t, 2) for t in temperatures])
@@ -125,7 +134,10 @@ class DemoState:
             kept = self.run.checkpoint if shared else self._folder  # nothing is written where others train
             statistics = report(f"BatchNorm statistics at temperature {text}")
             recalibrate_once(model, kept, temperature, passes, size, RECALIBRATION_SEED, statistics)
-            images = sample_images(model, count, temperature, seed, size, progress=report("sampling"))
+            images = sample_images(
+                model, count, temperature, seed, size,
+                progress=report("sampling"), classes=classes, guidance=guidance,
+            )  # fmt: skip
         columns = min(grids.default_columns(model.config.image_size), math.ceil((2 * count) ** 0.5))  # a wide rectangle
         return grids.grid(enlarged(images, ROW_PIXELS // max(columns, 4)), columns)
 

@@ -15,6 +15,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +151,18 @@ def test_a_run_without_a_checkpoint_shows_its_training_alone(tmp_path: Path) -> 
         with urllib.request.urlopen(f"{url}config", timeout=5) as config:
             tabs = [c["props"]["label"] for c in json.load(config)["components"] if c["type"] == "tabitem"]
         assert tabs == ["Training"]
+        ends_cleanly(process, signal.SIGTERM, tmp_path)
+
+
+@pytest.mark.skipif("gradio" in MISSING, reason="needs gradio: pip install 'nvae-lowmem[demo]'")
+@pytest.mark.skipif(os.name == "nt", reason="Windows sends no SIGTERM")
+def test_a_model_with_labels_has_a_choice_of_classes(tmp_path: Path) -> None:
+    run = demo_run(tmp_path, replace(RGB, classes=2), with_data=False, class_names=("cat", "dog"))
+    with served(run, tmp_path) as (url, process):
+        with urllib.request.urlopen(f"{url}config", timeout=5) as config:
+            parts = [c["props"] for c in json.load(config)["components"] if c["type"] == "dropdown"]
+        (choice,) = (part for part in parts if part["label"] == "class")
+        assert [name for name, _ in choice["choices"]] == ["each in turn", "cat", "dog"]
         ends_cleanly(process, signal.SIGTERM, tmp_path)
 
 

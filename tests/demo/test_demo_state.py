@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,17 @@ def test_samples_are_those_of_the_sample_command(tmp_path: Path) -> None:
     with recalibrated(model, (0.5, 0.9), passes, DEMO_MICRO_BATCH, RECALIBRATION_SEED):
         expected = sample_images(model, 8, (0.5, 0.9), 3, DEMO_MICRO_BATCH)
     assert np.array_equal(state.sample([0.5, 0.9], 3, 8, silent), grids.grid(enlarged(expected, 250), 4))
+
+
+def test_a_class_and_its_guidance_reach_the_samples(tmp_path: Path) -> None:
+    state = state_of(tmp_path, replace(RGB, classes=3), with_data=False)
+    with torch.no_grad():
+        for name, parameter in state.run.model.named_parameters():
+            if "class_" in name:
+                parameter.copy_(torch.arange(parameter.numel()).view_as(parameter).sin())
+    asked = [{}, {"classes": (1,)}, {"classes": (1,), "guidance": 3.0}]
+    drawn = [state.sample([0.5, 0.5], 0, 4, silent, **one) for one in asked]
+    assert len({grid.tobytes() for grid in drawn}) == 3
 
 
 def test_every_scale_has_its_own_temperature(tmp_path: Path) -> None:
