@@ -90,7 +90,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     kept |= {"PATH": path, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
 
     def run(*words: str) -> str:
-        done = subprocess.run(words, cwd=clone, env=kept, capture_output=True, text=True, timeout=280)
+        done = subprocess.run(words, cwd=clone, env=kept, capture_output=True, text=True, timeout=580)
         assert done.returncode == 0, (words, done.stdout[-2000:], done.stderr[-4000:])
         return done.stdout
 
@@ -111,7 +111,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("one", LINES, ids=lambda one: one.line)
 def test_the_line_runs_as_written(one: Documented, run: Run, tmp_path: Path) -> None:
     if why := reason(one.line):
