@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -34,6 +35,44 @@ _CONVOLUTIONS = {aten.convolution.default: 2, aten.convolution_backward.default:
 _COPIES = ("aten::_to_copy", "aten::clone")  # GradScaler copies its overflow flag to each device
 
 
+class _GradientCounts(TorchDispatchMode):
+    """Notes how many references autograd's addition sees of a gradient that nobody else holds, and of its storage."""
+
+    counts = (0, 0)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is aten.add.Tensor and not torch.is_grad_enabled():
+            self.counts = _reference_counts(args[0])
+        return func(*args, **(kwargs or {}))
+
+
+def _reference_counts(tensor: Tensor) -> tuple[int, int]:
+    """References to the tensor and to its storage, the ones of these functions among them."""
+    return tensor._use_count(), torch._C._storage_Use_Count(_address(tensor))  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _counts_of_sole_owner() -> tuple[int, int]:
+    """What `_reference_counts` says of a gradient that autograd alone holds, in this version of torch."""
+    with torch.enable_grad(), _GradientCounts() as mode:
+        x = torch.ones(1, requires_grad=True) * 1
+        (2 * x + 3 * x).backward()
+    return mode.counts
+
+
+def _adds_to_gradient(func: Any, args: Any) -> bool:
+    """Whether autograd, where no mode watches it, adds the second gradient of a tensor into the first one's memory.
+
+    torch/csrc/autograd/input_buffer.cpp: if it alone holds a dense one. Under a dispatch mode it never does.
+    """
+    if func is not aten.add.Tensor or torch.is_grad_enabled():
+        return False
+    by_engine = sys._getframe(2).f_code.co_name == "_engine_run_backward"  # no Python of a block's own is in between
+    if not by_engine or not isinstance(args[1], Tensor) or torch._debug_has_internal_overlap(args[0]) != 0:
+        return False
+    return _reference_counts(args[0]) == _counts_of_sole_owner()
+
+
 class StorageTracer(TorchDispatchMode):
     """Records the life of every storage that operations make while this mode is active.
 
@@ -43,6 +82,7 @@ class StorageTracer(TorchDispatchMode):
 
     def __init__(self, storageless: StoragelessTensors | None) -> None:
         super().__init__()
+        _counts_of_sole_owner()  # before any mode is active
         self.trace = Trace()
         self.phase = Phase.SETUP
         self.block = ""
@@ -60,6 +100,8 @@ class StorageTracer(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is aten._local_scalar_dense.default:
             return self._values.get(_address(args[0]), 1.0)
+        if _adds_to_gradient(func, args):
+            func = aten.add_.Tensor
         info = operator_info(func)
         copies = self._allocate_copies(func, args)
         if self._storageless is not None:
