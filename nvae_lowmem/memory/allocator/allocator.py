@@ -119,7 +119,8 @@ class CachingAllocator:
     """The allocator of one device, with nothing allocated.
 
     `total_bytes` is the whole memory of the card; `context_bytes` is what the CUDA context and other programs hold of
-    it; `memory_fraction` is set_per_process_memory_fraction()'s share of `total_bytes` (0: not called).
+    it; `memory_fraction` is set_per_process_memory_fraction()'s share of `total_bytes` (0: not called);
+    `falling`: each new segment lies below all earlier ones, where the driver goes downwards, instead of above.
     Raises ConfigError when these do not describe a card.
     """
 
@@ -129,6 +130,7 @@ class CachingAllocator:
         total_bytes: int,
         context_bytes: int = 0,
         memory_fraction: float = 0.0,
+        falling: bool = False,
     ) -> None:
         if not 0 <= context_bytes <= total_bytes or total_bytes == 0:
             raise ConfigError(
@@ -141,7 +143,7 @@ class CachingAllocator:
         self._device = DeviceMemory(total_bytes, total_bytes - context_bytes, cap)
         expandable = settings.expandable_segments
         self._source: FixedSegments | ExpandableSegments = (
-            ExpandableSegments(self._device) if expandable else FixedSegments(self._device)
+            ExpandableSegments(self._device) if expandable else FixedSegments(self._device, falling)
         )
         self._small = FreePool(is_small=True, min_remainder=MIN_BLOCK_BYTES)
         self._large = FreePool(

@@ -15,6 +15,7 @@ from nvae_lowmem.memory.allocator.settings import LARGE_SEGMENT_BYTES, SMALL_SEG
 FREE, USED, UNMAPPED = 0, 1, 2
 # Free blocks are found by the integer (size << ADDRESS_BITS) + address: one comparison instead of a tuple's two.
 ADDRESS_BITS = 64
+_TOP_ADDRESS = 1 << 62
 
 
 class MemoryBlock:
@@ -138,21 +139,23 @@ class DeviceMemory:
 class FixedSegments:
     """The default: each segment is one cudaMalloc, given back only when all of it is free.
 
-    A new segment lies above all earlier ones. That orders free blocks of equal size; a driver that hands out freed
-    addresses again can choose differently between those.
+    A new segment lies above all earlier ones, or, with `falling`, below. That orders free blocks of equal size; a
+    driver that hands out freed addresses again can choose differently between those.
     """
 
-    def __init__(self, device: DeviceMemory) -> None:
+    def __init__(self, device: DeviceMemory, falling: bool = False) -> None:
         self._device = device
-        self._next_address = 0
+        self._falling = falling
+        self._next_address = _TOP_ADDRESS if falling else 0
         self.heads: dict[int, MemoryBlock] = {}
 
     def grow(self, pool: FreePool, size: int, segment_bytes: int) -> MemoryBlock | None:
         """A block of at least `size` bytes, not listed as free; None if cap or device refuse."""
         if not self._device.under_cap(segment_bytes) or not self._device.take(segment_bytes):
             return None
-        block = self.heads[self._next_address] = MemoryBlock(self._next_address, segment_bytes, pool)
-        self._next_address += segment_bytes
+        address = self._next_address - (segment_bytes if self._falling else 0)
+        self._next_address = address if self._falling else address + segment_bytes
+        block = self.heads[address] = MemoryBlock(address, segment_bytes, pool)
         return block
 
     def release(self, block: MemoryBlock) -> None:

@@ -11,20 +11,17 @@ from __future__ import annotations
 import functools
 import json
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations
-from typing import Any
+from typing import Any, NamedTuple
 
 from nvae_lowmem.config.sections import MemoryPlan, Precision, Profile, TrainConfig
 from nvae_lowmem.errors import ConfigError, raise_problems
 from nvae_lowmem.hardware.budget import Budget
 from nvae_lowmem.hardware.card import Card
 from nvae_lowmem.hardware.precision import choose_precision
-from nvae_lowmem.memory.allocator.allocator import (
-    AllocatorSettings,
-    AllocatorStats,
-)
+from nvae_lowmem.memory.allocator.allocator import AllocatorSettings, Replay
 from nvae_lowmem.memory.allocator.settings import round_to_block
 from nvae_lowmem.memory.predict.untraced import (
     Entry,
@@ -136,20 +133,20 @@ def predict(
     between = _traced_between(profile, micro_batch)
     known = overlaid(trace, [entry for entry in held if not entry.is_bound])
     run, worst = (whole_run(trace, between, [e for e in held if sure or not e.is_bound]) for sure in (False, True))
-    replay = run.replay(parsed)
-    stats = replay.checkpoints[-1]
-    margin = _margin_bytes(stats, worst.replay(parsed).checkpoints[-1])
+    replays = run.replays(parsed)
+    known_most, most = _most(replays), _most(worst.replays(parsed))
+    margin = max(m - k for m, k in zip(most, known_most, strict=True))
 
     # Close to the cap: whether the allocator gets through under it.
     oom = None
-    if budget is not None and stats.peak_reserved_bytes + margin > budget.cap_bytes:
-        capped = run.replay(parsed, budget, margin)
+    if budget is not None and known_most.reserved_bytes + margin > budget.cap_bytes:
+        capped = run.replays(parsed, budget, margin)
         oom = run.why(capped, margin)
         if oom is None:  # free memory may be fragmented, so replay once more with all bounds allocated
-            oom = worst.why(worst.replay(parsed, budget))
+            oom = worst.why(worst.replays(parsed, budget))
             oom = oom and f"with the unknown at its most: {oom}"
         if oom is None:
-            replay, stats = capped, capped.checkpoints[-1]
+            replays, known_most = capped, _most(capped)
 
     # Beside the allocator.
     locked = sum(entry.nbytes for entry in overlay if entry.place is Place.PINNED) + _parked_bytes(trace)
@@ -157,8 +154,8 @@ def predict(
         micro_batch=micro_batch,
         accumulation=accumulation,
         precision=plan.precision,
-        allocated_peak_bytes=stats.peak_allocated_bytes,
-        reserved_peak_bytes=stats.peak_reserved_bytes,
+        allocated_peak_bytes=known_most.allocated_bytes,
+        reserved_peak_bytes=known_most.reserved_bytes,
         peak=known.peak(),
         timeline=tuple(_timeline(known, last_step(known), _TIMELINE_POINTS)),
         host_bytes=trace.host_bytes() + untraced_host_bytes(overlay),
@@ -166,8 +163,8 @@ def predict(
         context_bytes=sum(entry.nbytes for entry in overlay if entry.place is Place.CARD),
         init_peak_bytes=_at_setup(trace) + sum(entry.nbytes for entry in overlay if entry.span is Span.SETUP),
         margin_bytes=margin,
-        retries=last_step_retries(replay),
-        run_retries=stats.retries,
+        retries=max(last_step_retries(replay) for replay in replays),
+        run_retries=max(replay.checkpoints[-1].retries for replay in replays),
         overlay=overlay,
         oom=oom,
     )
@@ -232,15 +229,25 @@ def _traced_between(profile: Profile, micro_batch: int) -> Trace:
 # --- margins ----------------------------------------------------------------------------------------------------------
 
 
-def _margin_bytes(known: AllocatorStats, most: AllocatorStats) -> int:
-    """Upper bound of the unmeasured memory, from a replay without it and one with all of it.
+class _Most(NamedTuple):
+    """The largest peaks of several replays, in bytes."""
 
-    Fragments may well make a peak lower when more is asked for; the peak of the bytes asked for itself never falls.
+    requested_bytes: int
+    allocated_bytes: int
+    reserved_bytes: int
+
+
+def _most(replays: Iterable[Replay]) -> _Most:
+    """The largest peaks of replays of one run.
+
+    Two of such differ by an upper bound of what is unmeasured, where one has none of it and the other all. Fragments
+    may well make a peak lower when more is asked for; the peak of the bytes asked for itself never falls.
     """
-    return max(
-        most.peak_requested_bytes - known.peak_requested_bytes,
-        most.peak_allocated_bytes - known.peak_allocated_bytes,
-        most.peak_reserved_bytes - known.peak_reserved_bytes,
+    ends = [replay.checkpoints[-1] for replay in replays]
+    return _Most(
+        max(end.peak_requested_bytes for end in ends),
+        max(end.peak_allocated_bytes for end in ends),
+        max(end.peak_reserved_bytes for end in ends),
     )
 
 

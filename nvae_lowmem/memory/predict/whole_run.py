@@ -7,7 +7,7 @@ and pictures, a step, validation and pictures once more.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from nvae_lowmem.hardware.budget import Budget, memory_fraction
@@ -26,17 +26,27 @@ class WholeRun:
     allocations: Sequence[Allocation]
     """Of request id n: allocations[n % len(allocations)]; a step that happens again has other ids."""
 
-    def replay(self, settings: AllocatorSettings, budget: Budget | None = None, margin_bytes: int = 0) -> Replay:
-        """On a card without limits, or under the budget's cap less `margin_bytes`."""
-        if budget is None:
-            return CachingAllocator(settings, UNLIMITED_BYTES >> 1).replay(self.requests)
-        cap = max(1, budget.cap_bytes - margin_bytes)
-        share = memory_fraction(cap, budget.context_bytes, budget.total_bytes)
-        return CachingAllocator(settings, budget.total_bytes, budget.context_bytes, share).replay(self.requests)
+    def replays(
+        self, settings: AllocatorSettings, budget: Budget | None = None, margin_bytes: int = 0
+    ) -> tuple[Replay, ...]:
+        """On a card without limits, or under the budget's cap less `margin_bytes`.
 
-    def why(self, replay: Replay, margin_bytes: int = 0) -> str | None:
-        """What the allocator said where it ran out of memory, and at which operation; None where it did not."""
-        if replay.oom is None or replay.oom_index is None:
+        Once for a driver whose segments' addresses rise, and once for one whose addresses fall: free blocks of equal
+        size are chosen by address, and no document says which way a driver goes. Fixed segments only.
+        """
+        total, context, share = UNLIMITED_BYTES >> 1, 0, 0.0
+        if budget is not None:
+            total, context = budget.total_bytes, budget.context_bytes
+            share = memory_fraction(max(1, budget.cap_bytes - margin_bytes), context, total)
+        return tuple(
+            CachingAllocator(settings, total, context, share, falling).replay(self.requests)
+            for falling in ((False,) if settings.expandable_segments else (False, True))
+        )
+
+    def why(self, replays: Iterable[Replay], margin_bytes: int = 0) -> str | None:
+        """What the allocator said where it first ran out of memory, and at which operation; None where it never did."""
+        replay = next((r for r in replays if r.oom is not None), None)
+        if replay is None or replay.oom_index is None:
             return None
         a = self.allocations[self.requests[replay.oom_index][1] % len(self.allocations)]
         kept = f" ({format_bytes(margin_bytes)} kept free as a margin)" if margin_bytes else ""

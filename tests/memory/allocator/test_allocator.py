@@ -148,6 +148,17 @@ def test_garbage_collection_frees_the_segments_idle_longest(threshold: float, id
     assert allocator.stats.retries == 0
 
 
+@pytest.mark.parametrize("falling", [False, True])
+def test_of_two_free_blocks_of_equal_size_the_lower_one_is_taken(falling: bool) -> None:
+    allocator = CachingAllocator(DEFAULT, total_bytes=GIB, falling=falling)
+    first, second = allocator.malloc(20 * MIB), allocator.malloc(20 * MIB)
+    assert (second.address < first.address) == falling
+    lower = min(first.address, second.address)
+    allocator.free(first)
+    allocator.free(second)
+    assert allocator.malloc(20 * MIB).address == lower
+
+
 def test_without_a_cap_there_is_no_garbage_collection() -> None:
     collecting = AllocatorSettings.from_string("garbage_collection_threshold:0.1")
     allocator = CachingAllocator(collecting, total_bytes=200 * MIB)
@@ -211,11 +222,9 @@ def _check_state(allocator: CachingAllocator, live: dict[Any, int], cap: int) ->
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
-@given(mode=st.sampled_from(MODES), total_mib=st.integers(64, 400), actions=ACTIONS)
-def test_every_state_is_consistent(mode: str, total_mib: int, actions: list[tuple[str, int]]) -> None:
-    allocator = CachingAllocator(
-        AllocatorSettings.from_string(mode), total_mib * MIB, context_bytes=10 * MIB, memory_fraction=0.9
-    )
+@given(mode=st.sampled_from(MODES), total_mib=st.integers(64, 400), actions=ACTIONS, falling=st.booleans())
+def test_every_state_is_consistent(mode: str, total_mib: int, actions: list[tuple[str, int]], falling: bool) -> None:
+    allocator = CachingAllocator(AllocatorSettings.from_string(mode), total_mib * MIB, 10 * MIB, 0.9, falling)
     cap = min((total_mib - 10) * MIB, int(0.9 * total_mib * MIB))
     live: dict[Any, int] = {}
     last = allocator.stats
@@ -257,9 +266,11 @@ def _best_fit(segments: list[SegmentSnapshot], pool: str, nbytes: int) -> tuple[
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
-@given(actions=ACTIONS)
-def test_default_mode_takes_the_best_fit_and_grows_only_without_one(actions: list[tuple[str, int]]) -> None:
-    allocator = CachingAllocator(DEFAULT, total_bytes=64 * GIB)
+@given(actions=ACTIONS, falling=st.booleans())
+def test_default_mode_takes_the_best_fit_and_grows_only_without_one(
+    actions: list[tuple[str, int]], falling: bool
+) -> None:
+    allocator = CachingAllocator(DEFAULT, total_bytes=64 * GIB, falling=falling)
     live = []
     for action, argument in actions:
         if action == "malloc":

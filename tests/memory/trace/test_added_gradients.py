@@ -14,7 +14,7 @@ from nvae_lowmem.memory.trace.tracer import StorageTracer
 USES: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
     "two gradients of its own": (lambda x: 2 * x + 3 * x, 0),
     "three": (lambda x: 2 * x + 3 * x + 4 * x, 0),
-    "one gradient in two places": (lambda x: (2 * (x.clone() + x.clone())), 1),
+    "one gradient in two places": (lambda x: 2 * (x.clone() + x.clone()), 1),
 }
 
 
