@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from nvae_lowmem.hardware.budget import Budget, find_card
-from nvae_lowmem.memory.allocator.allocator import AllocatorSettings, CachingAllocator, Replay
+from nvae_lowmem.memory.allocator.allocator import CHECKPOINT, FREE_ID, AllocatorSettings, CachingAllocator, Replay
 from nvae_lowmem.memory.predict import predict as predicting
 from nvae_lowmem.memory.predict.predict import predict, predictor_for
 from nvae_lowmem.memory.predict.untraced import flattened_weights
@@ -22,18 +22,20 @@ from profiles import budget_of, profile_of
 @pytest.mark.parametrize("in_pieces", [True, False])
 def test_free_memory_in_pieces_is_no_room_for_the_unknown(in_pieces: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The steps run below the cap less the margin; whether they also do with the unknown allocated decides."""
-    real = WholeRun.replay
+    real = WholeRun.replays
     free = predict(profile_of(), 4, budget=budget_of(3 * GIB))  # a cap makes cuBLAS's workspaces smaller
     cap = free.reserved_peak_bytes + free.margin_bytes - 1
     asked: list[int] = []
 
-    def replay(run: WholeRun, settings: Any, budget: Budget | None = None, margin_bytes: int = 0) -> Replay:
+    def replays(
+        run: WholeRun, settings: Any, budget: Budget | None = None, margin_bytes: int = 0
+    ) -> tuple[Replay, ...]:
         if budget is None:
             return real(run, settings)
         asked.append(margin_bytes)
         return real(run, settings, budget_of(MIB if margin_bytes == 0 and in_pieces else 3 * GIB))
 
-    monkeypatch.setattr(WholeRun, "replay", replay)
+    monkeypatch.setattr(WholeRun, "replays", replays)
     close = budget_of(cap)
     for ask in (predictor_for(find_card("gtx-970"), close), functools.partial(predict, budget=close)):
         asked.clear()
@@ -54,7 +56,22 @@ def test_the_margin_is_what_may_be_asked_for_where_fragments_hide_it() -> None:
         peak_reserved_bytes=stats.peak_reserved_bytes - 2 * MIB,
         peak_allocated_bytes=stats.peak_allocated_bytes - MIB,
     )
-    assert predicting._margin_bytes(stats, more) == 3 * MIB
+    known, most = (predicting._most([Replay((end,), None, None)]) for end in (stats, more))
+    assert max(m - k for m, k in zip(most, known, strict=True)) == 3 * MIB
+
+
+def test_the_peak_is_the_larger_one_of_rising_and_falling_addresses() -> None:
+    """Of two segments with equal room the lower one is taken; the other one alone can become whole again."""
+    first, filler, second, either, whole = range(5)
+    requests = [
+        (6 * MIB, first), (14 * MIB, filler), (6 * MIB, second), (FREE_ID, filler),
+        (14 * MIB, either), (FREE_ID, second), (20 * MIB, whole), (CHECKPOINT, 0),
+    ]  # fmt: skip
+    run = WholeRun(requests, [])
+    reserved = [replay.checkpoints[-1].peak_reserved_bytes for replay in run.replays(AllocatorSettings())]
+    assert reserved == [40 * MIB, 60 * MIB]
+    assert predicting._most(run.replays(AllocatorSettings())).reserved_bytes == 60 * MIB
+    assert len(run.replays(AllocatorSettings(expandable_segments=True))) == 1
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
