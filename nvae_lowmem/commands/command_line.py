@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import inspect
 import io
 import os
@@ -60,6 +61,8 @@ def exit_code(program: str, work: Callable[[], ExitCode | None]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return ExitCode.DONE
     except (ConfigError, OSError) as error:  # OSError: a full disk, a folder that went away while the work went on
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            return _ended(program, f"{error}. Make room, and give the same command again", ExitCode.BAD_INPUT)
         return _ended(program, error, ExitCode.BAD_INPUT)
     except KeyboardInterrupt:
         return _ended(program, "stopped at once by Ctrl-C", ExitCode.INTERRUPTED)
