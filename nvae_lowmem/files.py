@@ -24,7 +24,8 @@ def write_atomically(path: str | os.PathLike[str], content: bytes | str) -> Path
 def partial_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A file beside `path` to write to, which becomes `path` at the end; it is removed if anything goes wrong.
 
-    An OSError that names no file, as a full disk's does, names this one. A link stays one, and what it leads to is replaced. A device or a pipe (/dev/stdout) is written to itself.
+    A link stays one, and what it leads to is replaced. A device or a pipe (/dev/stdout) is written to itself. An
+    OSError that names no file, as a full disk's does, names this one.
     """
     target = Path(os.path.realpath(path))
     if target.exists() and not target.is_file() and not target.is_dir():

@@ -61,9 +61,10 @@ def exit_code(program: str, work: Callable[[], ExitCode | None]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return ExitCode.DONE
     except (ConfigError, OSError) as error:  # OSError: a full disk, a folder that went away while the work went on
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            return _ended(program, f"{error}. Make room, and give the same command again", ExitCode.BAD_INPUT)
-        return _ended(program, error, ExitCode.BAD_INPUT)
+        full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+        return _ended(
+            program, error, ExitCode.BAD_INPUT, ". Make room, and give the same command again" if full else ""
+        )
     except KeyboardInterrupt:
         return _ended(program, "stopped at once by Ctrl-C", ExitCode.INTERRUPTED)
     except Exception as error:
@@ -75,10 +76,10 @@ def exit_code(program: str, work: Callable[[], ExitCode | None]) -> int:
         return _ended(program, text, ExitCode.OUT_OF_MEMORY)
 
 
-def _ended(program: str, message: object, code: ExitCode) -> ExitCode:
+def _ended(program: str, message: object, code: ExitCode, advice: str = "") -> ExitCode:
     if not getattr(message, "told_by_first", False):  # of several processes, the first tells what all of them met
         # line by line: a name in the message must not reach the terminal with what it would obey
-        lines = [printable(line) for line in str(message).split("\n")]
+        lines = [printable(line) for line in f"{message}{advice}".split("\n")]
         print(f"{program}: " + "\n".join(lines), file=sys.stderr)
     return code
 
