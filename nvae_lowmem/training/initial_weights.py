@@ -22,8 +22,8 @@ from nvae_lowmem.model.nvae import NVAE
 LEAST_SHARE = 0.5
 """Of the model's weights that have to be taken: with fewer it is another model, and the rest would unlearn them."""
 _START = "blocks.start.h"
-_OF_THE_IMAGES = {"image_channels", "image_size", "padding", "bits", "likelihood", "mixtures"}
-"""Fields of a model that say what its images are: at most stem, start and head depend on them."""
+_OF_THE_IMAGES = {"image_channels", "image_size", "padding", "bits", "likelihood", "mixtures", "classes"}
+"""Fields of a model that say what its images are: at most stem, start, head and class tables depend on them."""
 _GROUPS = {"groups", "adaptive", "min_groups", "groups_per_scale"}
 _NAMED = 3
 
@@ -81,7 +81,7 @@ def take_over(model: NVAE, weights: InitialWeights) -> str:
         own[name].copy_(given[name])
     head = f"weights from {weights.origin}: {share} are taken"
     if left:
-        said.append(f"{len(left)} tensors keep their random initial values ({_listed(left, own, given)})")
+        said.append(f"{len(left)} tensors keep their initial values ({_listed(left, own, given)})")
     if unused:
         shown = ", ".join(unused[:_NAMED])
         said.append(f"{len(unused)} tensors of the weights have no place here (first: {shown})")

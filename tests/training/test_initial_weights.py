@@ -68,7 +68,15 @@ def test_what_does_not_fit_keeps_its_random_values_and_is_named() -> None:
     left = [n for n, t in model.state_dict().items() if trained.state_dict()[n].shape != t.shape]
     assert left and all(name.split(".")[1] in ("stem", "head") for name in left)
     assert all(torch.equal(model.state_dict()[name], fresh[name]) for name in left)
-    assert f"{len(left)} tensors keep their random initial values (first: {left[0]}" in said
+    assert f"{len(left)} tensors keep their initial values (first: {left[0]}" in said
+
+
+def test_labels_begin_without_effect_on_weights_of_a_model_without_them() -> None:
+    model, trained, said = taken(replace(CONFIG, classes=3))
+    assert "keep their initial values" in said and "class" in said
+    x, labels = images(CONFIG, 2), torch.eye(4)[:2]
+    terms = (one.eval()(x, SeededNoise(0), *given).nll for one, given in ((model, (labels,)), (trained, ())))
+    torch.testing.assert_close(next(terms), next(terms))
 
 
 def test_a_model_with_fewer_groups_takes_those_it_has() -> None:
@@ -99,6 +107,7 @@ def test_a_model_without_storage_gives_the_same_answer() -> None:
     [
         ({"image_size": 32, "bits": 5, "image_channels": 1}, []),
         ({"adaptive": True, "groups_per_scale": (2, 2)}, []),
+        ({"classes": 10}, []),
         ({"latents": 5}, ["model.latents 3 -> 5"]),
         ({"groups_per_scale": (1, 2), "flows": 0}, ["model.flows 1 -> 0", "groups per scale [2, 2] -> [1, 2]"]),
     ],
