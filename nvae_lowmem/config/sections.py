@@ -154,7 +154,8 @@ class TrainConfig:
     keep_last: Annotated[int, Range(1, 10**6)] = 2
     """Newest checkpoints kept, beside the best one and the last one before an alarm."""
     rewinds: Annotated[int, Range(0, 1000)] = 3
-    """How often training may go back after a blow-up, each time with half the learning rate; 0: it ends instead."""
+    """How often training may go back after a blow-up, each time with half the learning rate or less; 0: it ends
+    instead."""
 
     def problems(self) -> list[str]:
         """Every reason why this training section cannot be used."""

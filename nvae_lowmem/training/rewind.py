@@ -1,8 +1,8 @@
 """Going back after a blow-up: which state, how often, and what is done otherwise from there on.
 
-The weights of the last good checkpoint, half the learning rate, other noise and another order of the images: the same
-steps again would end the same way. Each rewind is a line of the run's `rewinds.jsonl`, so that a run that is killed and
-started again goes on as it was.
+The weights of the last good checkpoint, half the learning rate (less, where no rate near it has ever worked), other
+noise and another order of the images: the same steps again would end the same way. Each rewind is a line of the run's
+`rewinds.jsonl`, so that a run that is killed and started again goes on as it was.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 from nvae_lowmem.errors import Diverged
 from nvae_lowmem.training import checkpoint
 from nvae_lowmem.training.checkpoint_files import sync
+from nvae_lowmem.training.learning_rate import suggest_learning_rate
 from nvae_lowmem.training.monitor import append_line
 from nvae_lowmem.training.resolve import ResolvedRun
 
@@ -57,12 +58,31 @@ def after_rewinds(run: ResolvedRun, made: Sequence[Rewind]) -> ResolvedRun:
     """
     if not made:
         return run
-    factor = FACTOR ** sum(rewind.peak_rate == run.schedule.peak_rate for rewind in made)
-    profile = run.profile
+    here = [rewind for rewind in made if rewind.peak_rate == run.schedule.peak_rate]
+    factor, profile = FACTOR ** len(here), run.profile
     seed = (profile.training.seed + SEED_STRIDE * len(made) + 2**63) % 2**64 - 2**63
     training = replace(profile.training, seed=seed, learning_rate_min=profile.training.learning_rate_min * factor)
-    schedule = run.schedule._replace(peak_rate=run.schedule.peak_rate * factor)
+    schedule = run.schedule._replace(peak_rate=_rate(run, here))
     return replace(run, profile=replace(profile, training=training), schedule=schedule)
+
+
+def _rate(run: ResolvedRun, made: Sequence[Rewind]) -> float:
+    """The peak learning rate after these rewinds at the run's own one: half of it each time.
+
+    Where one went back to the initial weights, nothing good was ever reached at that rate, so it may be too high by
+    orders of magnitude: from there on it is at most the one advised for the run's batch.
+    """
+    halved = run.schedule.peak_rate * FACTOR ** len(made)
+    first = next((n for n, rewind in enumerate(made) if rewind.back_to == 0), None)
+    if first is None:
+        return halved
+    return min(halved, _advised(run) * FACTOR ** (len(made) - 1 - first))
+
+
+def _advised(run: ResolvedRun) -> float:
+    training = run.profile.training
+    batch, published = training.total_batch, training.published_total_batch
+    return suggest_learning_rate(batch, published, training.published_learning_rate)[0]
 
 
 def go_back(run_dir: Path, run: ResolvedRun, error: Diverged, most: int) -> Rewind:
@@ -72,9 +92,10 @@ def go_back(run_dir: Path, run: ResolvedRun, error: Diverged, most: int) -> Rewi
     the error, with what was tried added, when there were `most` rewinds at this learning rate already.
     """
     peak = run.schedule.peak_rate
-    made = sum(rewind.peak_rate == peak for rewind in rewinds(run_dir))
+    before = [rewind for rewind in rewinds(run_dir) if rewind.peak_rate == peak]
+    made = len(before)
     if made >= most or not error.curable:
-        tried = f" Training went back {made} times, the last time with a learning rate of {peak * FACTOR**made:g}."
+        tried = f" Training went back {made} times, the last time with a learning rate of {_rate(run, before):g}."
         raise Diverged(f"{error}{tried if made else ''}", error.step, error.good_until, error.curable)
     usable = [p for p in checkpoint.all_checkpoints(run_dir) if checkpoint.step_of(p) <= error.good_until]
     good = next((p for p in reversed(usable) if checkpoint.is_undamaged(p)), None)
@@ -90,4 +111,6 @@ def rewind_text(rewind: Rewind, run: ResolvedRun) -> str:
     """A sentence for people; run: as it is trained from here on."""
     start = f"the checkpoint of step {rewind.back_to}" if rewind.back_to else "the initial weights"
     rate = f"{run.schedule.peak_rate:g}"
+    if run.schedule.peak_rate == _advised(run):
+        rate += f" (the one advised for this batch: nothing good was reached with {rewind.peak_rate:g})"
     return f"step {rewind.step}: going back to {start}, with a peak learning rate of {rate} and other noise"

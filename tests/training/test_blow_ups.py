@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from nvae_lowmem.data.pipeline import Batches
 from nvae_lowmem.model.nvae import NVAE
 from nvae_lowmem.training import checkpoint
 from nvae_lowmem.training.engines.torch_engine import TorchEngine
-from nvae_lowmem.training.rewind import RECORD, SEED_STRIDE, rewinds
+from nvae_lowmem.training.learning_rate import suggest_learning_rate
+from nvae_lowmem.training.resolve import resolve_run
+from nvae_lowmem.training.rewind import RECORD, SEED_STRIDE, Rewind, after_rewinds, rewind_text, rewinds
 
 STEPS = 8
 QUIET = ("--set", "training.evaluate_every=4", "--set", "training.sample_every=1000", "--set", "training.save_every=2")
@@ -167,3 +170,20 @@ def test_what_blew_up_is_gone_from_memory_before_training_goes_on(
     monkeypatch.setattr(TorchEngine, "__init__", watched)
     result = run(profile(tmp_path), "--run-dir", str(tmp_path / "run"), *QUIET)
     assert (result.code, result.complained) == (0, "") and len(models) == 2
+
+
+def test_where_nothing_good_was_ever_reached_the_rate_is_at_most_the_advised_one() -> None:
+    """Half of 3 is as hopeless as 3; for a total batch of 32 about 3.5e-3 is advised."""
+    given = profiles.override(profiles.load("demo-mnist"), ["training.learning_rate=3"])
+    planned = resolve_run(given, 4500, torch.device("cpu"), 1)
+    from_start = Rewind(step=221, back_to=0, peak_rate=3.0, why="")
+    later = Rewind(step=400, back_to=350, peak_rate=3.0, why="")
+    advised = suggest_learning_rate(32, 256, 1e-2)[0]
+
+    def rate(*made: Rewind) -> float:
+        return after_rewinds(planned, made).schedule.peak_rate
+
+    assert (rate(), rate(later), rate(from_start), rate(from_start, later)) == (3.0, 1.5, advised, advised / 2)
+    assert "the one advised for this batch" in rewind_text(from_start, after_rewinds(planned, [from_start]))
+    low = resolve_run(profiles.override(given, ["training.learning_rate=1e-3"]), 4500, torch.device("cpu"), 1)
+    assert after_rewinds(low, [replace(from_start, peak_rate=1e-3)]).schedule.peak_rate == 5e-4
