@@ -103,7 +103,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
         assert done.returncode == 0, (words, done.stdout[-2000:], done.stderr[-4000:])
         return done.stdout
 
-    write_folder(clone / "pictures", 12)
+    write_folder(clone / "pictures", 40)
     shutil.make_archive(str(clone / "pictures"), "zip", clone / "pictures")
     for name in ("A.png", "B.png", "a.png", "b.png", "b.jpg", "photo.png", "photo.jpg", "small.png", "face.png"):
         picture_file(clone / name)
