@@ -12,7 +12,8 @@ and gradient norms change by factors. Values that raise an alarm do not enter th
 A loss that stays in alarm for BLOWN_UP_AFTER steps has blown up; training goes back to a state before it, as PaLM's
 authors did by hand (Chowdhery et al. 2022, arXiv 2204.02311, section 5.1). So has one that, with beta at its largest,
 is for as long USELESS_FACTOR times worse than both the untrained model and the uniform code (bits * ln 2 nats for each
-number of an image). That finds weights that blew up before there was a median, or while a small beta hid their KL.
+number of an image). That finds weights that blew up before there was a median, or while a small beta hid their KL. And
+so has one that stays above the uniform code for a twentieth of the run: whoever knows nothing does better.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ SMALLEST = {"loss": 1e-6, "kl": 10.0, "gradient norm": 1e-6}
 BLOWN_UP_AFTER = 10
 """Steps in a row with a loss in alarm. A spike is over sooner."""
 USELESS_FACTOR = 1.25
+LEAST_PATIENCE, PATIENCE_SHARE = 100, 0.05
+"""Steps in a row above the uniform code, and share of the run, after which training does not learn."""
 USEFUL = "median.useful"
 QUIET_AFTER = 20
 """Steps without an alarm that end an episode; the next alarm is then a new one."""
@@ -81,9 +84,11 @@ class RunningMedian:
 class Alarms:
     """Looks at every step's figures; says when an alarm begins and when the loss has blown up."""
 
-    def __init__(self, groups: int, uniform_nats: float = math.inf, first_step: int = 0) -> None:
+    def __init__(self, groups: int, uniform_nats: float = math.inf, first_step: int = 0, total_steps: int = 0) -> None:
         """uniform_nats: -log p of an image under the uniform distribution. first_step: the state there is trusted."""
         self._uniform_nats, self._untrained_nats = uniform_nats, 0.0
+        self._patience = max(LEAST_PATIENCE, int(PATIENCE_SHARE * total_steps))
+        self._below_uniform_until, self._above_uniform_in_a_row = first_step, 0
         self._useful_until, self._useless_in_a_row, self._full_beta = first_step, 0, False
         names = ["loss", *(f"kl of group {i}" for i in range(groups)), "gradient norm"]
         self._medians = {name: RunningMedian(FACTORS[_kind(name)], SMALLEST[_kind(name)]) for name in names}
@@ -102,6 +107,11 @@ class Alarms:
         if nll + sum(kl) <= self._useless_nats:
             self._useful_until = step
         self._useless_in_a_row = self._useless_in_a_row + 1 if full_beta and loss > self._useless_nats else 0
+        self._above_uniform_in_a_row = (
+            self._above_uniform_in_a_row + 1 if full_beta and loss > self._uniform_nats else 0
+        )
+        if loss <= self._uniform_nats:
+            self._below_uniform_until = step
         self._full_beta = full_beta
         figures = {"loss": loss, **{f"kl of group {i}": value for i, value in enumerate(kl)}}
         if gradient_norm is not None and math.isfinite(gradient_norm):
@@ -133,6 +143,11 @@ class Alarms:
                 f"the loss has been above {self._useless_nats:.0f} nats for {BLOWN_UP_AFTER} steps in a row, with beta "
                 "at its largest: far worse than a model that knows nothing"
             )
+        if self._above_uniform_in_a_row >= self._patience:
+            return (
+                f"the loss has been above {self._uniform_nats:.0f} nats, what an image of random numbers takes, for "
+                f"{self._patience} steps in a row, with beta at its largest"
+            )
         return ""
 
     @property
@@ -142,18 +157,22 @@ class Alarms:
     def good_until(self, step: int) -> int:
         """The last step before `step` whose state is not suspect."""
         quiet_until = (self.episode_began or step) - 1
+        if self._above_uniform_in_a_row >= self._patience:
+            quiet_until = min(quiet_until, self._below_uniform_until)
         return min(self._useful_until, quiet_until) if self._full_beta else quiet_until
 
     def state(self) -> dict[str, Tensor]:
         """The running medians' values, for a checkpoint: a resumed run is to notice what the other would have."""
         values = {_key(name): list(m.values) for name, m in self._medians.items()}
         state = {key: torch.tensor(v, dtype=torch.float64) for key, v in values.items() if v}
-        return state | {USEFUL: torch.tensor([self._useful_until, self._untrained_nats], dtype=torch.float64)}
+        useful = [self._useful_until, self._untrained_nats, self._below_uniform_until]
+        return state | {USEFUL: torch.tensor(useful, dtype=torch.float64)}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """The inverse of `state`; a figure without saved values starts afresh."""
         if USEFUL in state:
             self._useful_until, self._untrained_nats = int(state[USEFUL][0]), float(state[USEFUL][1])
+            self._below_uniform_until = int(state[USEFUL][-1]) if len(state[USEFUL]) > 2 else self._useful_until
         for name, running in self._medians.items():
             running.values.clear()
             running.values.extend(state[_key(name)].flatten().tolist() if _key(name) in state else [])

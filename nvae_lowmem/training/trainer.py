@@ -87,7 +87,7 @@ class Trainer:
         self._guard = DivergenceGuard(self.profile.plan.precision)
         image = self.profile.model
         uniform_nats = image.image_dims * image.bits * math.log(2)
-        self._alarms = Alarms(image.total_groups, uniform_nats, self.first_step)
+        self._alarms = Alarms(image.total_groups, uniform_nats, self.first_step, self.schedule.total_steps)
         if resumed is not None:
             self._alarms.load_state(resumed.training)
         self.stopped_by = 0

@@ -102,3 +102,22 @@ def test_a_model_that_is_not_trained_yet_has_not_blown_up() -> None:
     for step in range(1, 50):
         alarms.look(step, 290.0, [90.0], None, 200.0, True)
         assert not alarms.blown_up
+
+
+@pytest.mark.parametrize(("total_steps", "patience"), [(700, 100), (10_000, 500)])
+def test_a_model_that_stays_worse_than_random_numbers_has_blown_up(total_steps: int, patience: int) -> None:
+    """The digits demo at learning rate 3 can stay below the factor for an untrained model, and learn nothing."""
+    alarms = Alarms(1, uniform_nats=543.0, total_steps=total_steps)
+    alarms.look(1, 861.0, [0.0], None, 861.0)
+    for step in range(2, 10):
+        alarms.look(step, 500.0, [0.0], None, 500.0)
+    for step in range(10, 10 + patience):
+        assert not alarms.blown_up
+        alarms.look(step, 700.0, [600.0], None, 100.0, full_beta=True)
+    assert f"above 543 nats, what an image of random numbers takes, for {patience} steps" in alarms.blown_up
+    assert alarms.good_until(9 + patience) == 9
+    resumed = Alarms(1, uniform_nats=543.0, total_steps=total_steps)
+    resumed.load_state(alarms.state())
+    assert resumed.state().keys() == alarms.state().keys()
+    alarms.look(10 + patience, 500.0, [400.0], None, 100.0, full_beta=True)
+    assert not alarms.blown_up
