@@ -33,7 +33,7 @@ def labelled() -> NVAE:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "class_" in name:
-                parameter.normal_(0, 0.5, generator=generator)
+                parameter.normal_(0, 0.05, generator=generator)
     return model
 
 
