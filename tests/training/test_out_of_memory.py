@@ -160,7 +160,7 @@ def test_what_cannot_be_fitted_to_is_said_at_once(arguments: list[str], words: l
 
 
 def test_where_nothing_fits_the_nearest_miss_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(auto_fit, "_HOST_SHARE", 1e-9)
+    monkeypatch.setattr(auto_fit, "HOST_SHARE", 1e-9)
     before = tree(tmp_path)
     result = run(write_profile(tmp_path), "--runs-dir", str(tmp_path / "runs"), "--auto-fit", "--gpu-mem", "1G")
     assert result.code == ExitCode.DOES_NOT_FIT and "nearest miss" in result.complained, result.complained
