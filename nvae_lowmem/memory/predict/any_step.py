@@ -40,6 +40,7 @@ from nvae_lowmem.hardware.budget import Budget, chosen_card, memory_fraction, pa
 from nvae_lowmem.memory.allocator.allocator import CHECKPOINT, CachingAllocator
 from nvae_lowmem.memory.allocator.settings import UNLIMITED_BYTES, AllocatorSettings
 from nvae_lowmem.memory.predict.untraced import DEFAULT_CUBLAS_CONFIG, cublas_workspace_bytes
+from nvae_lowmem.memory.predict.whole_run import address_orders
 from nvae_lowmem.memory.trace.events import Category, Peak, Phase, Trace
 from nvae_lowmem.memory.trace.storageless import StoragelessTensors
 from nvae_lowmem.memory.trace.tracer import StorageTracer, paused_gc
@@ -120,17 +121,17 @@ def predict_step(
     cap_bytes = _cap(cap, budget)
     trace = trace_step(build, steps)
     requests = [*trace.requests(), (CHECKPOINT, 0)]
-    free = CachingAllocator(parsed, UNLIMITED_BYTES >> 1).replay(requests).checkpoints[-1]
+    orders = address_orders(parsed)
+    ends = [CachingAllocator(parsed, UNLIMITED_BYTES >> 1, falling=f).replay(requests).checkpoints[-1] for f in orders]
     oom = None
-    if cap_bytes:
-        allocator = _capped(parsed, cap_bytes, budget)
-        replay = allocator.replay(requests)
-        if replay.oom is not None and replay.oom_index is not None:
+    for falling in orders if cap_bytes else ():
+        replay = _capped(parsed, cap_bytes, budget, falling).replay(requests)
+        if oom is None and replay.oom is not None and replay.oom_index is not None:
             a = trace.allocations[requests[replay.oom_index][1]]
             oom = f"{a.phase} of {a.block or 'the step itself'}, {a.operation}: {replay.oom}"
     return StepPrediction(
-        allocated_peak_bytes=free.peak_allocated_bytes,
-        reserved_peak_bytes=free.peak_reserved_bytes,
+        allocated_peak_bytes=max(end.peak_allocated_bytes for end in ends),
+        reserved_peak_bytes=max(end.peak_reserved_bytes for end in ends),
         peak=trace.peak(),
         allocations=sum(a.on_card for a in trace.allocations),
         cap_bytes=cap_bytes,
@@ -146,12 +147,12 @@ def _cap(cap: str | int | None, budget: Budget | None) -> int:
     return cap if isinstance(cap, int) else parse_gpu_mem(cap)
 
 
-def _capped(settings: AllocatorSettings, cap_bytes: int, budget: Budget | None) -> CachingAllocator:
+def _capped(settings: AllocatorSettings, cap_bytes: int, budget: Budget | None, falling: bool) -> CachingAllocator:
     """The allocator under the cap, on the card where there is one, else on one that has just so much."""
     if budget is None or cap_bytes + budget.context_bytes > budget.total_bytes:
-        return CachingAllocator(settings, cap_bytes)
+        return CachingAllocator(settings, cap_bytes, falling=falling)
     share = memory_fraction(cap_bytes, budget.context_bytes, budget.total_bytes)
-    return CachingAllocator(settings, budget.total_bytes, budget.context_bytes, share)
+    return CachingAllocator(settings, budget.total_bytes, budget.context_bytes, share, falling)
 
 
 _ATTENTION = "scaled_dot_product_attention"

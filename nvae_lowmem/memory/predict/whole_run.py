@@ -18,6 +18,15 @@ from nvae_lowmem.memory.trace.events import Allocation, Category, Trace
 from nvae_lowmem.units import format_bytes
 
 
+def address_orders(settings: AllocatorSettings) -> tuple[bool, ...]:
+    """Whether segments' addresses fall, for each order that a driver may have.
+
+    Free blocks of equal size are chosen by address, and no document says which way a driver goes. An expandable segment
+    grows upwards.
+    """
+    return (False,) if settings.expandable_segments else (False, True)
+
+
 @dataclass(frozen=True)
 class WholeRun:
     """Requests as CachingAllocator.replay takes them, with CHECKPOINTs before and after the last step."""
@@ -31,8 +40,7 @@ class WholeRun:
     ) -> tuple[Replay, ...]:
         """On a card without limits, or under the budget's cap less `margin_bytes`.
 
-        Once for a driver whose segments' addresses rise, and once for one whose addresses fall: free blocks of equal
-        size are chosen by address, and no document says which way a driver goes. Fixed segments only.
+        Once for each order of addresses.
         """
         total, context, share = UNLIMITED_BYTES >> 1, 0, 0.0
         if budget is not None:
@@ -40,7 +48,7 @@ class WholeRun:
             share = memory_fraction(max(1, budget.cap_bytes - margin_bytes), context, total)
         return tuple(
             CachingAllocator(settings, total, context, share, falling).replay(self.requests)
-            for falling in ((False,) if settings.expandable_segments else (False, True))
+            for falling in address_orders(settings)
         )
 
     def why(self, replays: Iterable[Replay], margin_bytes: int = 0) -> str | None:
